@@ -1,0 +1,104 @@
+"""What the target chooses: a deterministic function of (logits, sampling, the row's own path, position).
+
+Greedy: argmax, ties to the lowest id. Sampling: constraints, penalties, temperature, top-k, top-p, min-p, then
+Gumbel-max with keyed noise, which draws from the softmax of what survived (Gumbel 1954).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selfdraft.core.noise import gumbel
+from selfdraft.types import Logprob, SamplingParams
+
+BANNED = float("-inf")
+
+
+def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -> int:
+    """The token the target says, from processed scores [vocab]; `position` is where the token will stand."""
+    if sampling.greedy:
+        return int(scores.argmax())
+    alive = torch.isfinite(scores).nonzero().squeeze(1)  # ascending, so ties go to the lowest id
+    noisy = scores[alive].double() + gumbel(seed, position, alive)
+    return int(alive[noisy.argmax()])
+
+
+def process(
+    logits: Tensor, sampling: SamplingParams, path: Sequence[int], prompt_length: int, ends: frozenset[int]
+) -> Tensor:
+    """Scores [vocab] out of raw logits [vocab] for the row whose own path (prompt and output) is `path`.
+
+    `ends` are the ids that end the output; they stay banned until `min_tokens`. Banned tokens score -inf.
+    Processors see a copy: the logits of other readers never change.
+    """
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    scores = _constrain(scores, sampling, path, prompt_length, ends)
+    scores = _penalise(scores, sampling, path, prompt_length)
+    for processor in sampling.logits_processors:
+        scores = processor(path, scores)
+    if sampling.greedy:
+        return scores
+    return _truncate(scores / sampling.temperature, sampling)
+
+
+def _constrain(
+    scores: Tensor, sampling: SamplingParams, path: Sequence[int], prompt_length: int, ends: frozenset[int]
+) -> Tensor:
+    if sampling.allowed_token_ids is not None:
+        kept = torch.full_like(scores, BANNED)
+        allowed = list(sampling.allowed_token_ids)
+        kept[allowed] = scores[allowed]
+        scores = kept
+    for token, bias in sampling.logit_bias.items():
+        scores[token] += bias
+    written = len(path) - prompt_length
+    for word in sampling.bad_words_ids:
+        before = len(word) - 1
+        if before <= written and tuple(path[len(path) - before :]) == word[:-1]:
+            scores[word[-1]] = BANNED
+    if written < sampling.min_tokens and ends:
+        scores[list(ends)] = BANNED
+    return scores
+
+
+def _penalise(scores: Tensor, sampling: SamplingParams, path: Sequence[int], prompt_length: int) -> Tensor:
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(path)), device=scores.device)
+        old = scores[seen]
+        scores[seen] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        counts = Counter(path[prompt_length:])
+        if counts:
+            tokens = torch.tensor(list(counts), device=scores.device)
+            times = torch.tensor(list(counts.values()), device=scores.device, dtype=scores.dtype)
+            scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    return scores
+
+
+def _truncate(scores: Tensor, sampling: SamplingParams) -> Tensor:
+    """Top-k, top-p and min-p, in this order; tokens outside score -inf. At least one token always stays."""
+    if 0 < sampling.top_k < scores.numel():
+        kept = scores.topk(sampling.top_k).values[-1]
+        scores = scores.masked_fill(scores < kept, BANNED)
+    if sampling.top_p < 1.0:
+        ordered, order = scores.sort(descending=True, stable=True)
+        chances = ordered.double().softmax(-1)
+        before = chances.cumsum(-1) - chances
+        outside = before >= sampling.top_p
+        scores = scores.masked_fill(torch.zeros_like(outside).scatter(0, order, outside), BANNED)
+    if sampling.min_p > 0.0:
+        chances = scores.double().softmax(-1)
+        scores = scores.masked_fill(chances < sampling.min_p * chances.max(), BANNED)
+    return scores
+
+
+def logprob(logits: Tensor, token: int, count: int) -> Logprob:
+    """Log-probability of `token` and of the `count` likeliest tokens under the raw logits [vocab]."""
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    best = logs.sort(descending=True, stable=True)
+    top = zip(best.indices[:count].tolist(), best.values[:count].tolist(), strict=True)
+    return Logprob(token, float(logs[token]), tuple(top))

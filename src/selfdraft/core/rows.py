@@ -1,0 +1,78 @@
+"""Packed rows: pending tokens, candidates and probes of many sequences, laid end to end for one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import ROOT, Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one sequence: first `pending` known tokens in a chain, then the nodes of `draft`.
+
+    The target remembers `base` tokens of slot `slot`; row i stands tentatively at place base + i of the slot.
+    """
+
+    slot: int
+    base: int
+    start: int
+    """Index of its first row among all rows."""
+    pending: int
+    draft: Draft
+    answers: int
+    """How many of its last rows the target shall answer with logits."""
+
+    @property
+    def size(self) -> int:
+        return self.pending + len(self.draft)
+
+    @property
+    def positions(self) -> list[int]:
+        """Position of every row: one behind its parent's."""
+        last = self.base + self.pending - 1
+        return [*range(self.base, last + 1), *(last + depth for depth in self.draft.depths)]
+
+    def row(self, node: int) -> int:
+        """Row of a draft node within the span; ROOT is the last known token."""
+        return self.pending + node if node != ROOT else self.pending - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """All rows of a step. Shapes: tokens [n] int64, positions [n] int64; answers index the rows with logits."""
+
+    tokens: Tensor
+    positions: Tensor
+    spans: tuple[Span, ...]
+    answers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.tokens.numel()
+
+
+def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
+    """Lay out (sequence, how many pending tokens, draft) end to end.
+
+    A sequence whose pending tokens do not all fit into its share is only being prefilled: it gets no answers,
+    and its draft must be empty.
+    """
+    spans: list[Span] = []
+    tokens: list[int] = []
+    answers: list[int] = []
+    for sequence, share, draft in work:
+        whole = share == len(sequence.tokens) - sequence.cached
+        assert whole or not len(draft), "a draft hangs under the last known token"
+        asked = 1 + len(draft) if whole else 0
+        span = Span(sequence.slot, sequence.cached, len(tokens), share, draft, asked)
+        tokens += sequence.tokens[sequence.cached : sequence.cached + share]
+        tokens += draft.tokens
+        answers += range(len(tokens) - asked, len(tokens))
+        spans.append(span)
+    positions = [position for span in spans for position in span.positions]
+    return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(answers))

@@ -1,0 +1,162 @@
+"""The token tree hung under the last known token of a sequence: what a drafter proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from selfdraft.types import Budget
+
+ROOT = -1
+"""Parent of the first nodes: the last known token of the sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A token tree in topological order: node i says `tokens[i]` and follows node `parents[i]` (< i, or ROOT).
+
+    The first `candidates` nodes may be accepted; the rest are probes, rows whose answer only the drafter reads
+    (a lookahead window, mask tokens). A candidate never hangs under a probe.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
+    """Which drafter proposed each node; several are joined by '+'."""
+    candidates: int = 0
+    scores: tuple[float, ...] = ()
+    """Estimated acceptance of each node given its parent; empty when the drafter has none."""
+    depths: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    """Depth of each node; 1 is directly under the last known token."""
+
+    def __post_init__(self) -> None:
+        depths: list[int] = []
+        for node, parent in enumerate(self.parents):
+            assert ROOT <= parent < node, "parents come before their children"
+            assert parent < self.candidates or node >= self.candidates, "a candidate hangs under candidates only"
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        assert len(self.tokens) == len(self.parents) == len(self.sources), "one entry per node"
+        object.__setattr__(self, "depths", tuple(depths))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], source: str, scores: Sequence[float] = ()) -> Draft:
+        """One path of candidates."""
+        size = len(tokens)
+        return cls(tuple(tokens), tuple(range(-1, size - 1)), (source,) * size, size, tuple(scores))
+
+    @classmethod
+    def branches(cls, paths: Iterable[Sequence[int]], source: str) -> Draft:
+        """Several paths as a trie: shared prefixes become one node. The first path's nodes come first."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        known: dict[tuple[int, int], int] = {}
+        for path in paths:
+            node = ROOT
+            for token in path:
+                child = known.get((node, token))
+                if child is None:
+                    child = known[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                node = child
+        return cls(tuple(tokens), tuple(parents), (source,) * len(tokens), len(tokens))
+
+    def with_probes(self, tokens: Sequence[int], parents: Sequence[int], source: str) -> Draft:
+        """Add probes behind the candidates; `parents` count within the probes, negative ones are ~candidate or ROOT.
+
+        A probe's parent p >= 0 is the p-th probe; ROOT (-1) is the last known token; -2 - c is candidate c.
+        """
+        shift = len(self.tokens)
+        assert shift == self.candidates, "probes are added once"
+        absolute = [shift + p if p >= 0 else ROOT if p == ROOT else -2 - p for p in parents]
+        return Draft(
+            self.tokens + tuple(tokens),
+            self.parents + tuple(absolute),
+            self.sources + (source,) * len(tokens),
+            self.candidates,
+        )
+
+    def children(self) -> dict[tuple[int, int], int]:
+        """(parent, token) -> candidate node; of equal siblings the first one stands."""
+        found: dict[tuple[int, int], int] = {}
+        for node in range(self.candidates):
+            found.setdefault((self.parents[node], self.tokens[node]), node)
+        return found
+
+    def leaves(self) -> list[list[int]]:
+        """Every root-to-leaf path of the candidates, as node indices; they cover all candidates."""
+        inner = set(self.parents[: self.candidates])
+        paths = []
+        for leaf in range(self.candidates):
+            if leaf in inner:
+                continue
+            path = [leaf]
+            while self.parents[path[-1]] != ROOT:
+                path.append(self.parents[path[-1]])
+            paths.append(path[::-1])
+        return paths
+
+    def clip(self, budget: Budget, vocab: int, masks: int = 0) -> tuple[Draft, tuple[int, ...]]:
+        """The part of the tree that can be run: within the budget, with token ids that exist.
+
+        Candidates need 0 <= token < vocab, probes may also be mask ids up to vocab + masks. A node goes with its
+        parent. Returns the smaller draft and the old index of each of its nodes.
+        """
+        place: dict[int, int] = {ROOT: ROOT}
+        kept: list[int] = []
+        candidates = 0
+        for node, (token, parent, depth) in enumerate(zip(self.tokens, self.parents, self.depths, strict=True)):
+            probe = node >= self.candidates
+            ids, deepest = (vocab + masks, budget.reach) if probe else (vocab, budget.depth)
+            full = not probe and candidates >= budget.nodes
+            if parent not in place or full or depth > deepest or not 0 <= token < ids:
+                continue
+            place[node] = len(kept)
+            kept.append(node)
+            candidates += not probe
+        if len(kept) == len(self.tokens):
+            return self, tuple(kept)
+        clipped = Draft(
+            tuple(self.tokens[node] for node in kept),
+            tuple(place[self.parents[node]] for node in kept),
+            tuple(self.sources[node] for node in kept),
+            candidates,
+            tuple(self.scores[node] for node in kept) if self.scores else (),
+        )
+        return clipped, tuple(kept)
+
+
+EMPTY = Draft()
+
+
+def merge(drafts: Sequence[Draft]) -> Draft:
+    """One tree out of many: shared prefixes become one node that keeps all its sources; probes follow unmerged."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    sources: list[str] = []
+    known: dict[tuple[int, int], int] = {}
+    places: list[dict[int, int]] = []
+    for draft in drafts:
+        place = {ROOT: ROOT}
+        for node in range(draft.candidates):
+            key = (place[draft.parents[node]], draft.tokens[node])
+            if key not in known:
+                known[key] = len(tokens)
+                tokens.append(draft.tokens[node])
+                parents.append(key[0])
+                sources.append(draft.sources[node])
+            elif draft.sources[node] not in sources[known[key]].split("+"):
+                sources[known[key]] += "+" + draft.sources[node]
+            place[node] = known[key]
+        places.append(place)
+    candidates = len(tokens)
+    for draft, place in zip(drafts, places, strict=True):
+        for node in range(draft.candidates, len(draft)):
+            place[node] = len(tokens)
+            tokens.append(draft.tokens[node])
+            parents.append(place[draft.parents[node]])
+            sources.append(draft.sources[node])
+    return Draft(tuple(tokens), tuple(parents), tuple(sources), candidates)

@@ -1,0 +1,102 @@
+"""Verification: ask the target at the root, follow the child that says the same, ask again there.
+
+Every emitted token is one the target itself chose, so no draft, right or wrong, can change the text. For drafts
+that are points no exact scheme accepts more: any exact output Y follows p, and at most the prefix of Y that lies
+in the tree can be accepted; the walk accepts all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from selfdraft.core.choose import choose, logprob, process
+from selfdraft.core.rows import Rows
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.errors import EngineError
+from selfdraft.types import Logprob
+
+
+@dataclass(slots=True)
+class Result:
+    """What one step said about one sequence."""
+
+    draft: Draft
+    """The tree that was run."""
+    path: tuple[int, ...] = ()
+    """Accepted nodes of `draft`, from the root down."""
+    tokens: tuple[int, ...] = ()
+    """What the target chose along the path: one more than `path` (the bonus token). Empty while prefilling."""
+    answers: tuple[int, ...] = ()
+    """Argmax of the raw logits at the last known token and at every node of `draft`: what drafters learn from."""
+    logits: Tensor | None = None
+    """Raw logits of the same rows [1 + len(draft), vocab]; valid until the next forward pass."""
+    proposed: Draft = EMPTY
+    """The drafter's own tree, before it was clipped to the budget."""
+    nodes: tuple[int, ...] = ()
+    """For each node of `draft`, its index in `proposed`."""
+    logprobs: tuple[Logprob, ...] = field(default=())
+
+
+def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]:
+    """Follow what the target says: `say(node)` is its choice after that node (ROOT: the last known token).
+
+    Returns the accepted nodes and the emitted tokens, one more than the nodes.
+    """
+    children = draft.children()
+    node = ROOT
+    path: list[int] = []
+    tokens: list[int] = []
+    while True:
+        token = say(node)
+        tokens.append(token)
+        child = children.get((node, token))
+        if child is None:
+            return path, tokens
+        path.append(child)
+        node = child
+
+
+def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Result]:
+    """Walk every sequence's tree. `logits` [len(rows.answers), vocab] are the answers, in the order of the rows.
+
+    Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the slot.
+    """
+    best = logits.max(dim=-1) if len(logits) else None
+    says = best.indices.tolist() if best is not None else []
+    if best is not None and bool(best.values.isnan().any()):
+        raise EngineError("the model answered NaN; try a wider dtype, or check the checkpoint")
+    results, start = [], 0
+    for span, sequence in zip(rows.spans, sequences, strict=True):
+        stop = start + span.answers
+        if span.answers:
+            results.append(_follow(sequence, span.draft, logits[start:stop], says[start:stop]))
+        else:
+            results.append(Result(span.draft))
+        start = stop
+    return results
+
+
+def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int]) -> Result:
+    sampling = sequence.sampling
+    path_tokens = list(sequence.tokens)
+    logprobs: list[Logprob] = []
+
+    def say(node: int) -> int:
+        if node != ROOT:
+            path_tokens.append(draft.tokens[node])
+        if sampling.plain:
+            token = answers[node + 1]
+        else:
+            scores = process(logits[node + 1], sampling, path_tokens, sequence.prompt_length, sequence.ends)
+            token = choose(scores, sampling, sequence.seed, len(path_tokens))
+        if sampling.logprobs is not None:
+            logprobs.append(logprob(logits[node + 1], token, sampling.logprobs))
+        return token
+
+    path, tokens = walk(draft, say)
+    return Result(draft, tuple(path), tuple(tokens), tuple(answers), logits, logprobs=tuple(logprobs))

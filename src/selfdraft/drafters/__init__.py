@@ -1,0 +1,56 @@
+"""Whoever guesses: one file, one small class each. `NAMES` shows everything there is; outsiders join by entry point."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+
+from selfdraft.drafters.lookup import Lookup
+from selfdraft.drafters.none import NoDrafter
+from selfdraft.errors import OptionError
+from selfdraft.protocols import Drafter, Target
+
+Factory = Callable[..., Drafter]
+
+NAMES: dict[str, Factory] = {
+    "none": NoDrafter,
+    "lookup": Lookup,
+}
+
+ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}
+"""Names users know from other engines."""
+
+
+def table() -> dict[str, Factory]:
+    """All drafters by name: our own and those that installed packages offer under `selfdraft.drafters`."""
+    found = dict(NAMES)
+    for point in entry_points(group="selfdraft.drafters"):
+        found.setdefault(point.name, point.load())
+    return found
+
+
+def options_of(factory: Factory) -> list[str]:
+    """Names of the options a drafter takes."""
+    return [name for name, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
+def build(name: str, target: Target, options: Mapping[str, object] | None = None) -> Drafter:
+    """The drafter `name` for a target. Errors: OptionError for an unknown name or option, or a value out of range."""
+    known = table()
+    factory = known.get(ALIASES.get(name, name))
+    if factory is None:
+        near = difflib.get_close_matches(name, [*known, *ALIASES], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"there is no drafter {name!r}{hint} There are: {', '.join(known)}")
+    for option in options or {}:
+        if option not in options_of(factory):
+            owners = [other for other, made in known.items() if option in options_of(made)]
+            whose = f"it belongs to {', '.join(owners)}" if owners else "no drafter has it"
+            takes = ", ".join(options_of(factory)) or "none"
+            raise OptionError(f"drafter {name!r} has no option {option!r}: {whose}. Its options: {takes}")
+    try:
+        return factory(target, **(options or {}))
+    except TypeError as error:
+        raise OptionError(f"drafter {name!r}: {error}") from error

@@ -1,0 +1,88 @@
+"""The engine: slots, waiting requests, and two drivers over the one step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.verify import Result
+from selfdraft.engine import scheduler
+from selfdraft.engine.step import step
+from selfdraft.protocols import Drafter, Target
+from selfdraft.types import within
+
+
+class Engine:
+    """Runs sequences on `slots` slots of a target; more than that wait.
+
+    `chunk`: a prompt is prefilled in pieces of so many tokens; `rows`: about how many rows one pass may have;
+    `nodes`: most draft candidates of one sequence in one step.
+    """
+
+    def __init__(
+        self, target: Target, drafter: Drafter, *, slots: int = 1, chunk: int = 256, rows: int = 1024, nodes: int = 128
+    ) -> None:
+        for name, value in (("slots", slots), ("chunk", chunk), ("rows", rows)):
+            within(name, value, 1, 2**20)
+        within("nodes", nodes, 0, 2**16)
+        self.target, self.drafter = target, drafter
+        self.chunk, self.rows, self.nodes = chunk, rows, nodes
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._free = list(range(slots))[::-1]
+
+    def submit(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is; doing so twice, or after its end, changes nothing."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if not sequence.finished:
+            sequence.finish_reason = "abort"
+        self._release()
+
+    def advance(self) -> list[tuple[Sequence, Result]]:
+        """One step of whoever is next. When it raises, no sequence has moved and the engine stays usable."""
+        self.running += scheduler.admit(self.waiting, self._free)
+        work = scheduler.plan(self.running, self.chunk, self.rows)
+        if not work:
+            return []
+        results = step(self.target, self.drafter, work, self.nodes)
+        self._release()
+        return [(sequence, result) for (sequence, _), result in zip(work, results, strict=True)]
+
+    def generate(self, sequences: SequenceOf[Sequence]) -> Iterator[tuple[Sequence, Result]]:
+        """Run a closed set to its end, step by step. Leaving early (break, exception) aborts what is left."""
+        for sequence in sequences:
+            self.submit(sequence)
+        try:
+            while not all(sequence.finished for sequence in sequences):
+                yield from self.advance()
+        finally:
+            for sequence in sequences:
+                self.abort(sequence)
+
+    def serve(self, requests: Iterable[Sequence | None]) -> Iterator[Sequence]:
+        """Continuous batching over an open stream of requests; yields each sequence as it ends.
+
+        One item is read before each step; None means nothing has come in meanwhile. After the last one the rest runs
+        out.
+        """
+        source = iter(requests)
+        more = True
+        while more or self.waiting or self.running:
+            try:
+                request = next(source)
+            except StopIteration:
+                more, request = False, None
+            if request is not None:
+                self.submit(request)
+            yield from (sequence for sequence, _ in self.advance() if sequence.finished)
+
+    def _release(self) -> None:
+        for sequence in [s for s in self.running if s.finished]:
+            self.running.remove(sequence)
+            self._free.append(sequence.slot)

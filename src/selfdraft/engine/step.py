@@ -1,0 +1,52 @@
+"""THE decode step. Every method, batch and prefill goes through it; nothing else moves a sequence on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from selfdraft.core.commit import commit
+from selfdraft.core.rows import pack
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY
+from selfdraft.core.verify import Result, verify
+from selfdraft.protocols import Drafter, Target
+from selfdraft.types import Budget
+
+
+@torch.inference_mode()
+def step(target: Target, drafter: Drafter, work: SequenceOf[tuple[Sequence, int]], nodes: int) -> list[Result]:
+    """Move every (sequence, how many of its pending tokens) on by one pass of the target.
+
+    A sequence decodes when one token is pending and it gets a draft of at most `nodes` candidates; with more
+    pending it is prefilled, and emits its first token when the share reaches the end.
+    """
+    sequences = [sequence for sequence, _ in work]
+    ready = [sequence for sequence in sequences if len(sequence.tokens) - sequence.cached == 1]
+    proposed = drafter.draft(ready, [budget(target, sequence, nodes) for sequence in ready]) if ready else []  # 1 guess
+    clipped = [
+        draft.clip(budget(target, sequence, nodes), target.vocab, target.masks)
+        for sequence, draft in zip(ready, proposed, strict=True)
+    ]
+    drafts = dict(zip(ready, clipped, strict=True))
+    rows = pack([(s, share, drafts[s][0] if s in drafts else EMPTY) for s, share in work])  # 2 lay out the rows
+    logits = target.forward(rows)  # 3 one pass
+    results = verify(rows, logits, sequences)  # 4 follow what the target chooses
+    for (sequence, share), span, result in zip(work, rows.spans, results, strict=True):
+        emitted = commit(sequence, result)  # 5 stop rules, statistics, text
+        accepted = [span.row(node) for node in result.path[: max(emitted - 1, 0)]]
+        target.keep(sequence.slot, sequence.cached, [*range(share), *accepted])  # 6 remember those rows
+        sequence.cached += share + len(accepted)
+    for sequence, draft in zip(ready, proposed, strict=True):
+        result = results[sequences.index(sequence)]
+        result.proposed, result.nodes = draft, drafts[sequence][1]
+    drafter.observe(sequences, results)  # 7 let the drafter see how it did
+    return results
+
+
+def budget(target: Target, sequence: Sequence, nodes: int) -> Budget:
+    """What may hang under the sequence's last token: accepted tokens plus the bonus must fit into its room."""
+    last = len(sequence.tokens) - 1
+    depth = min(sequence.room - 1, target.edge(last) - 1 - last)
+    return Budget(nodes, max(depth, 0), max(target.context - 1 - last, 0))

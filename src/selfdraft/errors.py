@@ -1,0 +1,45 @@
+"""The tree of errors. Everything below `SelfdraftError` is for the user and says what to do.
+
+SelfdraftError
+├── LoadError             the checkpoint cannot be used
+│   ├── UnsupportedModel  its architecture cannot be decoded exactly here
+│   └── MissingMasks      a method needs mask tokens that the checkpoint does not have
+├── RequestError          one request is wrong; nothing else is touched
+│   └── PromptTooLong     the prompt does not fit into the context
+├── OptionError           an option is unknown, out of range, or belongs to another method
+└── EngineError           a fault inside a step (NaN logits, no room); the engine stays usable
+"""
+
+from __future__ import annotations
+
+
+class SelfdraftError(Exception):
+    """Base of all errors meant for the user."""
+
+
+class LoadError(SelfdraftError):
+    """The checkpoint cannot be used."""
+
+
+class UnsupportedModel(LoadError):
+    """The architecture cannot be decoded exactly here."""
+
+
+class MissingMasks(LoadError):
+    """A drafter needs mask tokens that the target does not have."""
+
+
+class RequestError(SelfdraftError, ValueError):
+    """One request is wrong."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt does not fit into the context."""
+
+
+class OptionError(SelfdraftError, ValueError):
+    """An option is unknown, out of range, or belongs to another method."""
+
+
+class EngineError(SelfdraftError, RuntimeError):
+    """A fault inside a step; the engine itself stays usable."""

@@ -1,0 +1,1 @@
+"""The only room that knows transformers: any stock decoder as a Target."""

@@ -1,0 +1,222 @@
+"""The attention function that stock models are given: prefix from our cache, tree by parents.
+
+transformers calls it with the queries, keys and values of all new rows (after rotary embedding) and our per-call
+`Plan`; it writes keys and values into the cache and attends every span to its own slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfdraft.core.cache import KVCache
+from selfdraft.core.rows import Rows, Span
+from selfdraft.models.shapes import Shapes
+
+NAME = "selfdraft"
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """Rows that attend together: `lanes` layouts of one slot's keys, `width` query rows each.
+
+    `rows` [lanes * width] are flat row indices (padding repeats a row); `write` are the places of that list whose
+    answers count, `target` the flat rows they belong to. `keys` [lanes, length] gathers key places, None is the
+    cache as it lies. `places` [lanes, length] and `queries` [lanes, width] are positions, `sees` [lanes, width,
+    length] says who may see whom before any window.
+    """
+
+    slot: int
+    rows: Tensor
+    write: Tensor
+    target: Tensor
+    keys: Tensor | None
+    sees: Tensor
+    places: Tensor
+    queries: Tensor
+    masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @property
+    def lanes(self) -> int:
+        return self.sees.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.sees.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.sees.shape[2]
+
+    def mask(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask [lanes, 1, heads * width, length], heads of one group beneath each other."""
+        key = (window, heads, dtype)
+        if key not in self.masks:
+            sees = self.sees
+            if window is not None:
+                sees = sees & (self.places[:, None, :] > self.queries[:, :, None] - window)
+            mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, float("-inf"))
+            self.masks[key] = mask.repeat(1, heads, 1)[:, None]
+        return self.masks[key]
+
+
+@dataclass(eq=False, slots=True)
+class Plan:
+    """What one forward pass needs to know; travels to the attention function as a keyword argument."""
+
+    cache: KVCache
+    spans: tuple[Span, ...]
+    groups: list[Group]
+    calls: list[tuple[int, int | None]] = field(default_factory=list)
+    """(layer, window) of every attention call: how the adapter proves that all layers came through here."""
+    hidden: Tensor | None = None
+    """Hidden states entering a block, for views that leave or resume there (`view.py`)."""
+
+
+def make_plan(rows: Rows, cache: KVCache, shapes: Shapes, device: torch.device) -> Plan:
+    groups: list[Group] = []
+    for span in rows.spans:
+        if not shapes.canonical:
+            groups.append(_tree_group(span, range(span.size), 1, device))
+            continue
+        groups.append(_lane_group(span, shapes, device))
+        probes = range(span.pending + span.draft.candidates, span.size)
+        if len(probes):
+            groups.append(_tree_group(span, probes, shapes.rows, device))
+    return Plan(cache, rows.spans, groups)
+
+
+def _lane_group(span: Span, shapes: Shapes, device: torch.device) -> Group:
+    """Pending rows and candidates, each root-to-leaf path laid out as if it were a chain of known tokens.
+
+    The keys of a path stand at their positions, up to the end of the bucket: just the layout of plain decoding.
+    """
+    known = list(range(span.pending))
+    paths = [known + [span.pending + node for node in leaf] for leaf in span.draft.leaves()] or [known]
+    positions = span.positions
+    length = shapes.edge(max(positions[path[-1]] for path in paths), 0)
+    width = shapes.round_rows(max(len(path) for path in paths))
+    in_place = all(row == i for path in paths for i, row in enumerate(path))
+    keys = None
+    if not in_place:
+        keys = torch.arange(length).repeat(len(paths), 1)
+        for lane, path in enumerate(paths):
+            keys[lane, span.base : span.base + len(path)] = torch.tensor([span.base + row for row in path])
+    done: set[int] = set()
+    rows, write, target, queries = [], [], [], []
+    for lane, path in enumerate(paths):
+        padded = path + [path[0]] * (width - len(path))
+        rows += [span.start + row for row in padded]
+        queries.append([positions[row] for row in padded])
+        for place, row in enumerate(path):
+            if row not in done:
+                done.add(row)
+                write.append(lane * width + place)
+                target.append(span.start + row)
+    at = torch.tensor(queries, device=device)
+    places = torch.arange(length, device=device).expand(len(paths), length)
+    sees = places[:, None, :] <= at[:, :, None]
+    return Group(
+        span.slot,
+        torch.tensor(rows, device=device),
+        torch.tensor(write, device=device),
+        torch.tensor(target, device=device),
+        keys.to(device) if keys is not None else None,
+        sees,
+        places,
+        at,
+    )
+
+
+def _tree_group(span: Span, chosen: SequenceOf[int], multiple: int, device: torch.device) -> Group:
+    """Rows as they lie, all of the span's rows as keys; a row sees the prefix and its own ancestors."""
+    positions = span.positions
+    sees = torch.zeros(len(chosen), span.base + span.size, dtype=torch.bool)
+    sees[:, : span.base] = True
+    ancestors = torch.zeros(span.size, span.size, dtype=torch.bool)
+    for row in range(span.size):
+        parent = row - 1 if row < span.pending else span.row(span.draft.parents[row - span.pending])
+        if parent >= 0:
+            ancestors[row] = ancestors[parent]
+        ancestors[row, row] = True
+    sees[:, span.base :] = ancestors[chosen[0] : chosen[-1] + 1]
+    padding = -len(chosen) % multiple
+    padded = [*chosen, *([chosen[0]] * padding)]
+    sees = torch.cat([sees, sees[:1].expand(padding, -1)])
+    rows = torch.tensor([span.start + row for row in padded], device=device)
+    places = torch.tensor([*range(span.base), *positions], device=device)[None]
+    queries = torch.tensor([positions[row] for row in padded], device=device)[None]
+    write = torch.arange(len(chosen), device=device)
+    return Group(span.slot, rows, write, rows[: len(chosen)], None, sees[None].to(device), places, queries)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    selfdraft: Plan | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Registered with transformers under NAME. Queries [1, heads, n, dim] -> ([1, n, heads, dim], None)."""
+    assert selfdraft is not None, "only the adapter calls a model with this attention"
+    plan, layer = selfdraft, module.layer_idx
+    assert isinstance(layer, int)
+    plan.calls.append((layer, sliding_window))
+    for span in plan.spans:
+        rows = slice(span.start, span.start + span.size)
+        plan.cache.write(layer, span.slot, span.base, key[0, :, rows], value[0, :, rows])
+    heads, count, dim = query.shape[1:]
+    shared = heads // key.shape[1]  # query heads that read the same keys
+    grouped = query.view(key.shape[1], shared, count, dim)
+    scale = dim**-0.5 if scaling is None else scaling
+    out = query.new_zeros(count, heads, value.shape[-1])
+    for group in plan.groups:
+        keys, values = _keys(plan.cache, layer, group)
+        asked = grouped[:, :, group.rows].view(key.shape[1], shared, group.lanes, group.width, dim)
+        asked = asked.permute(2, 0, 1, 3, 4).reshape(group.lanes, key.shape[1], shared * group.width, dim)
+        mask = group.mask(sliding_window, shared, query.dtype)
+        if softcap is None and s_aux is None:
+            said = F.scaled_dot_product_attention(asked, keys, values, mask, scale=scale)
+        else:
+            said = _plain(asked, keys, values, mask, scale, softcap, s_aux)
+        said = said.view(group.lanes, key.shape[1], shared, group.width, -1).permute(0, 3, 1, 2, 4)
+        said = said.reshape(group.lanes * group.width, heads, -1)
+        out[group.target] = said[group.write]
+    return out[None], None
+
+
+def _keys(cache: KVCache, layer: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Keys and values [lanes, heads, length, dim] of a group."""
+    keys, values = cache.view(layer, group.slot, group.length)
+    if group.keys is None:
+        return keys, values
+    keys, values = cache.view(layer, group.slot, cache.places)
+    return keys[0][:, group.keys].transpose(0, 1), values[0][:, group.keys].transpose(0, 1)
+
+
+def _plain(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention in plain words, for logit soft caps (Gemma 2) and attention sinks (one logit per head)."""
+    scores = query @ keys.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is not None:
+        lanes, heads, rows, _ = scores.shape
+        each = sinks.view(1, heads, -1, 1).repeat_interleave(rows // (sinks.numel() // heads), 2)
+        scores = torch.cat([scores, each.view(1, heads, rows, 1).expand(lanes, -1, -1, -1).to(scores.dtype)], -1)
+    weights = scores.softmax(-1, dtype=wide).to(query.dtype)
+    return weights[..., : keys.shape[2]] @ values

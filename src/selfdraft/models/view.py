@@ -1,0 +1,157 @@
+"""Views of a stock model: the same modules and weights, arranged for one purpose. The model itself is never touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfdraft.errors import UnsupportedModel
+from selfdraft.models.attention import NAME, Plan
+from selfdraft.types import Skip
+
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe")
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in fresh module shells whose configuration asks for our attention function."""
+    configs: dict[int, Any] = {}
+
+    def fresh(module: nn.Module) -> nn.Module:
+        if not module._modules and not hasattr(module, "config"):
+            return module  # a leaf with weights only: shared
+        shell = shallow(module)
+        for name, child in module._modules.items():
+            if child is not None:
+                shell._modules[name] = fresh(child)
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            if id(config) not in configs:
+                configs[id(config)] = copy.deepcopy(config)
+                configs[id(config)]._attn_implementation_internal = NAME
+            shell.config = configs[id(config)]
+        return shell
+
+    view = fresh(model)
+    assert isinstance(view, PreTrainedModel)
+    return view
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """A new shell of one module: own dictionaries, same parameters, buffers and children."""
+    shell = type(module).__new__(type(module))
+    shell.__dict__ = dict(module.__dict__)
+    for name in ("_modules", "_parameters", "_buffers"):
+        shell.__dict__[name] = dict(module.__dict__[name])
+    return shell
+
+
+def blocks(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of decoder blocks. Errors: UnsupportedModel when there is none of `count` blocks."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and attention_of(module[0]) is not None:
+            return module
+    raise UnsupportedModel(f"{type(model).__name__} has no list of {count} decoder blocks that this adapter knows")
+
+
+def attention_of(block: nn.Module) -> str | None:
+    return next((name for name in ATTENTION_NAMES if name in block._modules), None)
+
+
+def mlp_of(block: nn.Module) -> str | None:
+    return next((name for name in MLP_NAMES if name in block._modules), None)
+
+
+def rearranged(view: PreTrainedModel, count: int, change: Callable[[int, nn.Module], nn.Module]) -> PreTrainedModel:
+    """A view whose block i is `change(i, block)`; everything else is shared with `view`."""
+    wanted = blocks(view, count)
+
+    def along(module: nn.Module) -> nn.Module:
+        if module is wanted:
+            return nn.ModuleList(change(i, block) for i, block in enumerate(wanted))
+        if not any(child is wanted for child in module.modules()):
+            return module
+        shell = shallow(module)
+        for name, child in module._modules.items():
+            if child is not None:
+                shell._modules[name] = along(child)
+        return shell
+
+    changed = along(view)
+    assert isinstance(changed, PreTrainedModel)
+    return changed
+
+
+def skipping(view: PreTrainedModel, count: int, skip: Skip) -> PreTrainedModel:
+    """A view in which the sublayers of `skip` add nothing to the residual stream (Draft & Verify, section 3.1)."""
+
+    def change(index: int, block: nn.Module) -> nn.Module:
+        no_attention, no_mlp = index in skip.attention, index in skip.mlp
+        if no_attention and no_mlp:
+            return Through(block)
+        if not (no_attention or no_mlp):
+            return block
+        shell = shallow(block)
+        if no_attention:
+            shell._modules[attention_of(block) or ""] = SilentAttention()
+        if no_mlp:
+            name = mlp_of(block)
+            if name is None:
+                raise UnsupportedModel(f"{type(block).__name__} has no MLP of its own that could be skipped")
+            shell._modules[name] = SilentMLP()
+        return shell
+
+    return rearranged(view, count, change)
+
+
+class Through(nn.Module):
+    """A whole block left out: the residual stream passes."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type  # some models pick the mask by it
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states
+
+
+class SilentAttention(nn.Module):
+    """An attention sublayer that adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class SilentMLP(nn.Module):
+    """An MLP sublayer that adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class Leaving(nn.Module):
+    """A block that notes the hidden states entering it in the call's plan, then runs as usual."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type
+
+    def forward(self, hidden_states: Tensor, *args: Any, selfdraft: Plan, **kwargs: Any) -> Any:
+        selfdraft.hidden = hidden_states
+        return self.block(hidden_states, *args, selfdraft=selfdraft, **kwargs)
+
+
+class Resuming(Leaving):
+    """A block that takes its hidden states from the call's plan instead of from the block before."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, selfdraft: Plan, **kwargs: Any) -> Any:
+        assert selfdraft.hidden is not None
+        return self.block(selfdraft.hidden, *args, selfdraft=selfdraft, **kwargs)

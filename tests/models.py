@@ -1,0 +1,65 @@
+"""Tiny random models and short ways to run them: what most tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from functools import cache
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from selfdraft.core.sequence import Sequence, open_sequence
+from selfdraft.drafters import build
+from selfdraft.engine.loop import Engine
+from selfdraft.models.adapter import HFTarget
+from selfdraft.models.shapes import Shapes
+from selfdraft.protocols import Drafter, Target
+from selfdraft.types import SamplingParams
+
+VOCAB = 61
+
+
+@cache
+def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCausalLM:
+    """A random 4-block LLaMA with grouped heads, sharp enough that its greedy text repeats itself now and then."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def tiny_target(dtype: torch.dtype = torch.float64, *, slots: int = 1, shapes: Shapes | None = None) -> HFTarget:
+    return HFTarget(tiny_llama(dtype), slots=slots, shapes=shapes or Shapes(4, 64))
+
+
+def run(
+    target: Target,
+    drafter: Drafter | str,
+    prompts: SequenceOf[SequenceOf[int]],
+    sampling: SamplingParams,
+    *,
+    slots: int = 1,
+    chunk: int = 256,
+    rows: int = 1024,
+    eos: frozenset[int] = frozenset(),
+) -> list[Sequence]:
+    """Decode all prompts to their end; prompt i uses seed + i."""
+    guesser = build(drafter, target) if isinstance(drafter, str) else drafter
+    engine = Engine(target, guesser, slots=slots, chunk=chunk, rows=rows)
+    sequences = [
+        open_sequence(prompt, sampling, seed=(sampling.seed or 0) + i, eos=eos, context=target.context)
+        for i, prompt in enumerate(prompts)
+    ]
+    for _ in engine.generate(sequences):
+        pass
+    return sequences
