@@ -1,1 +1,44 @@
 """Decode several tokens per forward pass with no second model; the text is exactly what it would have been."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from selfdraft.errors import SelfdraftError
+from selfdraft.types import SamplingParams, Skip, Stats
+
+if TYPE_CHECKING:
+    from selfdraft.drafters import build as load_drafter
+    from selfdraft.hf import generate
+    from selfdraft.llm import LLM, CompletionOutput, Piece, RequestOutput
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Piece",
+    "RequestOutput",
+    "SamplingParams",
+    "SelfdraftError",
+    "Skip",
+    "Stats",
+    "generate",
+    "load_drafter",
+]
+
+_LATE = {
+    "LLM": ("selfdraft.llm", "LLM"),
+    "CompletionOutput": ("selfdraft.llm", "CompletionOutput"),
+    "Piece": ("selfdraft.llm", "Piece"),
+    "RequestOutput": ("selfdraft.llm", "RequestOutput"),
+    "generate": ("selfdraft.hf", "generate"),
+    "load_drafter": ("selfdraft.drafters", "build"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names that need transformers are imported on first use, so that `selfdraft --help` answers at once."""
+    if name not in _LATE:
+        raise AttributeError(f"module 'selfdraft' has no attribute {name!r}")
+    module, attribute = _LATE[name]
+    return getattr(import_module(module), attribute)

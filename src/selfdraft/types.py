@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from selfdraft.errors import OptionError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FinishReason = Literal["stop", "length", "abort"]
-LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
+StoppingCriterion = Callable[[Sequence[int]], bool]
+"""(tokens: prompt and output so far) -> whether to stop here; asked after every token."""
+LogitsProcessor = Callable[[Sequence[int], "Tensor"], "Tensor"]
 """(tokens of this row's own path: prompt and output, logits [vocab]) -> logits [vocab]; must not keep state."""
 
 
@@ -39,6 +42,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Taken from the logit once per occurrence in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str, ...] = ()
+    """Words that must not appear in the output; the front door turns them into `bad_words_ids`."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not appear in the output."""
     allowed_token_ids: tuple[int, ...] | None = None
@@ -56,11 +61,12 @@ class SamplingParams:
     logprobs: int | None = None
     """Report log-probabilities of the raw logits: the chosen token's and the N likeliest."""
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "logits_processors"):
+        for name in ("stop", "stop_token_ids", "bad_words", "logits_processors", "stopping_criteria"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
         if self.allowed_token_ids is not None:
@@ -86,8 +92,8 @@ class SamplingParams:
             raise OptionError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         if any(not text for text in self.stop):
             raise OptionError("stop holds an empty string; it would stop before the first token")
-        if any(not word for word in self.bad_words_ids):
-            raise OptionError("bad_words_ids holds an empty sequence")
+        if any(not word for word in self.bad_words_ids) or any(not word.strip() for word in self.bad_words):
+            raise OptionError("bad_words holds an empty word")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise OptionError("allowed_token_ids is empty; give at least one token id or None")
         for token, bias in self.logit_bias.items():
@@ -102,6 +108,7 @@ class SamplingParams:
         """True when the target's choice is the argmax of the raw logits, whatever came before."""
         return self.greedy and not (
             self.logit_bias
+            or self.bad_words
             or self.bad_words_ids
             or self.allowed_token_ids is not None
             or self.min_tokens

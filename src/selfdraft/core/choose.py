@@ -13,16 +13,26 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel
+from selfdraft.errors import EngineError
 from selfdraft.types import Logprob, SamplingParams
 
 BANNED = float("-inf")
+NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words_ids, logit_bias or the processors"
 
 
 def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -> int:
-    """The token the target says, from processed scores [vocab]; `position` is where the token will stand."""
+    """The token the target says, from processed scores [vocab]; `position` is where the token will stand.
+
+    Errors: EngineError when the options of the request ban every token.
+    """
     if sampling.greedy:
-        return int(scores.argmax())
+        token = int(scores.argmax())
+        if scores[token] == BANNED:
+            raise EngineError(NOTHING_LEFT)
+        return token
     alive = torch.isfinite(scores).nonzero().squeeze(1)  # ascending, so ties go to the lowest id
+    if not len(alive):
+        raise EngineError(NOTHING_LEFT)
     noisy = scores[alive].double() + gumbel(seed, position, alive)
     return int(alive[noisy.argmax()])
 
@@ -42,7 +52,9 @@ def process(
         scores = processor(path, scores)
     if sampling.greedy:
         return scores
-    return _truncate(scores / sampling.temperature, sampling)
+    # the best score becomes 0, so that no temperature however small lifts it to infinity
+    coolest = max(sampling.temperature, torch.finfo(scores.dtype).tiny)
+    return _truncate((scores - scores.max()) / coolest, sampling)
 
 
 def _constrain(

@@ -18,10 +18,10 @@ def commit(sequence: Sequence, result: Result) -> int:
     for token in result.tokens:
         _append(sequence, result, emitted, token)
         emitted += 1
-        _check_stop(sequence, token)
+        _finish(sequence, token)
         if sequence.finished:
             break
-    if sequence.finished and sequence.stream is not None and not isinstance(sequence.stop_reason, str):
+    if sequence.finished and sequence.stream is not None:
         sequence.stream.flush()
     if emitted:
         accepted = min(emitted, len(result.path))
@@ -35,31 +35,45 @@ def _append(sequence: Sequence, result: Result, number: int, token: int) -> None
     sequence.sources.append(result.draft.sources[result.path[number]] if drafted else "target")
     if result.logprobs:
         sequence.logprobs.append(result.logprobs[number])
-    if sequence.stream is not None and token not in sequence.ends:
+
+
+def _finish(sequence: Sequence, token: int) -> None:
+    """Text and stop rules of the newest token.
+
+    Stops come before limits, so a stop at the very limit is still reported as a stop. A token that ends the output
+    has no text.
+    """
+    may_stop = sequence.written >= sequence.sampling.min_tokens
+    if may_stop and token in sequence.ends:
+        sequence.finish_reason, sequence.stop_reason = "stop", token
+        return
+    if sequence.stream is not None:
+        old = sequence.stream.size
         sequence.stream.push(token)
-
-
-def _check_stop(sequence: Sequence, token: int) -> None:
-    """Stops come before limits, so a stop at the very limit is still reported as a stop."""
-    if sequence.written >= sequence.sampling.min_tokens:
-        if token in sequence.ends:
-            sequence.finish_reason, sequence.stop_reason = "stop", token
+        if may_stop and _cut(sequence, old):
             return
-        if _stop_string(sequence):
-            return
-    if sequence.room <= 0:
+    if may_stop and any(stops(sequence.tokens) for stops in sequence.sampling.stopping_criteria):
+        sequence.finish_reason = "stop"
+    elif sequence.room <= 0:
         sequence.finish_reason = "length"
 
 
-def _stop_string(sequence: Sequence) -> bool:
-    """Cut the text at the first stop string it holds; of several that end in one token the earliest start wins."""
+def _cut(sequence: Sequence, old: int) -> bool:
+    """Cut the text at the first stop string that ends behind character `old`; of several the earliest start wins.
+
+    Those that ended before were looked at before: they came too early for `min_tokens`.
+    """
     stream = sequence.stream
-    if stream is None or not sequence.sampling.stop:
-        return False
-    places = [(stream.text.find(stop), stop) for stop in sequence.sampling.stop if stop in stream.text]
+    assert stream is not None
+    places = []
+    for stop in sequence.sampling.stop:
+        start = max(old - len(stop) + 1, 0)
+        place = stream.since(start).find(stop)
+        if place >= 0:
+            places.append((start + place, stop))
     if not places:
         return False
     place, stop = min(places)
-    stream.text = stream.text[: place + len(stop) * sequence.sampling.include_stop_str_in_output]
+    stream.cut(place + len(stop) * sequence.sampling.include_stop_str_in_output)
     sequence.finish_reason, sequence.stop_reason = "stop", stop
     return True

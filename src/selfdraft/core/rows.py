@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import ROOT, Draft
+from selfdraft.core.tree import EMPTY, ROOT, Draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +76,10 @@ def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
         spans.append(span)
     positions = [position for span in spans for position in span.positions]
     return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(answers))
+
+
+def chain_rows(items: SequenceOf[tuple[int, int, int]]) -> Rows:
+    """One row for each (slot, base, token): how a drafter walks its own chains, one pass per link."""
+    spans = tuple(Span(slot, base, i, 1, EMPTY, 1) for i, (slot, base, _) in enumerate(items))
+    tokens = torch.tensor([token for _, _, token in items])
+    return Rows(tokens, torch.tensor([base for _, base, _ in items]), spans, tuple(range(len(items))))

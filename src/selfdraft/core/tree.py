@@ -77,6 +77,7 @@ class Draft:
             self.parents + tuple(absolute),
             self.sources + (source,) * len(tokens),
             self.candidates,
+            self.scores + (0.0,) * len(tokens) if self.scores else (),
         )
 
     def children(self) -> dict[tuple[int, int], int]:

@@ -7,8 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
+from selfdraft.drafters.layer_skip import LayerSkip
+from selfdraft.drafters.lookahead import Lookahead
 from selfdraft.drafters.lookup import Lookup
 from selfdraft.drafters.none import NoDrafter
+from selfdraft.drafters.suffix import Suffix
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter, Target
 
@@ -17,6 +20,9 @@ Factory = Callable[..., Drafter]
 NAMES: dict[str, Factory] = {
     "none": NoDrafter,
     "lookup": Lookup,
+    "suffix": Suffix,
+    "lookahead": Lookahead,
+    "layer_skip": LayerSkip,
 }
 
 ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}
@@ -36,20 +42,26 @@ def options_of(factory: Factory) -> list[str]:
     return [name for name, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
-def build(name: str, target: Target, options: Mapping[str, object] | None = None) -> Drafter:
-    """The drafter `name` for a target. Errors: OptionError for an unknown name or option, or a value out of range."""
+def find(name: str, options: Mapping[str, object]) -> Factory:
+    """The class behind a name that takes these options. Errors: OptionError names what there is."""
     known = table()
     factory = known.get(ALIASES.get(name, name))
     if factory is None:
         near = difflib.get_close_matches(name, [*known, *ALIASES], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise OptionError(f"there is no drafter {name!r}{hint} There are: {', '.join(known)}")
-    for option in options or {}:
+    for option in options:
         if option not in options_of(factory):
             owners = [other for other, made in known.items() if option in options_of(made)]
             whose = f"it belongs to {', '.join(owners)}" if owners else "no drafter has it"
             takes = ", ".join(options_of(factory)) or "none"
             raise OptionError(f"drafter {name!r} has no option {option!r}: {whose}. Its options: {takes}")
+    return factory
+
+
+def build(name: str, target: Target, options: Mapping[str, object] | None = None) -> Drafter:
+    """The drafter `name` for a target. Errors: OptionError for an unknown name or option, or a value out of range."""
+    factory = find(name, options or {})
     try:
         return factory(target, **(options or {}))
     except TypeError as error:

@@ -10,6 +10,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 from selfdraft.engine import scheduler
 from selfdraft.engine.step import step
+from selfdraft.errors import PromptTooLong, RequestError
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import within
 
@@ -34,7 +35,16 @@ class Engine:
         self._free = list(range(slots))[::-1]
 
     def submit(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """Let a sequence wait for a slot; one that was aborted before is not run.
+
+        Errors: RequestError for an empty prompt, PromptTooLong for one that leaves no room for an answer.
+        """
+        if not sequence.tokens:
+            raise RequestError("the prompt is empty: give at least one token")
+        if sequence.room <= 0:
+            raise PromptTooLong(f"a prompt of {sequence.prompt_length} tokens leaves no room in {sequence.limit}")
+        if not sequence.finished:
+            self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; doing so twice, or after its end, changes nothing."""
@@ -45,20 +55,26 @@ class Engine:
         self._release()
 
     def advance(self) -> list[tuple[Sequence, Result]]:
-        """One step of whoever is next. When it raises, no sequence has moved and the engine stays usable."""
+        """One step of whoever is next.
+
+        When it raises the engine stays usable: no sequence has moved, or (a drafter that raises in `observe`) all
+        have, and those that are finished have left their slots.
+        """
         self.running += scheduler.admit(self.waiting, self._free)
         work = scheduler.plan(self.running, self.chunk, self.rows)
         if not work:
             return []
-        results = step(self.target, self.drafter, work, self.nodes)
-        self._release()
+        try:
+            results = step(self.target, self.drafter, work, self.nodes)
+        finally:
+            self._release()
         return [(sequence, result) for (sequence, _), result in zip(work, results, strict=True)]
 
     def generate(self, sequences: SequenceOf[Sequence]) -> Iterator[tuple[Sequence, Result]]:
         """Run a closed set to its end, step by step. Leaving early (break, exception) aborts what is left."""
-        for sequence in sequences:
-            self.submit(sequence)
         try:
+            for sequence in sequences:
+                self.submit(sequence)
             while not all(sequence.finished for sequence in sequences):
                 yield from self.advance()
         finally:

@@ -30,13 +30,13 @@ def share(sequence: Sequence, chunk: int) -> int:
 def plan(running: SequenceOf[Sequence], chunk: int, rows: int) -> list[tuple[Sequence, int]]:
     """The sequences of the next step with their shares: all that decode, then prefills while `rows` last.
 
-    At least one sequence goes, so every step makes progress.
+    The first prefill always goes, however few rows are left: whoever decodes cannot keep a long prompt waiting.
     """
     shares = [(sequence, share(sequence, chunk)) for sequence in running]
     work = [(sequence, size) for sequence, size in shares if size == 1]
-    left = rows - len(work)
+    decoding, left = len(work), rows - len(work)
     for sequence, size in shares:
-        if size > 1 and (size <= left or not work):
+        if size > 1 and (size <= left or len(work) == decoding):
             work.append((sequence, size))
             left -= size
     return work

@@ -24,13 +24,10 @@ def step(target: Target, drafter: Drafter, work: SequenceOf[tuple[Sequence, int]
     """
     sequences = [sequence for sequence, _ in work]
     ready = [sequence for sequence in sequences if len(sequence.tokens) - sequence.cached == 1]
-    proposed = drafter.draft(ready, [budget(target, sequence, nodes) for sequence in ready]) if ready else []  # 1 guess
-    clipped = [
-        draft.clip(budget(target, sequence, nodes), target.vocab, target.masks)
-        for sequence, draft in zip(ready, proposed, strict=True)
-    ]
-    drafts = dict(zip(ready, clipped, strict=True))
-    rows = pack([(s, share, drafts[s][0] if s in drafts else EMPTY) for s, share in work])  # 2 lay out the rows
+    budgets = [budget(target, sequence, nodes) for sequence in ready]
+    proposed = dict(zip(ready, drafter.draft(ready, budgets) if ready else (), strict=True))  # 1 guess
+    clipped = {s: proposed[s].clip(b, target.vocab, target.masks) for s, b in zip(ready, budgets, strict=True)}
+    rows = pack([(s, share, clipped[s][0] if s in clipped else EMPTY) for s, share in work])  # 2 lay out the rows
     logits = target.forward(rows)  # 3 one pass
     results = verify(rows, logits, sequences)  # 4 follow what the target chooses
     for (sequence, share), span, result in zip(work, rows.spans, results, strict=True):
@@ -38,9 +35,8 @@ def step(target: Target, drafter: Drafter, work: SequenceOf[tuple[Sequence, int]
         accepted = [span.row(node) for node in result.path[: max(emitted - 1, 0)]]
         target.keep(sequence.slot, sequence.cached, [*range(share), *accepted])  # 6 remember those rows
         sequence.cached += share + len(accepted)
-    for sequence, draft in zip(ready, proposed, strict=True):
-        result = results[sequences.index(sequence)]
-        result.proposed, result.nodes = draft, drafts[sequence][1]
+        if sequence in clipped:
+            result.proposed, result.nodes = proposed[sequence], clipped[sequence][1]
     drafter.observe(sequences, results)  # 7 let the drafter see how it did
     return results
 

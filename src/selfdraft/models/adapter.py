@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,18 +15,32 @@ from selfdraft.core.cache import KVCache
 from selfdraft.core.rows import Rows
 from selfdraft.errors import OptionError
 from selfdraft.models import view
-from selfdraft.models.attention import NAME, attend, make_plan
+from selfdraft.models.attention import NAME, Plan, attend, make_plan
+from selfdraft.models.reuse import EarlyStates, unknown_part
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import Skip
 
 AttentionInterface.register(NAME, attend)  # transformers' own table of attention functions: adds a name, changes none
 
 
+@dataclass(frozen=True, slots=True)
+class Exactness:
+    """How equal drafted and plain text are here: 'bitwise' (same logits) or 'token' (same text up to near-ties)."""
+
+    level: Literal["bitwise", "token"]
+    why: str
+    """What was probed, or what stands in the way."""
+
+
+UNPROBED = Exactness("token", "nothing was probed")
+
+
 class HFTarget:
     """A stock model and its memory of every slot. See `selfdraft.protocols.Target`.
 
     `model` is used through a view and never touched. `shapes` sets the exactness level (`shapes.py`).
-    `mask_embeddings` [masks, hidden] are the learned placeholder tokens, if any.
+    `mask_embeddings` [masks, hidden] are the learned placeholder tokens, if any. `exactness` is what the one who chose
+    the shapes knows about them. `last` is the plan of the last forward pass.
     """
 
     def __init__(
@@ -34,12 +51,16 @@ class HFTarget:
         context: int | None = None,
         shapes: Shapes = NATURAL,
         mask_embeddings: Tensor | None = None,
+        exactness: Exactness = UNPROBED,
     ) -> None:
         self.config = model.config.get_text_config()
         self.shapes = shapes
         self.slots = slots
+        self.exactness = exactness
+        self.last: Plan | None = None
         self._view = view.clone(model).eval()
-        self._skipping: dict[Skip, PreTrainedModel] = {}
+        self._views: dict[object, PreTrainedModel] = {}
+        self._early = EarlyStates()
         self._context = context or context_of(model)
         self._masks = mask_embeddings
         self._device = next(model.parameters()).device
@@ -64,38 +85,71 @@ class HFTarget:
     def edge(self, position: int) -> int:
         return self.shapes.edge(position, self._context)
 
+    @torch.inference_mode()  # the cache was made in it and may only be written in it
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         self.cache.keep(slot, base, order)
 
     @torch.inference_mode()
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
         self._make_room(rows)
-        plan = make_plan(rows, self.cache, self.shapes, self._device)
+        if skip is None:
+            return self._full(rows)
+        logits, plan = self._run(self.view(skip), rows)
+        if plan.hidden is not None:
+            self._early.note(rows, plan.hidden[0], skip.first)
+        return logits
+
+    def _full(self, rows: Rows) -> Tensor:
+        """All blocks for all rows; what a drafting pass has computed of the first blocks is taken from there."""
+        block = self._early.block
+        known = self._early.take(rows)
+        if not known:
+            return self._run(self._view, rows)[0]
+        hidden: dict[int, Tensor] = dict(known)
+        left = unknown_part(rows, known)
+        if left is not None:
+            _, plan = self._run(self._cut("first", block, view.leaving), left)
+            assert plan.hidden is not None
+            places = [row for row in range(len(rows)) if row not in known]
+            hidden |= dict(zip(places, plan.hidden[0], strict=False))
+        states = torch.stack([hidden[row] for row in range(len(rows))])
+        return self._run(self._cut("rest", block, view.resuming), rows, states)[0]
+
+    def _run(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Plan]:
+        """One pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
+        plan = self.last = make_plan(rows, self.cache, self.shapes, self._device)
         padding = self.shapes.round_rows(len(rows)) - len(rows)
         tokens = torch.nn.functional.pad(rows.tokens, (0, padding))[None].to(self._device)
         positions = torch.nn.functional.pad(rows.positions, (0, padding))[None].to(self._device)
+        if hidden is not None:
+            plan.hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))[None]
         asked = list(rows.answers)
         asked += [0] * (self.shapes.round_rows(len(asked)) - len(asked))
-        output = self.view(skip)(
+        output = model(
             **self._inputs(tokens),
             position_ids=positions,
             use_cache=False,
             logits_to_keep=torch.tensor(asked, dtype=torch.int64, device=self._device),
             selfdraft=plan,
         )
-        logits: Tensor = output.logits[0, : len(rows.answers)]
-        return logits
+        return output.logits[0, : len(rows.answers)], plan
 
-    def view(self, skip: Skip | None) -> PreTrainedModel:
-        """The model with the sublayers of `skip` left out; made once per set."""
-        if skip is None or not (skip.attention or skip.mlp):
-            return self._view
-        if skip not in self._skipping:
+    def view(self, skip: Skip) -> PreTrainedModel:
+        """The model with the sublayers of `skip` left out; it notes the states entering the first of them."""
+        if skip not in self._views:
             outside = [i for i in skip.attention | skip.mlp if not 0 <= i < self.layers]
             if outside:
                 raise OptionError(f"block {outside[0]} cannot be skipped: the model has blocks 0 to {self.layers - 1}")
-            self._skipping[skip] = view.skipping(self._view, self.layers, skip)
-        return self._skipping[skip]
+            short = view.skipping(self._view, self.layers, skip)
+            self._views[skip] = view.noting(short, self.layers, skip.first) if skip.first else short
+        return self._views[skip]
+
+    def _cut(
+        self, part: str, block: int, make: Callable[[PreTrainedModel, int, int], PreTrainedModel]
+    ) -> PreTrainedModel:
+        if (part, block) not in self._views:
+            self._views[part, block] = make(self._view, self.layers, block)
+        return self._views[part, block]
 
     def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
         """Token ids [1, n], or embeddings [1, n, hidden] where mask ids are among them."""
@@ -111,10 +165,27 @@ class HFTarget:
 
 
 def context_of(model: PreTrainedModel) -> int:
-    """Most positions the model has; transformers names it differently from family to family."""
+    """Most positions the model has; transformers names it differently from family to family.
+
+    Rotary frequencies that depend on the current length ('dynamic', 'longrope') would make old keys wrong as the text
+    grows; they are constant up to a first length, and that is the context then.
+    """
     config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        value = getattr(config, name, None)
-        if value:
-            return int(value)
-    return 2048
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    most = next((int(value) for name in names if (value := getattr(config, name, None))), 2048)
+    for rope in ropes_of(config):
+        if rope.get("rope_type") in GROWING:
+            first = rope.get("original_max_position_embeddings")
+            first = first or getattr(config, "original_max_position_embeddings", None)
+            most = min(most, int(first or most))
+    return most
+
+
+GROWING = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the current length."""
+
+
+def ropes_of(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a text configuration: one, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [each for each in rope.values() if isinstance(each, dict)] or [rope]

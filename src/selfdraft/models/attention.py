@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from selfdraft.core.cache import KVCache
 from selfdraft.core.rows import Rows, Span
+from selfdraft.errors import UnsupportedModel
 from selfdraft.models.shapes import Shapes
 
 NAME = "selfdraft"
@@ -168,8 +169,12 @@ def attend(
     selfdraft: Plan | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Registered with transformers under NAME. Queries [1, heads, n, dim] -> ([1, n, heads, dim], None)."""
-    assert selfdraft is not None, "only the adapter calls a model with this attention"
+    """Registered with transformers under NAME. Queries [1, heads, n, dim] -> ([1, n, heads, dim], None).
+
+    Errors: UnsupportedModel when the plan did not arrive.
+    """
+    if selfdraft is None:
+        raise UnsupportedModel(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
     plan, layer = selfdraft, module.layer_idx
     assert isinstance(layer, int)
     plan.calls.append((layer, sliding_window))

@@ -49,7 +49,7 @@ def probe_rows(model: nn.Module, most: int = LARGEST) -> int | None:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            seen.setdefault((type(module), *weight.shape, weight.dtype), module)
+            seen.setdefault((type(module), _width(module), *weight.shape, weight.dtype), module)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     layers = [(module, _width(module)) for module in seen.values()]
     for multiple in MULTIPLES:

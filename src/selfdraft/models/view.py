@@ -15,7 +15,10 @@ from selfdraft.models.attention import NAME, Plan
 from selfdraft.types import Skip
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "fc2")
+"""OPT has its MLP as two bare layers: silencing the second one silences it."""
+PAIRED = ("GptOssMLP",)
+"""MLPs whose block unpacks (hidden states, router scores)."""
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
@@ -23,8 +26,8 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     configs: dict[int, Any] = {}
 
     def fresh(module: nn.Module) -> nn.Module:
-        if not module._modules and not hasattr(module, "config"):
-            return module  # a leaf with weights only: shared
+        if not (module._modules or hasattr(module, "config") or module.training):
+            return module  # a leaf with weights only: shared (one in training mode is not: views are set to eval)
         shell = shallow(module)
         for name, child in module._modules.items():
             if child is not None:
@@ -103,7 +106,7 @@ def skipping(view: PreTrainedModel, count: int, skip: Skip) -> PreTrainedModel:
             name = mlp_of(block)
             if name is None:
                 raise UnsupportedModel(f"{type(block).__name__} has no MLP of its own that could be skipped")
-            shell._modules[name] = SilentMLP()
+            shell._modules[name] = SilentMLP(block._modules[name])
         return shell
 
     return rearranged(view, count, change)
@@ -131,11 +134,34 @@ class SilentAttention(nn.Module):
 class SilentMLP(nn.Module):
     """An MLP sublayer that adds nothing."""
 
-    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def __init__(self, mlp: nn.Module | None) -> None:
+        super().__init__()
+        self.width = getattr(mlp, "out_features", None)  # only a bare layer has it
+        self.paired = type(mlp).__name__ in PAIRED
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor, None]:
+        silence = hidden_states.new_zeros(*hidden_states.shape[:-1], self.width or hidden_states.shape[-1])
+        return (silence, None) if self.paired else silence
 
 
-class Leaving(nn.Module):
+def noting(view: PreTrainedModel, count: int, block: int) -> PreTrainedModel:
+    """The view, noting the hidden states that enter `block` in the plan of the call."""
+    return rearranged(view, count, lambda i, old: Noting(old) if i == block else old)
+
+
+def leaving(view: PreTrainedModel, count: int, block: int) -> PreTrainedModel:
+    """Only the blocks before `block`; the states that would enter it are in the plan afterwards."""
+    return rearranged(
+        view, count, lambda i, old: old if i < block else Noting(Through(old)) if i == block else Through(old)
+    )
+
+
+def resuming(view: PreTrainedModel, count: int, block: int) -> PreTrainedModel:
+    """Only `block` and those behind it, starting from the states in the plan."""
+    return rearranged(view, count, lambda i, old: Through(old) if i < block else Resuming(old) if i == block else old)
+
+
+class Noting(nn.Module):
     """A block that notes the hidden states entering it in the call's plan, then runs as usual."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -149,7 +175,7 @@ class Leaving(nn.Module):
         return self.block(hidden_states, *args, selfdraft=selfdraft, **kwargs)
 
 
-class Resuming(Leaving):
+class Resuming(Noting):
     """A block that takes its hidden states from the call's plan instead of from the block before."""
 
     def forward(self, hidden_states: Tensor, *args: Any, selfdraft: Plan, **kwargs: Any) -> Any:

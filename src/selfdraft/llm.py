@@ -1,0 +1,311 @@
+"""The front door: puts target, drafter and engine together.
+
+from selfdraft import LLM, SamplingParams
+llm = LLM("path/to/checkpoint", drafter="lookup")
+print(llm.generate("def add(a, b):", SamplingParams(max_tokens=64))[0].outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from selfdraft.core.sequence import Sequence, open_sequence
+from selfdraft.core.text import TextStream
+from selfdraft.drafters import build, find
+from selfdraft.engine.loop import Engine
+from selfdraft.errors import OptionError, PromptTooLong, RequestError
+from selfdraft.models import load
+from selfdraft.models.pocket import POCKET
+from selfdraft.models.stock import Model, Tokenizer
+from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats
+
+Prompt = str | SequenceOf[int]
+Message = Mapping[str, str]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer. `sources[i]` says who proposed token i: a drafter's name, or 'target'."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    sources: tuple[str, ...]
+    logprobs: tuple[Logprob, ...]
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answers to one prompt, in order of their index."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added to a stream: tokens with their sources, and the text that is certain by now.
+
+    Texts of all pieces add up to the text of the answer; a piece may have tokens and no text yet.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    sources: tuple[str, ...]
+    finish_reason: FinishReason | None
+    output: CompletionOutput
+    """The answer so far."""
+
+
+class LLM:
+    """A model, a drafter and an engine.
+
+    `model`: a local folder, a hub name, 'pocket' (the model inside this package), or a loaded transformers model.
+    `drafter`: a name of `selfdraft.drafters.table()`; `speculative_config` adds its options, and may name it by
+    `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain decoding have
+    the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes natural shapes.
+    Errors: LoadError, OptionError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        drafter: str | None = None,
+        speculative_config: Mapping[str, object] | None = None,
+        dtype: str = "auto",
+        tokenizer: Tokenizer | None = None,
+        exactness: Literal["bitwise", "token"] = "bitwise",
+        max_num_seqs: int = 16,
+        max_model_len: int | None = None,
+        prefill_chunk: int = 256,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if isinstance(model, str | Path):
+            path = POCKET if model == "pocket" else model
+            self.model = load.load_model(path, dtype=pick_dtype(dtype), trust_remote_code=trust_remote_code)
+            self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
+        else:
+            self.model, self.tokenizer = model, tokenizer
+        self.target = load.open_target(self.model, slots=max_num_seqs, exactness=exactness, context=max_model_len)
+        self.exactness = self.target.exactness
+        self.eos = load.eos_ids(self.model, self.tokenizer)
+        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
+        self.drafter_name, self._options = drafter_of(drafter, speculative_config)
+        self.engine = self._engine(self.drafter_name, self._options)
+        self.stats = Stats()
+        """Counts over all requests so far."""
+
+    def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
+        return Engine(self.target, build(drafter, self.target, options), **self._sizes)
+
+    def engine_for(self, drafter: str | None, speculative_config: Mapping[str, object] | None = None) -> Engine:
+        """Another engine over the same target, for comparisons; do not run two at the same moment."""
+        return self._engine(*drafter_of(drafter, speculative_config))
+
+    def use(self, drafter: str | None = None, speculative_config: Mapping[str, object] | None = None) -> None:
+        """Change the drafter; model, cache and exactness stay."""
+        name, options = drafter_of(drafter, speculative_config)
+        self.engine = self._engine(name, options)
+        self.drafter_name, self._options = name, options
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts, batched. A prompt is text or token ids; one params for all, or one for each.
+
+        Errors: RequestError names the prompt by number; then none of them was run.
+        """
+        batch = _as_batch(prompts)
+        params = _spread(sampling_params, len(batch))
+        requests = [self.requests(prompt, p, i) for i, (prompt, p) in enumerate(zip(batch, params, strict=True))]
+        sequences = [sequence for request in requests for sequence in request]
+        for _ in self.engine.generate(sequences):
+            pass
+        for sequence in sequences:
+            self.stats.add(sequence.stats)
+        return [
+            RequestOutput(
+                prompt if isinstance(prompt, str) else None,
+                tuple(request[0].tokens[: request[0].prompt_length]),
+                tuple(_completion(i, sequence) for i, sequence in enumerate(request)),
+            )
+            for prompt, request in zip(batch, requests, strict=True)
+        ]
+
+    def chat(self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation ({'role', 'content'} each) through the checkpoint's chat template."""
+        return self.generate([self.render(messages)], sampling_params)[0]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Answer one prompt piece by piece, a piece a step. Closing the iterator aborts the request."""
+        sampling = sampling_params or SamplingParams()
+        if sampling.n != 1:
+            raise RequestError(f"n={sampling.n}: a stream carries one answer; use generate for more")
+        (sequence,) = self.requests(prompt, sampling, 0)
+        shown = written = 0
+        try:
+            for _ in self.engine.generate([sequence]):
+                text = self._shown(sequence)
+                yield Piece(
+                    text[shown:],
+                    tuple(sequence.output[written:]),
+                    tuple(sequence.sources[written:]),
+                    sequence.finish_reason,
+                    _completion(0, sequence),
+                )
+                shown, written = len(text), sequence.written
+        finally:
+            self.stats.add(sequence.stats)
+
+    def render(self, messages: SequenceOf[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn. Errors: RequestError."""
+        tokenizer = self._needs_tokenizer("chat messages")
+        if not getattr(tokenizer, "chat_template", None):
+            raise RequestError("this checkpoint has no chat template; give a plain prompt instead of messages")
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return [int(token) for token in ids]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; ids are checked and passed on. Errors: RequestError."""
+        if isinstance(prompt, str):
+            ids = self._needs_tokenizer("a text prompt")(prompt)["input_ids"]
+        else:
+            ids = [int(token) for token in prompt]
+        outside = next((token for token in ids if not 0 <= token < self.target.vocab), None)
+        if outside is not None:
+            raise RequestError(f"token id {outside} is outside the vocabulary of {self.target.vocab}")
+        return list(ids)
+
+    def decode(self, tokens: SequenceOf[int]) -> str:
+        """Text of tokens; special tokens are left out."""
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def requests(self, prompt: Prompt, sampling: SamplingParams, number: int) -> list[Sequence]:
+        """The n sequences of one prompt, checked and ready for an engine. Errors: RequestError."""
+        tokens = self.encode(prompt)
+        if not tokens:
+            raise RequestError(f"prompt {number} is empty: give at least one token")
+        if len(tokens) >= self.target.context:
+            raise PromptTooLong(
+                f"prompt {number} has {len(tokens)} tokens; the context of {self.target.context} leaves room for "
+                f"{self.target.context - 1} and an answer: shorten the prompt"
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+        outside = [t for t in (*sampling.logit_bias, *(sampling.allowed_token_ids or ())) if t >= self.target.vocab]
+        if outside:
+            raise RequestError(f"token id {outside[0]} in the sampling options is outside {self.target.vocab} tokens")
+        if sampling.bad_words:
+            sampling = replace(sampling, bad_words=(), bad_words_ids=self._bad_words(sampling))
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        return [
+            open_sequence(
+                tokens,
+                replace(sampling, n=1),
+                seed=seed + i,
+                eos=self.eos,
+                context=self.target.context,
+                stream=TextStream(self.decode) if self.tokenizer is not None else None,
+            )
+            for i in range(sampling.n)
+        ]
+
+    def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the bad words, as they are written at the start of a text and after a space."""
+        tokenizer = self._needs_tokenizer("bad_words")
+        spellings = [form for word in sampling.bad_words for form in (word.strip(), " " + word.strip())]
+        ids = {tuple(tokenizer(form, add_special_tokens=False)["input_ids"]) for form in spellings}
+        return (*sampling.bad_words_ids, *sorted(ids))
+
+    def _shown(self, sequence: Sequence) -> str:
+        """The text that no later token can take back."""
+        if sequence.stream is None:
+            return ""
+        settled = None if sequence.finished else sequence.stream.settled(sequence.sampling.stop)
+        return sequence.stream.text[:settled]
+
+    def _needs_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"{what} needs a tokenizer: pass LLM(..., tokenizer=...) or give token ids")
+        return self.tokenizer
+
+
+def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
+    """Name and options out of the two ways to give them. Errors: OptionError when they disagree."""
+    options = dict(config or {})
+    method = options.pop("method", None)
+    if method is not None and not isinstance(method, str):
+        raise OptionError(f"method={method!r} in the speculative config is not a name")
+    if method and drafter and method != drafter:
+        raise OptionError(f"drafter {drafter!r} and method {method!r} of the speculative config disagree")
+    if options and not (method or drafter):
+        raise OptionError(f'the speculative config names no method; add {{"method": ...}} to {sorted(options)}')
+    return drafter or method or "lookup", options
+
+
+def check_drafter(drafter: str | None, config: Mapping[str, object] | None) -> None:
+    """Names of drafter and options, checked before a model is loaded. Errors: OptionError."""
+    find(*drafter_of(drafter, config))
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The dtype to load in; None is the checkpoint's own.
+
+    'auto' is the checkpoint's own too, but float32 on a CPU without bfloat16 units: there bfloat16 products are
+    emulated, and every further row costs as much as the first.
+    """
+    if name == "auto":
+        slow = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
+        return torch.float32 if slow else None
+    if name not in DTYPES:
+        raise OptionError(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _as_batch(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if not items:
+        raise RequestError("there is no prompt; give a text, token ids, or a list of either")
+    if all(isinstance(item, int) for item in items):
+        return [[int(item) for item in items if isinstance(item, int)]]
+    return [item for item in items if not isinstance(item, int)]
+
+
+def _spread(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling params for {count} prompts; give one, or one for each")
+    return list(params)
+
+
+def _completion(index: int, sequence: Sequence) -> CompletionOutput:
+    return CompletionOutput(
+        index,
+        sequence.stream.text if sequence.stream is not None else "",
+        tuple(sequence.output),
+        tuple(sequence.sources),
+        tuple(sequence.logprobs),
+        sequence.finish_reason,
+        sequence.stop_reason,
+        sequence.stats,
+    )

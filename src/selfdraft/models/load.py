@@ -1,0 +1,353 @@
+"""Checkpoint to Target: load a folder or hub name, refuse what cannot be decoded exactly, prove the rest.
+
+A model is never trusted by its name. It is refused for what its configuration says, then a few tokens go through the
+adapter and are compared with the stock model's own forward pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from selfdraft.core.rows import pack
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.errors import LoadError, OptionError, UnsupportedModel
+from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
+from selfdraft.models.shapes import LARGEST, MULTIPLES, NATURAL, Shapes, probe_rows
+from selfdraft.types import SamplingParams
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""Weight files that run code when they are read; never opened."""
+ATTENDING = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers whose whole memory is keys and values at positions."""
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Largest error in the proof, relative to the spread of the logits: rounding is far below, a wrong mask far above.
+
+float64 is not taken at its word: some stock attention takes its softmax in float32.
+"""
+COARSE = 0.3
+"""The same where rounding may flip a whole expert or an integer activation."""
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model from a local folder or a hub name, in eval mode, out of safetensors only.
+
+    `dtype` None is the checkpoint's own; a checkpoint with a `quantization_config` loads as it is.
+    Errors: LoadError says what is wrong with which folder or name, and the way out.
+    """
+    where = _place(path)
+    local = Path(where).is_dir()
+    if local:
+        _check_folder(Path(where), trust_remote_code)
+    with _blaming(where):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=local)
+    check_config(config)
+    if getattr(config, "quantization_config", None) is not None:
+        dtype = None
+    with _blaming(where):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local,
+        )
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Errors: LoadError when there is none."""
+    where = _place(path)
+    folder = Path(where)
+    # transformers makes an empty tokenizer for some families when there is no file at all
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise LoadError(f"{where}: no tokenizer (tokenizer.json is missing); copy it there, or pass tokenizer=...")
+    with _blaming(where, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            where, trust_remote_code=trust_remote_code, local_files_only=folder.is_dir()
+        )
+    return tokenizer
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Token ids that end a text: of the generation config, else of the config, else of the tokenizer."""
+    config = model.config.get_text_config()
+    for owner in (getattr(model, "generation_config", None), config, tokenizer):
+        found = getattr(owner, "eos_token_id", None)
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else map(int, found))
+    return frozenset()
+
+
+def open_target(
+    model: PreTrainedModel,
+    *,
+    slots: int,
+    exactness: Literal["bitwise", "token"] = "bitwise",
+    context: int | None = None,
+    mask_embeddings: Tensor | None = None,
+) -> HFTarget:
+    """A proven target with `slots` slots of at most `context` tokens (None: what the model has).
+
+    `target.exactness` says which level was reached, which may be below the one asked for, and why.
+    Errors: UnsupportedModel; OptionError when `context` is longer than the model's.
+    """
+    check_supported(model)
+    most = context_of(model)
+    if context is not None and not 1 <= context <= most:
+        growing = any(rope.get("rope_type") in GROWING for rope in ropes_of(model.config.get_text_config()))
+        why = "; its rotary frequencies change beyond that, and with them the keys of old tokens" if growing else ""
+        error = UnsupportedModel if growing else OptionError
+        raise error(f"context={context}: this model has 1 to {most} positions here{why}")
+    shapes, level = _pick_shapes(model, exactness)
+    target = HFTarget(
+        model, slots=slots, context=context, shapes=shapes, mask_embeddings=mask_embeddings, exactness=level
+    )
+    prove(target, model)
+    return target
+
+
+def _pick_shapes(model: PreTrainedModel, exactness: Literal["bitwise", "token"]) -> tuple[Shapes, Exactness]:
+    if exactness == "token":
+        return NATURAL, Exactness("token", "asked for")
+    if exactness != "bitwise":
+        raise OptionError(f"exactness={exactness!r} is unknown; there are 'bitwise' and 'token'")
+    if has_experts(model):
+        return NATURAL, Exactness("token", "each expert sees as many rows as are sent to it, and that number varies")
+    if mixes_rows(model):
+        why = "LLM.int8() picks outlier columns over all rows of a pass; llm_int8_threshold=0 makes rows independent"
+        return NATURAL, Exactness("token", why)
+    multiple = probe_rows(model)
+    if multiple is None:
+        why = f"some linear layer rounds differently for other row counts, even in multiples of {MULTIPLES[-1]}"
+        return NATURAL, Exactness("token", why)
+    why = f"every linear layer gave one row the same bits among up to {LARGEST} rows, in multiples of {multiple}"
+    return Shapes(multiple, 64), Exactness("bitwise", why)
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """True for a mixture of experts."""
+    return any(name.endswith("experts") or "Experts" in type(m).__name__ for name, m in model.named_modules())
+
+
+def mixes_rows(model: PreTrainedModel) -> bool:
+    """True when a layer of bitsandbytes treats columns apart in which any row of the pass has an outlier.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2. The probe of shapes cannot see it: its rows have no outliers.
+    """
+    states = (getattr(module, "state", None) for module in model.modules())
+    return any(getattr(state, "threshold", 0.0) > 0.0 for state in states)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse what cannot be decoded exactly, for what it says of itself. Errors: UnsupportedModel names the cause."""
+    check_config(model.config)
+    name = type(model).__name__
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModel(f"{name} keeps a recurrent state, which cannot be rewound to an earlier token")
+    text = model.config.get_text_config()
+    if getattr(text, "alibi", False) is True:
+        raise UnsupportedModel(f"{name} puts positions into the attention mask (ALiBi), which is not supported")
+    if not any(getattr(module, "_supports_attention_backend", False) for module in model.modules()):
+        raise UnsupportedModel(
+            f"{name} does not use the attention interface of transformers; another function can't go in"
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if dtype == torch.float64 and has_experts(model):
+        raise UnsupportedModel(f"{name} has experts, which transformers does not compute in float64; use float32")
+
+
+def check_config(config: Any) -> None:
+    """The part of `check_supported` that needs no weights. Errors: UnsupportedModel."""
+    kind = getattr(config, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{kind!r} is an encoder-decoder model; only decoder-only models can be decoded here")
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    chunk = getattr(text, "attention_chunk_size", None)
+    if "chunked_attention" in kinds or (chunk and not kinds):
+        raise UnsupportedModel(f"{kind!r} attends in chunks of {chunk} tokens, which is not supported")
+    if odd := sorted(kinds - ATTENDING):
+        raise UnsupportedModel(
+            f"{kind!r} has layers of type {odd[0]!r}, whose state cannot be rewound to an earlier token"
+        )
+
+
+def prove(target: HFTarget, model: PreTrainedModel) -> None:
+    """Run a prompt, a two-branch tree and one more row through `target` and compare with the stock forward pass.
+
+    Slot 0 holds rubbish afterwards, which nobody remembers. Errors: UnsupportedModel says what differs.
+    """
+    name = type(model).__name__
+    draw = torch.Generator().manual_seed(5)
+    size = _prompt_size(model)
+    ids = torch.randint(0, target.vocab, (size + 5,), generator=draw).tolist()
+    sequence = Sequence(ids[:size], size, SamplingParams(), slot=0)
+    left, right = ids[size + 1], (ids[size + 1] + 1) % target.vocab
+    draft = Draft((left, right, ids[size + 2]), (-1, -1, 1), ("",) * 3, 3)
+    try:
+        said = [_pass(target, sequence, EMPTY, [*range(size)])]
+        sequence.tokens.append(ids[size])
+        said.append(_pass(target, sequence, draft, [0, 2, 3]))
+        sequence.tokens += [right, ids[size + 2], ids[size + 3]]
+        said.append(_pass(target, sequence, EMPTY, [0]))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:
+        raise UnsupportedModel(f"{name} cannot run on tree rows: {_first_line(error)}") from error
+    _check_calls(target, name)
+    branch = _stock(model, [*ids[: size + 1], left])
+    main = _stock(model, sequence.tokens)
+    # rows: end of the prompt; last known token, left branch, right branch and its child; the row behind them
+    wanted = torch.stack([main[size - 1], main[size], branch[size + 1], *main[size + 1 : size + 4]])
+    _compare(torch.cat(said), wanted, _tolerance(model), name)
+
+
+def _prompt_size(model: PreTrainedModel) -> int:
+    """Six tokens, or more than a window that is small."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return max(6, window + 2) if isinstance(window, int) and window <= 32 else 6
+
+
+def _pass(target: HFTarget, sequence: Sequence, draft: Draft, order: SequenceOf[int]) -> Tensor:
+    """Logits of one forward pass over what is pending and a draft; then the rows `order` are kept."""
+    logits = target.forward(pack([(sequence, len(sequence.tokens) - sequence.cached, draft)]))
+    target.keep(0, sequence.cached, order)
+    sequence.cached += len(order)
+    return logits
+
+
+@torch.inference_mode()
+def _stock(model: PreTrainedModel, tokens: SequenceOf[int]) -> Tensor:
+    """Logits [n, vocab] of the model's own forward pass, without a cache; its training flags are put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        logits: Tensor = model(torch.tensor([list(tokens)], device=device), use_cache=False).logits[0]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return logits
+
+
+def _check_calls(target: HFTarget, name: str) -> None:
+    """Every layer came through our attention once, with the window that the configuration promises."""
+    assert target.last is not None
+    calls = target.last.calls
+    layers = sorted(layer for layer, _ in calls)
+    if layers != list(range(target.layers)):
+        missing = sorted(set(range(target.layers)) - set(layers))
+        what = f"layer {missing[0]} did not use the attention interface" if missing else "a layer attends twice"
+        raise UnsupportedModel(f"{name} keeps state elsewhere: {what}")
+    for layer, window in calls:
+        wanted = window_of(target.config, layer)
+        if window != wanted and min(window or target.context, wanted or target.context) < target.context:
+            raise UnsupportedModel(f"{name}: layer {layer} attends with window {window}, its config says {wanted}")
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """The sliding window of a layer in tokens, as the text configuration says; None: it sees everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[layer] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    return int(window) if window and slides else None
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    usual = TOLERANCE.get(dtype, COARSE)
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    flips = quantised or (has_experts(model) and dtype.itemsize < 4)
+    return COARSE if flips else usual
+
+
+def _compare(said: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    said, wanted = said.double(), wanted.double()
+    spread = (wanted - wanted.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+    error = ((said - wanted).square().mean(-1).sqrt() / spread.clamp(min=1e-12)).max().item()
+    if not error <= tolerance:  # NaN is refused too
+        raise UnsupportedModel(
+            f"{name} answers differently on tree rows: its logits differ by {error:.2g} of their spread, and only "
+            f"{tolerance:g} would be rounding; it keeps state elsewhere or sees other tokens"
+        )
+
+
+def _place(path: str | Path) -> str:
+    """What to hand to transformers. A path that does not exist is an error here, and never asked of the hub."""
+    text = str(path)
+    home = Path(text).expanduser()
+    if home.is_dir():
+        return str(home)
+    if home.is_file():
+        raise LoadError(f"{text} is a file; give the folder that holds config.json and the safetensors")
+    parts = text.replace("\\", "/").split("/")
+    marked = isinstance(path, Path) or text[:1] in ("/", ".", "~", "\\") or text[1:2] == ":"
+    if marked or len(parts) > 2 or "" in parts or (len(parts) == 2 and Path(parts[0]).is_dir()):
+        raise LoadError(f"{text}: there is no such folder; check the path, or give a hub name such as org/model")
+    return text
+
+
+def _check_folder(folder: Path, trust_remote_code: bool) -> None:
+    """What can be said about a folder before transformers reads it. Errors: LoadError."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise LoadError(f"{folder}: no config.json; give the folder that `save_pretrained` wrote")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise LoadError(f"{file} is not valid JSON ({error}); download it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise LoadError(f"{file} names no model_type; give a checkpoint in the format of transformers")
+    kind = config["model_type"]
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        if "auto_map" in config:
+            raise LoadError(
+                f"{folder}: model type {kind!r} needs the checkpoint's code; read it, then pass trust_remote_code=True"
+            )
+        raise LoadError(f"{folder}: transformers does not know model type {kind!r}; check config.json or upgrade")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLED)
+        if pickled:
+            raise LoadError(
+                f"{folder}: {pickled[0]} is a pickle, which can run code and is never opened; convert it to safetensors"
+            )
+        raise LoadError(f"{folder}: no *.safetensors file; the weights are missing")
+
+
+@contextmanager
+def _blaming(where: str, what: str = "model") -> Iterator[None]:
+    """Turn whatever transformers raises into one line about `where`."""
+    try:
+        yield
+    except ImportError as error:
+        extra = "; pip install selfdraft[quantised]" if "quant" in str(error).lower() or "bits" in str(error) else ""
+        raise LoadError(f"{where}: a package for this {what} is missing: {_first_line(error)}{extra}") from error
+    except Exception as error:
+        hint = _hint(str(error))
+        raise LoadError(f"{where}: cannot load the {what}: {_first_line(error)}{hint}") from error
+
+
+def _hint(text: str) -> str:
+    hints: dict[str, Callable[[str], bool]] = {
+        "; read its code, then pass trust_remote_code=True": lambda t: "trust_remote_code" in t,
+        "; it is no decoder-only language model": lambda t: "Unrecognized configuration class" in t,
+        "; only safetensors are read: convert the weights": lambda t: "model.safetensors" in t,
+    }
+    return next((hint for hint, fits in hints.items() if fits(text)), "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
