@@ -222,7 +222,7 @@ def train(
 
 
 @app.command()
-def export(work: Work, output: Path, width: int = 192, layers: int = 12) -> None:
+def export(work: Work, output: Annotated[Path, typer.Option(help="Folder to write.")], width: int = 192, layers: int = 12) -> None:
     """Write safetensors (bfloat16), configuration, tokenizer and model card facts into `output`."""
     state = torch.load(work / "checkpoint.pt", weights_only=True, map_location="cpu")
     model = build(4096, width, layers)

@@ -6,6 +6,7 @@ transformers calls it with the queries, keys and values of all new rows (after r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -39,6 +40,8 @@ class Group:
     sees: Tensor
     places: Tensor
     queries: Tensor
+    whole: bool = False
+    """All rows of the pass, in their order: then nothing has to be picked or put back."""
     masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
@@ -79,6 +82,7 @@ class Plan:
 
 
 def make_plan(rows: Rows, cache: KVCache, shapes: Shapes, device: torch.device) -> Plan:
+    """Group the rows for attention; `rows` will be padded to `shapes.round_rows(len(rows))`."""
     groups: list[Group] = []
     for span in rows.spans:
         if not shapes.canonical:
@@ -88,6 +92,8 @@ def make_plan(rows: Rows, cache: KVCache, shapes: Shapes, device: torch.device) 
         probes = range(span.pending + span.draft.candidates, span.size)
         if len(probes):
             groups.append(_tree_group(span, probes, shapes.rows, device))
+    if len(groups) == 1 and groups[0].lanes == 1 and groups[0].width == shapes.round_rows(len(rows)):
+        groups[0].whole = True
     return Plan(cache, rows.spans, groups)
 
 
@@ -181,24 +187,39 @@ def attend(
     for span in plan.spans:
         rows = slice(span.start, span.start + span.size)
         plan.cache.write(layer, span.slot, span.base, key[0, :, rows], value[0, :, rows])
-    heads, count, dim = query.shape[1:]
-    shared = heads // key.shape[1]  # query heads that read the same keys
-    grouped = query.view(key.shape[1], shared, count, dim)
-    scale = dim**-0.5 if scaling is None else scaling
-    out = query.new_zeros(count, heads, value.shape[-1])
-    for group in plan.groups:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def say(group: Group, asked: Tensor, shared: int) -> Tensor:
         keys, values = _keys(plan.cache, layer, group)
-        asked = grouped[:, :, group.rows].view(key.shape[1], shared, group.lanes, group.width, dim)
-        asked = asked.permute(2, 0, 1, 3, 4).reshape(group.lanes, key.shape[1], shared * group.width, dim)
         mask = group.mask(sliding_window, shared, query.dtype)
         if softcap is None and s_aux is None:
-            said = F.scaled_dot_product_attention(asked, keys, values, mask, scale=scale)
-        else:
-            said = _plain(asked, keys, values, mask, scale, softcap, s_aux)
-        said = said.view(group.lanes, key.shape[1], shared, group.width, -1).permute(0, 3, 1, 2, 4)
-        said = said.reshape(group.lanes * group.width, heads, -1)
+            return F.scaled_dot_product_attention(asked, keys, values, mask, scale=scale)
+        return _plain(asked, keys, values, mask, scale, softcap, s_aux)
+
+    return _spread(plan.groups, query, key.shape[1], value.shape[-1], say), None
+
+
+def _spread(
+    groups: list[Group], query: Tensor, key_heads: int, width: int, say: Callable[[Group, Tensor, int], Tensor]
+) -> Tensor:
+    """Hand each group its queries [lanes, key heads, shared * width, dim]; answers [1, n, heads, width] in row order.
+
+    Query heads that read the same keys (`shared`) lie beneath each other, so keys are read once and never copied.
+    """
+    heads, count, dim = query.shape[1:]
+    shared = heads // key_heads
+    grouped = query.view(key_heads, shared, count, dim)
+    if groups[0].whole:
+        said = say(groups[0], grouped.reshape(1, key_heads, shared * count, dim), shared)
+        return said.view(1, heads, count, width).transpose(1, 2)
+    out = query.new_zeros(count, heads, width)
+    for group in groups:
+        asked = grouped[:, :, group.rows].view(key_heads, shared, group.lanes, group.width, dim)
+        asked = asked.permute(2, 0, 1, 3, 4).reshape(group.lanes, key_heads, shared * group.width, dim)
+        said = say(group, asked, shared).view(group.lanes, key_heads, shared, group.width, width)
+        said = said.permute(0, 3, 1, 2, 4).reshape(group.lanes * group.width, heads, width)
         out[group.target] = said[group.write]
-    return out[None], None
+    return out[None]
 
 
 def _keys(cache: KVCache, layer: int, group: Group) -> tuple[Tensor, Tensor]:

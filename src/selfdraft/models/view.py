@@ -56,7 +56,8 @@ def shallow(module: nn.Module) -> nn.Module:
 
 def blocks(model: nn.Module, count: int) -> nn.ModuleList:
     """The list of decoder blocks. Errors: UnsupportedModel when there is none of `count` blocks."""
-    for module in model.modules():
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    for module in (decoder or model).modules():  # the tower of a vision model may have as many blocks
         if isinstance(module, nn.ModuleList) and len(module) == count and attention_of(module[0]) is not None:
             return module
     raise UnsupportedModel(f"{type(model).__name__} has no list of {count} decoder blocks that this adapter knows")

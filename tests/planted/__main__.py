@@ -1,0 +1,116 @@
+"""Replay planted bugs: copy the source, break one line, and require that the quick tests see it.
+
+`python -m tests.planted [name ...]`; exit 1 when a bug survives, a text no longer matches, or sound code fails.
+This process imports torch and transformers once, but never selfdraft; every bug runs in a fork of it that puts the
+broken copy first on its path. So a bug costs its tests and not the imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+from tests.planted.bugs import BUGS, QUICK, SOURCE, Bug
+
+WARM = (
+    "torch",
+    "transformers.generation.utils",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
+)
+PATIENCE = 90
+"""Seconds after which a run that does not end counts as failed."""
+
+
+class FirstFailure:
+    """Writes down the test that failed first."""
+
+    def __init__(self, note: Path) -> None:
+        self.note = note
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.note.exists():
+            self.note.write_text(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and not self.note.exists():
+            self.note.write_text(f"{report.nodeid} (import)")
+
+
+def broken_copy(bug: Bug | None, place: Path) -> None:
+    """The source below `place`, with the bug in it."""
+    shutil.copytree(SOURCE, place, ignore=shutil.ignore_patterns("__pycache__"))
+    if bug is not None:
+        file = place / "selfdraft" / bug.file
+        file.write_text(file.read_text().replace(bug.old, bug.new))
+
+
+def run_tests(place: Path, note: Path) -> int:
+    """In the fork: 0 when all quick tests pass, 1 when one fails, 3 when not the copy was tested."""
+    signal.alarm(PATIENCE)
+    quiet = os.open(note.with_name("log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # pytest objects to plugins that were imported before it
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(place))
+    found = importlib.import_module("selfdraft").__file__
+    if found is None or not Path(found).is_relative_to(place):
+        return 3
+    return int(bool(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *QUICK], plugins=[FirstFailure(note)])))
+
+
+def replay(bug: Bug | None) -> tuple[bool, str]:
+    """(whether the quick tests failed, the test that saw it)."""
+    with tempfile.TemporaryDirectory() as folder:
+        place, note = Path(folder).resolve() / "src", Path(folder) / "note"
+        broken_copy(bug, place)
+        child = os.fork()
+        if child == 0:
+            code = 3
+            try:
+                code = run_tests(place, note)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            return True, "did not end" if os.WTERMSIG(status) == signal.SIGALRM else "crashed"
+        if os.WEXITSTATUS(status) == 3:
+            raise SystemExit("the copy could not be tested:\n" + (Path(folder) / "log").read_text())
+        return os.WEXITSTATUS(status) != 0, note.read_text() if note.exists() else ""
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - {bug.name for bug in BUGS}
+    if unknown:
+        raise SystemExit(f"there is no bug {', '.join(sorted(unknown))}")
+    for module in WARM:
+        importlib.import_module(module)
+    importlib.import_module("torch").set_num_threads(1)
+    bad = 0
+    chosen: list[Bug | None] = [bug for bug in BUGS if bug.name in names] if names else [None, *BUGS]
+    for bug in chosen:
+        start = time.monotonic()
+        failed, test = (False, "") if bug and bug.stale else replay(bug)
+        fine = failed == (bug is not None)
+        verdict = "STALE" if bug and bug.stale else test.rpartition("::")[2] if failed else "all pass"
+        bad += not fine
+        name, what = (bug.name, bug.what) if bug else ("(no bug)", "sound code passes")
+        print(f"{'ok ' if fine else 'BAD'} {name:22} {time.monotonic() - start:5.1f} s  {what}: {verdict}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} as they should be")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

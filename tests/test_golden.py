@@ -1,0 +1,49 @@
+"""A trained model says what it has always said, to the letter, with every drafter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selfdraft import drafters
+from selfdraft.models.load import open_target
+from selfdraft.types import SamplingParams
+from tests import stories
+from tests.models import run
+
+pytestmark = pytest.mark.skipif(
+    not stories.FOLDER.is_dir(), reason="../shared/models/stories260K is not on this machine; see tests/stories.py"
+)
+EOS = frozenset({stories.BOS, stories.EOS})
+
+
+def test_tokenizer_there_and_back() -> None:
+    for text in ("Once upon a time", stories.GOLDEN, "naïve 🙂\nx  y"):
+        assert stories.decode(stories.encode(text)) == text
+    assert len(stories.encode("Once upon a time")) < 8
+
+
+def test_stock_forward_says_the_golden_text() -> None:
+    ids = torch.tensor([stories.encode(stories.GOLDEN)])
+    with torch.inference_mode():
+        answers = stories.stories_model()(ids).logits[0].argmax(-1).tolist()
+    assert stories.decode(answers[:-1]) == stories.GOLDEN
+
+
+@pytest.mark.parametrize("exactness", ["bitwise", "token"])
+@pytest.mark.parametrize("drafter", sorted(drafters.NAMES))
+def test_golden_text(drafter: str, exactness: str) -> None:
+    target = open_target(stories.stories_model(), slots=1, exactness=exactness)  # type: ignore[arg-type]
+    size = len(stories.encode(stories.GOLDEN)) - 1
+    (sequence,) = run(target, drafter, [[stories.BOS]], SamplingParams(max_tokens=size))
+    assert stories.decode(sequence.output) == stories.GOLDEN
+
+
+@pytest.mark.parametrize("drafter", sorted(drafters.NAMES))
+def test_long_texts_equal_plain_decoding(drafter: str) -> None:
+    target = open_target(stories.stories_model(), slots=3)
+    prompts = [stories.encode(text) for text in ("Once upon a time", "Tom and the cat", "The big red ball")]
+    sampling = SamplingParams(max_tokens=180)
+    plain = run(target, "none", prompts, sampling, slots=3, eos=EOS)
+    drafted = run(target, drafter, prompts, sampling, slots=3, eos=EOS)
+    assert [s.output for s in drafted] == [s.output for s in plain]

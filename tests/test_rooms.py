@@ -1,0 +1,212 @@
+"""The floors of the house and its manners, read from the source: lower rooms never import higher ones."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import selfdraft
+
+SOURCE = Path(selfdraft.__file__).parent
+FLOORS = {
+    "types": 0,
+    "errors": 0,
+    "core": 1,
+    "protocols": 2,
+    "drafters": 3,
+    "models": 3,
+    "engine": 4,
+    "tune": 5,
+    "train": 5,
+    "bench": 5,
+    "serve": 5,
+    "integrations": 5,
+}
+"""Rooms that are not named stand on the top floor: llm, hf, cli, __init__ and what belongs to them."""
+TOP = 6
+LONGEST = 60
+STEP = 60
+QUIET = ("core", "drafters", "engine", "models")
+"""Rooms without environment, globals and printing."""
+
+
+def paths() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in paths()}
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text("utf-8"))
+
+
+def package_of(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def imports(module: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of everything a module imports, wherever in it; relative names are made absolute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                whole = [part for part in ("selfdraft." + package_of(module)).split(".") if part]
+                base = ".".join([*whole[: len(whole) - node.level + 1], *([base] if base else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def inner(name: str) -> str | None:
+    """The module of ours that an imported name is in; None for other people's."""
+    if name != "selfdraft" and not name.startswith("selfdraft."):
+        return None
+    short = name.removeprefix("selfdraft").removeprefix(".")
+    while short and short not in MODULES:
+        short = short.rpartition(".")[0]
+    return short
+
+
+def complaint(module: str, wanted: str) -> str | None:
+    """Why `module` must not import our module `wanted`, or None."""
+    mine, other = room(module), room(wanted)
+    if mine == other and mine != "drafters":
+        return None
+    here, there = FLOORS.get(mine, TOP), FLOORS.get(other, TOP)
+    if mine == other == "drafters":
+        alone = "." in module and "." in wanted and module != wanted
+        return "drafters do not know one another" if alone and module != "drafters.merged" else None
+    if there > here:
+        return f"{other} is above {mine}"
+    if here == there == 3:
+        return "drafters and models do not know one another"
+    if mine == "engine" and there == 3:
+        return "the engine knows no drafter and no model by name"
+    if {mine, other} == {"types", "errors"}:
+        return None if mine == "types" else "errors stand alone"
+    return None
+
+
+def outside(module: str, name: str) -> str | None:
+    """Why `module` must not import other people's `name`, or None."""
+    top = name.partition(".")[0]
+    if top == "transformers" and room(module) not in ("models", "hf"):
+        return "only models and hf know transformers"
+    if top in ("typer", "rich", "click") and room(module) not in ("cli", "show"):
+        return "only the command line knows typer and rich"
+    return None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_floors(module: str) -> None:
+    found = []
+    for line, name in imports(module, tree_of(module)):
+        wanted = inner(name)
+        why = outside(module, name) if wanted is None else complaint(module, wanted)
+        if why:
+            found.append(f"{MODULES[module]}:{line} imports {name}: {why}")
+    assert not found, "\n".join(found)
+
+
+def noises(tree: ast.Module) -> Iterator[str]:
+    """Environment, globals and printing."""
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Global):
+            yield f"{line}: global"
+        elif isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv"):
+            yield f"{line}: {node.attr}"
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from (f"{line}: {alias.name}" for alias in node.names if alias.name in ("environ", "getenv"))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"{line}: print"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in QUIET])
+def test_quiet_rooms(module: str) -> None:
+    assert not list(noises(tree_of(module))), MODULES[module]
+
+
+def too_long(tree: ast.Module, most: int = LONGEST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            if size > most:
+                yield f"{node.name} has {size} lines"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_fit_on_a_screen(module: str) -> None:
+    assert not list(too_long(tree_of(module))), MODULES[module]
+
+
+def test_the_step_fits_on_a_screen() -> None:
+    assert len(MODULES["engine.step"].read_text("utf-8").splitlines()) <= STEP
+
+
+def test_no_room_for_odds_and_ends() -> None:
+    names = [part for module in MODULES for part in module.split(".")]
+    assert not [name for name in names if re.fullmatch(r"_*(utils?|helpers?|misc|common)", name)]
+
+
+def test_every_room_that_stands_was_looked_at() -> None:
+    assert {"types", "errors", "core.tree", "protocols", "drafters.none", "models.adapter", "engine.step"} <= {*MODULES}
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "fine"),
+    [
+        ("core.tree", "from selfdraft.types import Budget", True),
+        ("core.tree", "from selfdraft.protocols import Target", False),
+        ("core.tree", "from ..engine import step", False),
+        ("core.tree", "import transformers.models", False),
+        ("types", "from selfdraft.core.tree import Draft", False),
+        ("types", "from selfdraft.errors import OptionError", True),
+        ("errors", "from selfdraft.types import Budget", False),
+        ("drafters.none", "from selfdraft.drafters.lookup import Lookup", False),
+        ("drafters.none", "from selfdraft.drafters import lookup", False),
+        ("drafters.none", "from . import lookup", False),
+        ("drafters", "from selfdraft.drafters.lookup import Lookup", True),
+        ("drafters.none", "from selfdraft.models.adapter import HFTarget", False),
+        ("models.adapter", "from selfdraft.drafters.none import NoDrafter", False),
+        ("models.adapter", "from transformers import PreTrainedModel", True),
+        ("engine.loop", "from selfdraft.drafters import build", False),
+        ("engine.loop", "def f():\n    from selfdraft.models.adapter import HFTarget", False),
+        ("engine.loop", "import selfdraft.protocols", True),
+        ("engine.loop", "import rich", False),
+        ("", "from selfdraft.engine.loop import Engine", True),
+        ("", "from transformers import AutoModel", False),
+        ("engine.loop", "import selfdraft", False),
+    ],
+)
+def test_the_floor_test_can_tell(module: str, line: str, fine: bool) -> None:
+    names = [name for _, name in imports(module, ast.parse(line))]
+    inside = [(name, inner(name)) for name in names]
+    reasons = [outside(module, name) if ours is None else complaint(module, ours) for name, ours in inside]
+    assert (not any(reasons)) == fine
+
+
+@pytest.mark.parametrize(
+    "line", ["global x", "os.environ['A']", "os.getenv('A')", "from os import environ", "print(1)"]
+)
+def test_the_noise_test_can_tell(line: str) -> None:
+    assert list(noises(ast.parse(f"def f():\n    {line}")))
+    assert not list(noises(ast.parse("def f(printer, table):\n    printer.print(table)")))
+    assert list(too_long(ast.parse("def f():\n" + "    x = 1\n" * LONGEST)))
+    assert not list(too_long(ast.parse("def f():\n" + "    x = 1\n" * (LONGEST - 1))))
