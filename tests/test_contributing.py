@@ -1,0 +1,48 @@
+"""The toy drafter of CONTRIBUTING.md is run as it stands there: small, and it joins the oracle by one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from selfdraft import drafters
+from selfdraft.types import SamplingParams
+from tests.models import run, tiny_target
+
+PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the toy drafter, entered into the table by the very line of the page."""
+    source, line = blocks()
+    monkeypatch.setattr(drafters, "NAMES", dict(drafters.NAMES))
+    names: dict[str, object] = {"NAMES": drafters.NAMES}
+    exec(source + line, names)
+    return "ping_pong"
+
+
+def test_the_toy_is_under_30_lines() -> None:
+    assert len([line for line in blocks()[0].splitlines() if line.strip()]) < 30
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(max_tokens=40), SamplingParams(temperature=0.9, max_tokens=40)])
+def test_the_toy_keeps_the_text(toy: str, sampling: SamplingParams) -> None:
+    prompts = [[5, 6, 5, 6], [1], list(range(30))]
+    plain = run(tiny_target(slots=2), "none", prompts, sampling, slots=2)
+    drafted = run(tiny_target(slots=2), toy, prompts, sampling, slots=2)
+    assert [s.tokens for s in drafted] == [s.tokens for s in plain]
+    assert sum(s.stats.num_draft_tokens for s in drafted) > 0
+
+
+def test_the_toy_is_built_with_checked_options(toy: str) -> None:
+    target = tiny_target()
+    assert drafters.build(toy, target, {"num_speculative_tokens": 2})
+    with pytest.raises(drafters.OptionError, match="no option 'window_size': it belongs to lookahead"):
+        drafters.build(toy, target, {"window_size": 2})
