@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from selfdraft import drafters
+from selfdraft.errors import OptionError
 from selfdraft.types import SamplingParams
 from tests.models import run, tiny_target
 
@@ -44,5 +45,5 @@ def test_the_toy_keeps_the_text(toy: str, sampling: SamplingParams) -> None:
 def test_the_toy_is_built_with_checked_options(toy: str) -> None:
     target = tiny_target()
     assert drafters.build(toy, target, {"num_speculative_tokens": 2})
-    with pytest.raises(drafters.OptionError, match="no option 'window_size': it belongs to lookahead"):
+    with pytest.raises(OptionError, match="no option 'window_size': it belongs to lookahead"):
         drafters.build(toy, target, {"window_size": 2})

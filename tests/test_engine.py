@@ -20,10 +20,12 @@ from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafters import build
 from selfdraft.engine import scheduler
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.types import Budget, SamplingParams, Skip
+from tests.models import run, tiny_target
 
 VOCAB, CONTEXT, END = 13, 60, 0
 Texts = dict[Sequence, list[int]]
@@ -443,3 +445,23 @@ def test_the_fake_can_tell() -> None:
     with pytest.raises(AssertionError, match="something else"):
         target.keep(0, 0, [1, 0])
     assert target.memory == [[1, 2, 3]]
+
+
+def test_a_broken_request_leaves_serve_and_its_slot_clean() -> None:
+    """A request that ends in NaN is aborted alone, and what it left in the cache reaches nobody."""
+
+    def poison(path: SequenceOf[int], scores: Tensor) -> Tensor:
+        return torch.full_like(scores, float("-inf")) if len(path) > 20 else scores
+
+    target = tiny_target(slots=1)
+    plain = run(tiny_target(), "none", [[7, 8, 9]], SamplingParams(max_tokens=20))[0].tokens
+    bad = open_sequence([1, 2, 3], SamplingParams(logits_processors=(poison,)), seed=0, eos=frozenset(), context=256)
+    good = open_sequence([7, 8, 9], SamplingParams(max_tokens=20), seed=0, eos=frozenset(), context=256)
+    ended = []
+    for sequence in Engine(target, build("none", target)).serve([bad, good]):
+        ended.append(sequence)
+        for store in (target.cache.keys, target.cache.values):
+            for tensor in store.values():
+                tensor[:, :, 3:20] = float("nan")  # the worst that a broken request can leave behind its successor
+    assert [s.finish_reason for s in ended] == ["abort", "length"]
+    assert good.tokens == plain

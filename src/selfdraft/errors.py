@@ -42,4 +42,8 @@ class OptionError(SelfdraftError, ValueError):
 
 
 class EngineError(SelfdraftError, RuntimeError):
-    """A fault inside a step; the engine itself stays usable."""
+    """A fault inside a step; the engine itself stays usable. `request` is the sequence it belongs to, if one alone."""
+
+    def __init__(self, message: str, request: object = None) -> None:
+        super().__init__(message)
+        self.request = request

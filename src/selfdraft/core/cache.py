@@ -20,6 +20,8 @@ class KVCache:
         self.places = places
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._written: dict[tuple[int, int], int] = {}
+        """Places of (layer, slot) that may hold something."""
 
     def reserve(self, places: int) -> None:
         """Make room for `places` tokens in every slot; what is remembered stays."""
@@ -40,6 +42,12 @@ class KVCache:
             self.keys[layer] = key.new_zeros(self.slots, heads, self.places, dim)
             self.values[layer] = value.new_zeros(self.slots, heads, self.places, value.shape[-1])
         stop = start + key.shape[1]
+        written = self._written.get((layer, slot), 0)
+        if start == 0 and written > stop:  # a new sequence: what a broken one left (NaN) must not reach it
+            self.keys[layer][slot, :, stop:written] = 0
+            self.values[layer][slot, :, stop:written] = 0
+            written = stop
+        self._written[layer, slot] = max(written, stop)
         self.keys[layer][slot, :, start:stop] = key
         self.values[layer][slot, :, start:stop] = value
 

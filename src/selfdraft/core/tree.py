@@ -33,7 +33,6 @@ class Draft:
         depths: list[int] = []
         for node, parent in enumerate(self.parents):
             assert ROOT <= parent < node, "parents come before their children"
-            assert parent < self.candidates or node >= self.candidates, "a candidate hangs under candidates only"
             depths.append(1 if parent == ROOT else depths[parent] + 1)
         assert len(self.tokens) == len(self.parents) == len(self.sources), "one entry per node"
         object.__setattr__(self, "depths", tuple(depths))

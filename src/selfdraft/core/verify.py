@@ -64,20 +64,24 @@ def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]
 def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Result]:
     """Walk every sequence's tree. `logits` [len(rows.answers), vocab] are the answers, in the order of the rows.
 
-    Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the slot.
+    Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
     best = logits.max(dim=-1) if len(logits) else None
     says = best.indices.tolist() if best is not None else []
-    if best is not None and bool(best.values.isnan().any()):
-        raise EngineError("the model answered NaN; try a wider dtype, or check the checkpoint")
-    results, start = [], 0
+    broken = best.values.isnan().tolist() if best is not None else []
+    results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
-        stop = start + span.answers
-        if span.answers:
-            results.append(_follow(sequence, span.draft, logits[start:stop], says[start:stop]))
-        else:
+        start, stop = stop, stop + span.answers
+        if any(broken[start:stop]):
+            raise EngineError("the model answered NaN; try a wider dtype, or check the checkpoint", sequence)
+        if not span.answers:
             results.append(Result(span.draft))
-        start = stop
+            continue
+        try:
+            results.append(_follow(sequence, span.draft, logits[start:stop], says[start:stop]))
+        except EngineError as error:
+            error.request = sequence
+            raise
     return results
 
 

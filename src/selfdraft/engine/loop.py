@@ -10,7 +10,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 from selfdraft.engine import scheduler
 from selfdraft.engine.step import step
-from selfdraft.errors import PromptTooLong, RequestError
+from selfdraft.errors import EngineError, PromptTooLong, RequestError
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import within
 
@@ -85,18 +85,33 @@ class Engine:
         """Continuous batching over an open stream of requests; yields each sequence as it ends.
 
         One item is read before each step; None means nothing has come in meanwhile. After the last one the rest runs
-        out.
+        out. A request at which a step fails (NaN, every token banned) is aborted and yielded; the others go on.
+        Leaving early aborts what is left.
         """
         source = iter(requests)
         more = True
-        while more or self.waiting or self.running:
-            try:
-                request = next(source)
-            except StopIteration:
-                more, request = False, None
-            if request is not None:
-                self.submit(request)
-            yield from (sequence for sequence, _ in self.advance() if sequence.finished)
+        try:
+            while more or self.waiting or self.running:
+                try:
+                    request = next(source)
+                except StopIteration:
+                    more, request = False, None
+                if request is not None:
+                    self.submit(request)
+                yield from self._advance_healthy()
+        finally:
+            for sequence in [*self.waiting, *self.running]:
+                self.abort(sequence)
+
+    def _advance_healthy(self) -> list[Sequence]:
+        """One step; the sequences that ended by it, one that made it fail among them."""
+        try:
+            return [sequence for sequence, _ in self.advance() if sequence.finished]
+        except EngineError as error:
+            if not isinstance(error.request, Sequence):
+                raise
+            self.abort(error.request)
+            return [error.request]
 
     def _release(self) -> None:
         for sequence in [s for s in self.running if s.finished]:
