@@ -460,8 +460,8 @@ def test_a_broken_request_leaves_serve_and_its_slot_clean() -> None:
     ended = []
     for sequence in Engine(target, build("none", target)).serve([bad, good]):
         ended.append(sequence)
-        for store in (target.cache.keys, target.cache.values):
-            for tensor in store.values():
-                tensor[:, :, 3:20] = float("nan")  # the worst that a broken request can leave behind its successor
+        with torch.inference_mode():
+            for tensor in (*target.cache.keys.values(), *target.cache.values.values()):
+                tensor[:, :, 3:20] = float("nan")  # the worst that a broken request can leave to its successor
     assert [s.finish_reason for s in ended] == ["abort", "length"]
     assert good.tokens == plain
