@@ -1,0 +1,181 @@
+"""Layer skipping: the exit threshold, the skip sets, and states that are not computed twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfdraft.core.rows import chain_rows, pack
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.drafters import build
+from selfdraft.drafters.layer_skip import ExitThreshold, LayerSkip, choose_skip
+from selfdraft.errors import OptionError
+from selfdraft.models.adapter import HFTarget
+from selfdraft.models.shapes import NATURAL, Shapes
+from selfdraft.types import SamplingParams, Skip
+from tests.models import run, tiny_target
+
+PUBLISHED = Path(__file__).parents[2] / "shared/data/published_skip_layers.json"
+
+
+@contextmanager
+def counted(target: HFTarget) -> Iterator[list[int]]:
+    """A list that grows by the number of rows whenever the first block's MLP runs."""
+    seen: list[int] = []
+    mlp = next(m for name, m in target._view.named_modules() if name.endswith("layers.0.mlp.down_proj"))
+    hook = mlp.register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape[1]))
+    yield seen
+    hook.remove()  # the layer is shared with the model
+
+
+def prefill(target: HFTarget, sequence: Sequence) -> Tensor:
+    logits = target.forward(pack([(sequence, len(sequence.tokens), EMPTY)]))
+    target.keep(0, 0, range(len(sequence.tokens)))
+    sequence.cached = len(sequence.tokens)
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shapes", [Shapes(4, 64), NATURAL])
+def test_verification_resumes_behind_the_drafted_blocks(dtype: torch.dtype, shapes: Shapes) -> None:
+    """The same logits and the same cache as without a drafting pass before; fewer rows in the first block."""
+    skip = Skip(frozenset({2}), frozenset({2, 3}))
+    answers, caches, rows = [], [], []
+    for drafted in (True, False):
+        target = tiny_target(dtype, shapes=shapes)
+        sequence = Sequence([3, 1, 4, 1, 5], 5, SamplingParams(), slot=0)
+        prefill(target, sequence)
+        sequence.tokens.append(9)
+        if drafted:
+            for i, token in enumerate((9, 2, 6)):
+                target.forward(chain_rows([(0, sequence.cached + i, token)]), skip)
+        with counted(target) as seen:
+            answers.append(target.forward(pack([(sequence, 1, Draft.chain([2, 6, 7], "x"))])))
+        caches.append([target.cache.view(layer, 0, 9)[0].clone() for layer in range(4)])
+        rows.append(sum(seen))
+    assert rows == ([4, 4] if shapes.canonical else [1, 4])  # canonical: one row is padded to four
+    for one, other in [(answers[0], answers[1]), *zip(*caches, strict=True)]:
+        if shapes.canonical:
+            assert torch.equal(one, other)
+        else:
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [[8, 6, 7], [9, 2, 8]])
+def test_states_of_other_tokens_are_not_taken(tokens: list[int]) -> None:
+    """A drafted row counts only for its own token at its own place, behind the same tokens."""
+    target, fresh = tiny_target(), tiny_target()
+    logits = []
+    for each in (target, fresh):
+        sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
+        prefill(each, sequence)
+        if each is target:
+            for i, token in enumerate((9, 2, 6)):
+                each.forward(chain_rows([(0, 3 + i, token)]), Skip(frozenset({2})))
+        sequence.tokens.append(tokens[0])
+        logits.append(each.forward(pack([(sequence, 1, Draft.chain(tokens[1:], "x"))])))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-12)
+
+
+def test_a_tree_is_not_resumed() -> None:
+    target, fresh = tiny_target(), tiny_target()
+    draft = Draft.branches([[2, 6], [5, 6]], "x")
+    logits = []
+    for each in (target, fresh):
+        sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
+        prefill(each, sequence)
+        sequence.tokens.append(9)
+        if each is target:
+            each.forward(chain_rows([(0, 3, 9)]), Skip(frozenset({2})))
+        logits.append(each.forward(pack([(sequence, 1, draft)])))
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_a_whole_model_draft_is_always_accepted() -> None:
+    """Skipping one MLP that does nothing drafts what the target says: the cache is shared as it should be."""
+    target = tiny_target()
+    last = next(m for name, m in target._view.named_modules() if name.endswith("layers.3.mlp.down_proj"))
+    assert isinstance(last, nn.Linear)
+    saved = last.weight.clone()
+    try:
+        with torch.no_grad():
+            last.weight.zero_()
+        drafter = LayerSkip(target, skip_mlp=[3], num_speculative_tokens=5, confidence_threshold=0.0, adaptive=False)
+        (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=61))
+    finally:
+        with torch.no_grad():
+            last.weight.copy_(saved)
+    assert sequence.stats.draft_acceptance_rate == 1.0
+    assert sequence.stats.mean_acceptance_length > 5
+
+
+def test_sampled_drafts_share_the_noise() -> None:
+    """The same, sampled: the drafter draws with the noise of the target, so nothing is ever rejected."""
+    target = tiny_target()
+    drafter = LayerSkip(target, skip_mlp=[3], num_speculative_tokens=5, confidence_threshold=0.0, adaptive=False)
+    sampling = SamplingParams(temperature=1.0, max_tokens=100, seed=4)
+    (sequence,) = run(target, drafter, [[1, 2, 3]], sampling)
+    alone = LayerSkip(target, skip_mlp=[3], num_speculative_tokens=5, confidence_threshold=0.0, adaptive=False)
+    shifted = SamplingParams(temperature=1.0, max_tokens=100, seed=5)
+    (other,) = run(target, alone, [[1, 2, 3]], shifted)
+    assert sequence.output != other.output
+    assert sequence.stats.draft_acceptance_rate > 0.5
+
+
+def test_the_threshold_follows_acceptance_and_stays_a_probability() -> None:
+    exit_ = ExitThreshold(0.6, 0.9)
+    exit_.update(1.0, capped=False)  # mean 0.5, below the target: stricter
+    assert exit_.value == pytest.approx(0.9 * 0.6 + 0.1 * 0.61)
+    for _ in range(20):
+        exit_.update(1.0, capped=False)
+    before = exit_.value
+    exit_.update(1.0, capped=True)  # at the length limit nothing is learned about being lax
+    assert exit_.value == pytest.approx(before, abs=1e-9)
+    exit_.update(1.0, capped=False)
+    assert exit_.value == pytest.approx(before - 0.001)
+    for _ in range(5000):
+        exit_.update(0.0, capped=False)
+    assert exit_.value == 1.0
+    for _ in range(5000):
+        exit_.update(1.0, capped=False)
+    assert exit_.value == 0.0
+
+
+def test_low_confidence_ends_the_draft_but_is_still_verified() -> None:
+    target = tiny_target()
+    drafter = LayerSkip(target, skip_attention=[2], confidence_threshold=1.0, adaptive=False)
+    (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=30))
+    assert sequence.stats.num_draft_tokens == sequence.stats.num_spec_steps > 0
+
+
+def test_skip_sets() -> None:
+    assert choose_skip(4, None, None, 2) == Skip(frozenset({2, 3}), frozenset({2, 3}))
+    assert choose_skip(4, [1], None, None) == Skip(frozenset({1}))
+    assert choose_skip(12, None, None, None).first >= 3, "the first blocks stay whole"
+    for wrong in ([4], [-1]):
+        with pytest.raises(OptionError, match=r"skip_attention holds .*blocks 0 to 3"):
+            choose_skip(4, wrong, None, None)
+    with pytest.raises(OptionError, match="empty"):
+        choose_skip(4, [], [], None)
+    with pytest.raises(OptionError, match="exit_layer"):
+        choose_skip(4, [1], None, 2)
+    with pytest.raises(OptionError, match="exit_layer=4"):
+        choose_skip(4, None, None, 4)
+    with pytest.raises(OptionError, match="confidence_threshold"):
+        build("layer_skip", tiny_target(), {"confidence_threshold": 1.5})
+
+
+def test_published_sets_are_taken() -> None:
+    if not PUBLISHED.is_file():
+        pytest.skip(f"{PUBLISHED} is not here")
+    for name, sets in json.loads(PUBLISHED.read_text()).items():
+        layers = 80 if "70b" in name else 40
+        skip = choose_skip(layers, sets["attention"], sets["mlp"], None)
+        assert len(skip.attention) == len(sets["attention"])
