@@ -1,30 +1,36 @@
 # Every target sets up .venv by itself and is quick when it is there already.
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY = .venv/.ready
+READY_DEV = .venv/.ready-dev
 
 .PHONY: demo test check planted clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: $(READY)
+test: $(READY_DEV)
 	$(BIN)/python -m pytest
 
-check: $(READY)
+check: $(READY_DEV)
 	$(BIN)/ruff check src tests recipes examples
 	$(BIN)/ruff format --check src tests recipes examples
 	$(BIN)/mypy
 
-planted: $(READY)
+planted: $(READY_DEV)
 	$(BIN)/python -m tests.planted
 
 # torch first and by its exact version: a range would fetch the newest build with its gigabytes of CUDA libraries
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[quantised,dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
 	touch $(READY)
+
+$(READY_DEV): $(READY)
+	$(PIP) --editable '.[quantised,dev]'
+	touch $(READY_DEV)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -144,7 +144,7 @@ def test_max_time(model: LlamaForCausalLM) -> None:
 
 def test_stop_strings(model: LlamaForCausalLM) -> None:
     text = tokenizer().decode(plain(model, SINGLE)[0, len(SINGLE[0]) :])
-    options = {"stopping_criteria": [StopStringCriteria(tokenizer(), [text[4:6]])]}
+    options: dict[str, Any] = {"stopping_criteria": [StopStringCriteria(tokenizer(), [text[4:6]])]}
     said = ours(model, SINGLE, **options)
     assert torch.equal(said, plain(model, SINGLE, **options))
     assert said.shape[1] < len(SINGLE[0]) + 24

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,13 +22,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Decode several tokens per forward pass with no second model. The text is exactly what it would have been.",
 )
 Model = Annotated[str, typer.Option(help="A checkpoint folder, a hub name, or 'pocket' (inside this package).")]
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, but float32 where bfloat16 is slow.")
 ]
-MaxNew = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+MaxNew = Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)]
 Exact = Annotated[
     Literal["bitwise", "token"],
     typer.Option(help="bitwise: canonical shapes, the same bits drafted or not; token: natural shapes."),
@@ -65,12 +65,12 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="Taken per occurrence in the answer.")] = 0.0,
     min_tokens: Annotated[int, typer.Option(help="No stop before so many tokens.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = None,
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     compare: Annotated[
-        bool, typer.Option(help="Also decode plainly here and say how much faster drafting was.")
+        bool, typer.Option("--compare", help="Also decode plainly here and say how much faster drafting was.")
     ] = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -94,12 +94,11 @@ def generate(
     )
     texts = _gather(prompt, prompts, limit)
     llm = _open(model, drafter, speculative_config, dtype, exactness, threads)
-    requests = [_ids(llm, text, chat_template) for text in texts]
     results = []
-    for text, ids in zip(texts, requests, strict=True):
+    for text, ids in zip(texts, _ids(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
     if as_json:
-        show.document({**_conditions(llm, model), "results": results})
+        show.document({**_conditions(llm, model), "drafter": llm.drafter_name, "results": results})
 
 
 def _answer(
@@ -121,7 +120,7 @@ def _answer(
                 show.piece(piece)
     except KeyboardInterrupt:
         if output is not None and not quiet:
-            show.figures(output.stats, clock.seconds, llm.drafter_name, interrupted=True)
+            show.figures(output.stats, clock.seconds, llm.drafter_name)
         raise
     assert output is not None
     record: dict[str, Any] = {"prompt": text, "text": output.text, "token_ids": list(output.token_ids)}
@@ -137,7 +136,7 @@ def _answer(
 def _compare(llm: LLM, ids: list[int], sampling: SamplingParams, *, quiet: bool) -> dict[str, object]:
     from selfdraft.bench.compare import compare
 
-    result = compare(llm.engine_for("none"), llm.engine, lambda: llm.requests(ids, sampling, 0)[0])
+    result = compare(llm.engine_for("none"), llm.engine, lambda: llm.requests(ids, sampling)[0])
     if not quiet:
         show.comparison(result, llm.drafter_name)
     return result.as_dict()
@@ -174,7 +173,8 @@ def chat(
             messages.clear()
             continue
         except KeyboardInterrupt:
-            show.complain("stopped; the text so far stays in the conversation")
+            show.write("\n")
+            show.note("stopped; the text so far stays in the conversation")
         else:
             show.figures(piece.output.stats, clock.seconds, llm.drafter_name)
         messages.append({"role": "assistant", "content": answer})
@@ -199,27 +199,24 @@ def verify(
 ) -> None:
     """Prove that drafting changes nothing: every token of every drafter is compared. Exit code 1 at any mismatch."""
     from selfdraft.bench.prompts import read_prompts
-    from selfdraft.bench.verify import Report
+    from selfdraft.bench.verify import Report, plainly, stock_greedy
     from selfdraft.bench.verify import verify as run
-    from selfdraft.drafters import table
     from selfdraft.types import SamplingParams
 
-    names = [*table()] if drafters == "all" else [name.strip() for name in drafters.split(",") if name.strip()]
+    names = _drafters(drafters, against)
     texts = read_prompts(prompts, limit)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens)
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
     llm = _open(model, "none", None, dtype, exactness, threads)
-    engines = {name: llm.engine_for(name) for name in dict.fromkeys(["none", *names])}
-    wanted = engines if against == "hf" and "none" in names else {n: engines[n] for n in names if n != "none"}
-    requests = [_request(llm, text, sampling, seed + i) for i, text in enumerate(texts)]
+    reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
+    engines = {name: llm.engine_for(name) for name in names}
+    requests = [_request(llm, sampling, seed + i, ids) for i, ids in enumerate(_ids(llm, texts, False, sampling))]
     report = Report()
-    pairs = engines if against == "plain" else wanted
-    rounds = run(llm.model, pairs, requests, against, report)
-    with show.progress(len(texts) * max(len(wanted), 1), quiet=as_json) as advance:
-        for _ in rounds:
+    with show.progress(len(texts) * len(names), quiet=as_json) as advance:
+        for _ in run(llm.model, reference, engines, requests, report):
             advance()
-    result = {**_conditions(llm, model), "against": against, "drafters": list(wanted), "prompts": len(texts)}
+    result = {**_conditions(llm, model), "against": against, "drafters": names, "prompts": len(texts)}
     result |= {"temperature": temperature, **report.as_dict()}
     if as_json:
         show.document(result)
@@ -228,12 +225,25 @@ def verify(
     raise typer.Exit(1 if report.mismatches else 0)
 
 
-def _request(llm: LLM, text: str, sampling: SamplingParams, seed: int) -> Callable[[], Request]:
+def _drafters(wanted: str, against: str) -> list[str]:
+    """The drafters to compare; 'none' is no comparison with plain decoding. Errors: OptionError."""
+    from selfdraft.drafters import table
+    from selfdraft.llm import check_drafter
+
+    names = [*table()] if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
+    for name in names:
+        check_drafter(name, None)
+    names = [name for name in dict.fromkeys(names) if against == "hf" or name != "none"]
+    if not names:
+        raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(table())}")
+    return names
+
+
+def _request(llm: LLM, sampling: SamplingParams, seed: int, ids: list[int]) -> Callable[[], Request]:
     from dataclasses import replace
 
     seeded = replace(sampling, seed=seed)
-    ids = llm.requests(text, seeded, 0)[0].tokens
-    return lambda: llm.requests(ids, seeded, 0)[0]
+    return lambda: llm.requests(ids, seeded)[0]
 
 
 @app.command()
@@ -248,16 +258,16 @@ def doctor(
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_new_tokens, ignore_eos=True)
-    trials, reasons = [], {}
+    trials: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
         for exactness in ("bitwise", "token"):
             llm = _open(model, "none", None, dtype, exactness, threads)
-            requests = [_request(llm, text, sampling, 0) for text in show.SAMPLE_PROMPTS]
+            requests = [_request(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]
             shapes = f"rows x{llm.target.shapes.rows}, bucket {llm.target.shapes.bucket or 'none'}"
-            trials.append(trial(llm.target, llm.engine.drafter, requests, dtype, shapes))
-            reasons[f"{dtype} {exactness}"] = llm.exactness.why
-    result: dict[str, Any] = {"machine": machine(), "model": model, "why": reasons}
-    result["trials"] = [{**{n: getattr(t, n) for n in t.__slots__}, "level": t.level} for t in trials]
+            found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
+            facts = {name: getattr(found, name) for name in found.__slots__}
+            trials.append({"exactness": exactness, **facts, "level": found.level, "why": llm.exactness.why})
+    result: dict[str, Any] = {"machine": machine(), "model": model, "trials": trials}
     if as_json:
         show.document(result)
     else:
@@ -274,7 +284,6 @@ def _open(
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = _json(config)
-    show.hush()
     from selfdraft.llm import LLM, check_drafter, pick_dtype
     from selfdraft.models.stock import quiet
 
@@ -320,8 +329,19 @@ def _gather(prompt: str | None, prompts: Path | None, limit: int | None) -> Sequ
     return [prompt]
 
 
-def _ids(llm: LLM, text: str, chat_template: bool) -> list[int]:
-    return llm.render([{"role": "user", "content": text}]) if chat_template else llm.encode(text)
+def _ids(llm: LLM, texts: Sequence[str], chat_template: bool, sampling: SamplingParams) -> list[list[int]]:
+    """Token ids of all prompts. Each is checked before one of them is run. Errors: RequestError."""
+    from contextlib import nullcontext
+
+    from selfdraft.llm import naming
+
+    checked = []
+    for i, text in enumerate(texts):
+        with naming(i) if len(texts) > 1 else nullcontext():
+            ids = llm.render([{"role": "user", "content": text}]) if chat_template else llm.encode(text)
+            llm.requests(ids, sampling)
+            checked.append(ids)
+    return checked
 
 
 def _conditions(llm: LLM, model: str) -> dict[str, Any]:
@@ -331,25 +351,37 @@ def _conditions(llm: LLM, model: str) -> dict[str, Any]:
     dtype = str(next(llm.model.parameters()).dtype).removeprefix("torch.")
     return {
         "model": model,
-        "drafter": llm.drafter_name,
         "dtype": dtype,
         "exactness": {"level": llm.exactness.level, "why": llm.exactness.why},
         "machine": machine(),
     }
 
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""typer's error for what it cannot parse; it has no public name that all versions share."""
+
+
 def main() -> None:
     """Entry point: runs a verb and turns errors into one line and an exit code."""
+    show.hush()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0  # typer returns the code of an Exit, and 130 for Ctrl-C
     except SelfdraftError as error:
         show.complain(str(error))
-        sys.exit(2)
-    except typer.Exit as ending:
-        sys.exit(ending.exit_code)
+        code = 2
+    except UsageError as error:
+        _explain(error)
+        code = 2
     except (KeyboardInterrupt, typer.Abort):
-        show.complain("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = 130
+    if code == 130:
+        show.note("interrupted")
+    sys.exit(code)
+
+
+def _explain(error: Any) -> None:
+    """A usage error in one line; none where the help was shown instead."""
+    message = error.format_message()
+    where = error.ctx.command_path if error.ctx else "selfdraft"
+    if message:
+        show.complain(f"{message.rstrip('.')}; see {where} --help")

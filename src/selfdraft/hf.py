@@ -2,7 +2,11 @@
 
 transformers prepares inputs, processors and stopping criteria as for its own decoding; the tokens then come from our
 step. Greedy text is the text of transformers' greedy decoding; sampled text follows the same distribution, with noise
-keyed by position instead of torch's global stream (`torch.manual_seed` still decides it).
+keyed by position instead of torch's global stream (`torch.manual_seed` still decides it). A row that has ended is
+padded; transformers lets rows run on until all have ended when there is no end-of-sequence id.
+
+transformers hands neither `streamer` nor `tokenizer` to a custom function: stream with `token_streamer=`, and give
+stop strings as `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, logits_process
 from transformers.generation.streamers import BaseStreamer
 
 from selfdraft.core.sequence import Sequence, open_sequence
@@ -23,9 +27,13 @@ from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.llm import drafter_of
 from selfdraft.models import load
-from selfdraft.types import SamplingParams
+from selfdraft.types import LogitsProcessor, SamplingParams, StoppingCriterion
 
 UNSUPPORTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "penalty_alpha")
+STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+"""Processors that count on being called once per token, in order."""
+OURS = (MaxLengthCriteria, EosTokenCriteria)
+"""Stopping criteria that `commit` does itself."""
 
 
 def generate(
@@ -43,30 +51,40 @@ def generate(
     """Called by `model.generate`; give `drafter`, `speculative_config`, `token_streamer` to that call.
 
     `input_ids` [batch, length], left-padded rows marked by `attention_mask`; returns [batch, longest], padded on the
-    right. `token_streamer` is what transformers calls `streamer`: under that name a custom function never gets it.
-    Errors: OptionError for what this decoding cannot honour, RequestError, UnsupportedModel.
+    right. Errors: OptionError for what this decoding cannot honour, RequestError, UnsupportedModel.
     """
     config = generation_config or model.generation_config
+    processors, criteria = list(logits_processor or ()), list(stopping_criteria or ())
     _check(model, config, input_ids, model_kwargs, token_streamer)
+    _check_processors(processors)
     name, options = drafter_of(drafter, speculative_config)
     target = load.open_target(model, slots=min(len(input_ids), 16), exactness=exactness)
     engine = Engine(target, build(name, target, options), slots=target.slots)
-    sampling = _sampling(config, logits_processor, stopping_criteria, input_ids.device)
     mask = model_kwargs.get("attention_mask")
-    prompts = [row[mask[i].bool()] if mask is not None else row for i, row in enumerate(input_ids)]
-    sequences = [_open(p.tolist(), input_ids.shape[1], sampling, config, target.context) for p in prompts]
-    if token_streamer is not None:
-        token_streamer.put(input_ids.cpu())
-    sent = 0
-    for _ in engine.generate(sequences):
-        if token_streamer is not None and sequences[0].written > sent:
-            for token in sequences[0].output[sent:]:
-                token_streamer.put(torch.tensor([token]))
-            sent = sequences[0].written
-    if token_streamer is not None:
-        token_streamer.end()
+    sequences = []
+    for i, row in enumerate(input_ids):
+        prompt = row[mask[i].bool()] if mask is not None else row
+        sampling = _sampling(config, processors, criteria, input_ids, i, len(prompt))
+        sequences.append(_open(prompt.tolist(), input_ids.shape[1], sampling, criteria, config, target.context))
+    _run(engine, sequences, input_ids, token_streamer)
     ids = _padded(input_ids, sequences, config)
     return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids
+
+
+def _run(engine: Engine, sequences: list[Sequence], input_ids: Tensor, streamer: BaseStreamer | None) -> None:
+    """Decode all; a streamer is told the prompt and then every token. It ends even when a step fails."""
+    sent = 0
+    try:
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        for _ in engine.generate(sequences):
+            if streamer is not None:
+                for token in sequences[0].output[sent:]:
+                    streamer.put(torch.tensor([token]))
+                sent = sequences[0].written
+    finally:
+        if streamer is not None:
+            streamer.end()
 
 
 def _check(
@@ -94,38 +112,70 @@ def _check(
         raise OptionError(f"a streamer carries one text, not {len(input_ids)}: leave out token_streamer or the batch")
 
 
+def _check_processors(processors: SequenceOf[object]) -> None:
+    for processor in processors:
+        if type(processor).__name__ in STATEFUL:
+            raise OptionError(
+                f"{type(processor).__name__} keeps state from call to call, which rejected drafts would spoil: "
+                "leave out guidance_scale and SynthID watermarks"
+            )
+
+
 def _sampling(
     config: GenerationConfig,
-    processors: LogitsProcessorList | None,
-    criteria: StoppingCriteriaList | None,
-    device: torch.device,
+    processors: SequenceOf[Callable[..., Tensor]],
+    criteria: SequenceOf[Callable[..., Any]],
+    input_ids: Tensor,
+    index: int,
+    prompt_length: int,
 ) -> SamplingParams:
-    """transformers' own processors and warpers, in its order; temperature 1 because a warper has applied it."""
+    """transformers' own processors and warpers, in its order; temperature 1 because a warper has applied it.
 
-    def wrapped(processor: Callable[[Tensor, Tensor], Tensor]) -> Callable[[SequenceOf[int], Tensor], Tensor]:
-        return lambda path, scores: processor(torch.tensor([list(path)], device=device), scores[None])[0]
+    They see row `index` as transformers shows it, with its padding, and at its place in the batch.
+    """
+    row, count, device = input_ids[index].tolist(), len(input_ids), input_ids.device
 
-    def stops(criterion: Callable[..., Tensor]) -> Callable[[SequenceOf[int]], bool]:
-        return lambda path: bool(torch.as_tensor(criterion(torch.tensor([list(path)], device=device), None)).all())
+    def shown(path: SequenceOf[int]) -> Tensor:
+        return torch.tensor([[*row, *path[prompt_length:]]], device=device)
 
-    ours = (MaxLengthCriteria, EosTokenCriteria)  # commit does these
+    def wrapped(processor: Callable[..., Tensor]) -> LogitsProcessor:
+        kind = type(processor)
+        # the costly ones look at the scores of a row only; others may know their row by its place
+        alone = kind.__module__ == logits_process.__name__ and kind.__name__.endswith("LogitsWarper")
+        rows, place = (1, 0) if alone else (count, index)
+        return lambda path, scores: processor(shown(path).repeat(rows, 1), scores.float().repeat(rows, 1))[place]
+
+    def stops(criterion: Callable[..., Any]) -> StoppingCriterion:
+        def stop(path: SequenceOf[int]) -> bool:
+            answers = torch.as_tensor(criterion(shown(path).repeat(count, 1), None)).reshape(-1)
+            return bool(answers[index if len(answers) > 1 else 0])
+
+        return stop
+
     return SamplingParams(
         temperature=1.0 if config.do_sample else 0.0,
         max_tokens=2**30,
-        logits_processors=tuple(wrapped(p) for p in processors or ()),
-        stopping_criteria=tuple(stops(c) for c in criteria or () if not isinstance(c, ours)),
+        logits_processors=tuple(wrapped(p) for p in processors),
+        stopping_criteria=tuple(stops(c) for c in criteria if not isinstance(c, OURS)),
     )
 
 
-def _open(prompt: list[int], padded: int, sampling: SamplingParams, config: GenerationConfig, context: int) -> Sequence:
-    """A sequence that may write as many tokens as transformers would allow its padded row."""
-    ends = config.eos_token_id
-    eos = frozenset([ends] if isinstance(ends, int) else ends or [])
+def _open(
+    prompt: list[int],
+    padded: int,
+    sampling: SamplingParams,
+    criteria: SequenceOf[object],
+    config: GenerationConfig,
+    context: int,
+) -> Sequence:
+    """A sequence that ends where transformers' criteria would end its padded row."""
+    eos = {int(token) for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.reshape(-1)}
+    longest = min([c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)], default=config.max_length)
     seed = int(torch.randint(2**62, (1,))) if config.do_sample else 0
     if len(prompt) >= context:
         raise RequestError(f"a prompt of {len(prompt)} tokens leaves no room in the context of {context}")
-    sequence = open_sequence(prompt, sampling, seed=seed, eos=eos, context=context)
-    sequence.limit = min(context, len(prompt) + config.max_length - padded)
+    sequence = open_sequence(prompt, sampling, seed=seed, eos=frozenset(eos), context=context)
+    sequence.limit = min(context, len(prompt) + longest - padded)
     return sequence
 
 

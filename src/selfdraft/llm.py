@@ -10,7 +10,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -132,7 +134,10 @@ class LLM:
         """
         batch = _as_batch(prompts)
         params = _spread(sampling_params, len(batch))
-        requests = [self.requests(prompt, p, i) for i, (prompt, p) in enumerate(zip(batch, params, strict=True))]
+        requests = []
+        for i, (prompt, one) in enumerate(zip(batch, params, strict=True)):
+            with naming(i):
+                requests.append(self.requests(prompt, one))
         sequences = [sequence for request in requests for sequence in request]
         for _ in self.engine.generate(sequences):
             pass
@@ -152,11 +157,17 @@ class LLM:
         return self.generate([self.render(messages)], sampling_params)[0]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Answer one prompt piece by piece, a piece a step. Closing the iterator aborts the request."""
+        """Answer one prompt piece by piece, a piece a step. Closing the iterator aborts the request.
+
+        Errors: RequestError, before the first piece is asked for.
+        """
         sampling = sampling_params or SamplingParams()
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: a stream carries one answer; use generate for more")
-        (sequence,) = self.requests(prompt, sampling, 0)
+        (sequence,) = self.requests(prompt, sampling)
+        return self._pieces(sequence)
+
+    def _pieces(self, sequence: Sequence) -> Iterator[Piece]:
         shown = written = 0
         try:
             for _ in self.engine.generate([sequence]):
@@ -186,7 +197,7 @@ class LLM:
             ids = self._needs_tokenizer("a text prompt")(prompt)["input_ids"]
         else:
             ids = [int(token) for token in prompt]
-        outside = next((token for token in ids if not 0 <= token < self.target.vocab), None)
+        outside = next((token for token in ids if not self._known(token)), None)
         if outside is not None:
             raise RequestError(f"token id {outside} is outside the vocabulary of {self.target.vocab}")
         return list(ids)
@@ -197,21 +208,24 @@ class LLM:
             return ""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def requests(self, prompt: Prompt, sampling: SamplingParams, number: int) -> list[Sequence]:
+    def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[Sequence]:
         """The n sequences of one prompt, checked and ready for an engine. Errors: RequestError."""
         tokens = self.encode(prompt)
         if not tokens:
-            raise RequestError(f"prompt {number} is empty: give at least one token")
+            raise RequestError("the prompt is empty: give at least one token")
         if len(tokens) >= self.target.context:
             raise PromptTooLong(
-                f"prompt {number} has {len(tokens)} tokens; the context of {self.target.context} leaves room for "
+                f"the prompt has {len(tokens)} tokens; the context of {self.target.context} leaves room for "
                 f"{self.target.context - 1} and an answer: shorten the prompt"
             )
         if sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
-        outside = [t for t in (*sampling.logit_bias, *(sampling.allowed_token_ids or ())) if t >= self.target.vocab]
-        if outside:
-            raise RequestError(f"token id {outside[0]} in the sampling options is outside {self.target.vocab} tokens")
+        named = chain(
+            sampling.logit_bias, sampling.allowed_token_ids or (), sampling.stop_token_ids, *sampling.bad_words_ids
+        )
+        outside = next((token for token in named if not self._known(token)), None)
+        if outside is not None:
+            raise RequestError(f"token id {outside} in the sampling options is outside {self.target.vocab} tokens")
         if sampling.bad_words:
             sampling = replace(sampling, bad_words=(), bad_words_ids=self._bad_words(sampling))
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
@@ -241,10 +255,22 @@ class LLM:
         settled = None if sequence.finished else sequence.stream.settled(sequence.sampling.stop)
         return sequence.stream.text[:settled]
 
+    def _known(self, token: int) -> bool:
+        return 0 <= token < self.target.vocab
+
     def _needs_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer: pass LLM(..., tokenizer=...) or give token ids")
         return self.tokenizer
+
+
+@contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Put the number of a prompt before what is wrong with it."""
+    try:
+        yield
+    except RequestError as error:
+        raise type(error)(f"prompt {number}: {error}") from error
 
 
 def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
@@ -256,7 +282,7 @@ def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tupl
     if method and drafter and method != drafter:
         raise OptionError(f"drafter {drafter!r} and method {method!r} of the speculative config disagree")
     if options and not (method or drafter):
-        raise OptionError(f'the speculative config names no method; add {{"method": ...}} to {sorted(options)}')
+        raise OptionError(f'the speculative config gives {", ".join(options)} but no "method"; name the drafter there')
     return drafter or method or "lookup", options
 
 
@@ -287,7 +313,10 @@ def _as_batch(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
         raise RequestError("there is no prompt; give a text, token ids, or a list of either")
     if all(isinstance(item, int) for item in items):
         return [[int(item) for item in items if isinstance(item, int)]]
-    return [item for item in items if not isinstance(item, int)]
+    prompts = [item for item in items if not isinstance(item, int)]
+    if len(prompts) < len(items):
+        raise RequestError("the list mixes token ids and prompts; give one prompt as ids, or a list of prompts")
+    return prompts
 
 
 def _spread(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -307,5 +336,5 @@ def _completion(index: int, sequence: Sequence) -> CompletionOutput:
         tuple(sequence.logprobs),
         sequence.finish_reason,
         sequence.stop_reason,
-        sequence.stats,
+        replace(sequence.stats, acceptance_histogram=dict(sequence.stats.acceptance_histogram)),
     )

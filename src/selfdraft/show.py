@@ -11,8 +11,10 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from selfdraft.llm import Piece
     from selfdraft.types import Stats
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 COLOURS = {"lookup": "green", "suffix": "cyan", "lookahead": "magenta", "layer_skip": "yellow"}
 """Colour of accepted draft tokens by source; those of other drafters are blue."""
@@ -56,7 +58,15 @@ def piece(new: Piece) -> None:
     """A piece of streamed text in the colour of its last accepted draft token."""
     drafted = [source for source in new.sources if source != "target"]
     colour = COLOURS.get(drafted[-1].split("+")[0], "blue") if drafted else ""
-    out.print(Text(new.text, style=colour), end="")
+    plain = not colour or out.color_system is None
+    # rich would widen tabs and drop control characters
+    write(new.text if plain else Style(color=colour).render(new.text, color_system=ColorSystem.STANDARD))
+
+
+def write(text: str) -> None:
+    """Text to the output, as it is."""
+    out.file.write(text)
+    out.file.flush()
 
 
 def heading(prompt: str) -> None:
@@ -64,7 +74,7 @@ def heading(prompt: str) -> None:
     out.print(Text(f"\n> {line[:100]}{'...' if len(line) > 100 else ''}", style="bold"))
 
 
-def figures(stats: Stats, seconds: float, drafter: str, *, interrupted: bool = False) -> None:
+def figures(stats: Stats, seconds: float, drafter: str) -> None:
     """The one line of figures that ends an answer."""
     speed = stats.num_output_tokens / seconds if seconds else 0.0
     line = f"{stats.num_output_tokens} tokens in {stats.num_steps} steps"
@@ -73,8 +83,8 @@ def figures(stats: Stats, seconds: float, drafter: str, *, interrupted: bool = F
         line += f", {drafter}: {stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} draft tokens accepted"
     else:
         line += f", {drafter}"
-    out.print()
-    err.print(Text(line + (", interrupted" if interrupted else ""), style="dim"))
+    write("\n")
+    err.print(Text(line, style="dim"))
 
 
 def comparison(result: Comparison, drafter: str) -> None:
@@ -94,8 +104,7 @@ def verification(result: dict[str, Any], decode: Callable[[SequenceOf[int]], str
         gap = f"{mismatch['gap']:.6g}" if mismatch["gap"] is not None else "unknown"
         out.print(
             f"prompt {mismatch['prompt']}, {mismatch['drafter']}: token {mismatch['position']} is {said[1]}, "
-            f"expected {said[0]}; logit gap {gap}",
-            markup=False,
+            f"expected {said[0]}; logit gap {gap}"
         )
     against = {"plain": "plain decoding", "hf": "transformers' greedy"}[result["against"]]
     out.print(
@@ -111,34 +120,42 @@ def verification(result: dict[str, Any], decode: Callable[[SequenceOf[int]], str
 def diagnosis(result: dict[str, Any]) -> None:
     """The doctor's table."""
     facts = result["machine"]
-    out.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
-    table = Table("dtype", "shapes", "tokens equal", "logit rows bit-equal", "level", box=None, pad_edge=False)
+    out.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value is not None))
+    heads = ("dtype", "asked for", "shapes", "tokens equal", "logit rows bit-equal", "level found")
+    table = Table(*heads, box=None, pad_edge=False)
     for trial in result["trials"]:
         table.add_row(
             trial["dtype"],
+            trial["exactness"],
             trial["shapes"],
             f"{trial['tokens_equal']}/{trial['tokens']}",
             f"{trial['rows_bitwise_equal']}/{trial['rows']}",
             trial["level"],
         )
     out.print(table)
-    for name, why in result["why"].items():
-        out.print(f"{name}: {why}")
+    for trial in result["trials"]:
+        if trial["exactness"] == "bitwise":
+            out.print(f"{trial['dtype']}: {trial['why']}")
 
 
 def document(value: Any) -> None:
-    out.print(json.dumps(value, ensure_ascii=False), markup=False, soft_wrap=True)
+    write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def complain(message: str) -> None:
+    """An error, on one line of the error stream."""
+    note(f"error: {message}")
+
+
+def note(message: str) -> None:
     """One line on the error stream."""
-    err.print(Text("error: " if message != "interrupted" else ""), Text(" ".join(message.split())), sep="")
+    err.print(Text(" ".join(message.split())))
 
 
 def ask() -> str | None:
     """A line of the user; None at its end."""
     try:
-        said = out.input("[bold]> [/bold]")
+        said = out.input(Text("> ", style="bold"))
     except (EOFError, KeyboardInterrupt):
         out.print()
         return None

@@ -16,13 +16,15 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     if not path.is_file():
         raise RequestError(f"there is no prompts file {str(path)!r}")
     prompts: list[str] = []
-    with path.open(encoding="utf-8") as file:
-        try:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip() and (limit is None or len(prompts) < limit):
                     prompts.append(_prompt(line, f"{path}:{number}"))
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     if not prompts:
         raise RequestError(f"{path} holds no prompt")
     return prompts

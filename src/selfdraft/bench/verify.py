@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from selfdraft.bench.record import Record, decode, first_difference
 from selfdraft.core.sequence import Sequence
 from selfdraft.engine.loop import Engine
-from selfdraft.errors import OptionError
 from selfdraft.models import stock
 
-Against = Literal["plain", "hf"]
+Reference = Callable[[Sequence], Record]
+"""What a fresh sequence should say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +50,37 @@ class Report:
         }
 
 
+def plainly(engine: Engine) -> Reference:
+    """Our own plain decoding; `engine` drafts nothing. Its logits are compared too."""
+    return lambda sequence: decode(engine, sequence, bits=True)
+
+
+def stock_greedy(model: stock.Model) -> Reference:
+    """transformers' own greedy decoding, for sequences whose sampling is plain."""
+
+    def refer(sequence: Sequence) -> Record:
+        tokens = stock.greedy(model, sequence.tokens, sequence.room, sequence.ends)
+        return Record(tuple(tokens), (), (), sequence.stats, 0.0)
+
+    return refer
+
+
 def verify(
     model: stock.Model,
+    reference: Reference,
     engines: dict[str, Engine],
     requests: SequenceOf[Callable[[], Sequence]],
-    against: Against,
     report: Report,
 ) -> Iterator[tuple[int, str]]:
-    """Compare every engine on every request and book it in `report`; yields (request, drafter) after each.
+    """Compare every engine, by its drafter's name, on every request with the reference and book it in `report`.
 
-    `engines` by drafter name, "none" among them (it is the reference of 'plain'); `requests` make fresh sequences.
-    Errors: OptionError when 'hf' is asked to sample: transformers' sampling is not seeded per position.
+    `requests` make fresh sequences; `model` tells the logit gap of a mismatch. Yields (request, drafter) after each.
     """
     for number, request in enumerate(requests):
-        if against == "hf":
-            reference = _hf(model, request())
-        else:
-            reference = decode(engines["none"], request(), bits=True)
+        wanted = reference(request())
         for name, engine in engines.items():
-            if against == "plain" and name == "none":
-                continue
-            record = decode(engine, request(), bits=against == "plain")
-            _compare(report, model, number, name, reference, record, request())
+            record = decode(engine, request(), bits=bool(wanted.digests))
+            _compare(report, model, number, name, wanted, record, request())
             yield number, name
 
 
@@ -98,10 +107,3 @@ def _compare(
     if expected is not None and got is not None:
         gap = stock.logit_gap(model, [*fresh.tokens, *record.tokens[:place]], expected, got)
     report.mismatches.append(Mismatch(number, name, place, expected, got, gap))
-
-
-def _hf(model: stock.Model, sequence: Sequence) -> Record:
-    if not sequence.sampling.plain:
-        raise OptionError("against hf compares plain greedy decoding only: leave temperature and penalties out")
-    tokens = stock.greedy(model, sequence.tokens, sequence.room, sequence.ends)
-    return Record(tuple(tokens), (), (), sequence.stats, 0.0)
