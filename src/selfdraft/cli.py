@@ -75,7 +75,7 @@ def generate(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a prompt, or every prompt of a file; accepted draft tokens are coloured by their source."""
+    """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(
@@ -154,7 +154,7 @@ def chat(
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
-    """Talk with a model through its chat template. Empty line or Ctrl-D ends; Ctrl-C stops an answer."""
+    """Talk with a model through its template. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
@@ -197,7 +197,7 @@ def verify(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that drafting changes nothing: every token of every drafter is compared. Exit code 1 at any mismatch."""
+    """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
     from selfdraft.bench.prompts import read_prompts
     from selfdraft.bench.verify import Report, plainly, stock_greedy
     from selfdraft.bench.verify import verify as run
@@ -253,7 +253,7 @@ def doctor(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which exactness level this machine reaches, and why, by trying it."""
+    """Find the exactness this machine reaches. It is tried, with two dtypes and two rules of shapes."""
     from selfdraft.bench.doctor import machine, trial
     from selfdraft.types import SamplingParams
 
@@ -266,7 +266,8 @@ def doctor(
             shapes = f"rows x{llm.target.shapes.rows}, bucket {llm.target.shapes.bucket or 'none'}"
             found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
             facts = {name: getattr(found, name) for name in found.__slots__}
-            trials.append({"exactness": exactness, **facts, "level": found.level, "why": llm.exactness.why})
+            trials.append({"exactness": exactness, **facts, "level": found.level})
+            trials[-1] |= {"promised": llm.exactness.level, "why": llm.exactness.why}
     result: dict[str, Any] = {"machine": machine(), "model": model, "trials": trials}
     if as_json:
         show.document(result)
@@ -365,7 +366,8 @@ def main() -> None:
     """Entry point: runs a verb and turns errors into one line and an exit code."""
     show.hush()
     try:
-        code = app(standalone_mode=False) or 0  # typer returns the code of an Exit, and 130 for Ctrl-C
+        # typer returns the code of an Exit, and 130 for Ctrl-C
+        code = app(prog_name="selfdraft", standalone_mode=False) or 0
     except SelfdraftError as error:
         show.complain(str(error))
         code = 2
@@ -380,8 +382,10 @@ def main() -> None:
 
 
 def _explain(error: Any) -> None:
-    """A usage error in one line; none where the help was shown instead."""
-    message = error.format_message()
+    """A usage error in one line; without any argument typer's error is the help."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".?")
     where = error.ctx.command_path if error.ctx else "selfdraft"
-    if message:
-        show.complain(f"{message.rstrip('.')}; see {where} --help")
+    if message.startswith("Usage:"):
+        show.err.print(message)
+    else:
+        show.complain(f"{message}; see {where} --help")

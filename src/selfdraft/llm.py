@@ -26,7 +26,7 @@ from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.models import load
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.stock import Model, Tokenizer
-from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats
+from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
 
 Prompt = str | SequenceOf[int]
 Message = Mapping[str, str]
@@ -95,9 +95,14 @@ class LLM:
         prefill_chunk: int = 256,
         trust_remote_code: bool = False,
     ) -> None:
+        within("max_num_seqs", max_num_seqs, 1, 2**20)
+        within("prefill_chunk", prefill_chunk, 1, 2**20)
+        wanted = pick_dtype(dtype)
+        name, options = drafter_of(drafter, speculative_config)
+        find(name, options)
         if isinstance(model, str | Path):
             path = POCKET if model == "pocket" else model
-            self.model = load.load_model(path, dtype=pick_dtype(dtype), trust_remote_code=trust_remote_code)
+            self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code)
             self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
         else:
             self.model, self.tokenizer = model, tokenizer
@@ -105,8 +110,8 @@ class LLM:
         self.exactness = self.target.exactness
         self.eos = load.eos_ids(self.model, self.tokenizer)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
-        self.drafter_name, self._options = drafter_of(drafter, speculative_config)
-        self.engine = self._engine(self.drafter_name, self._options)
+        self.drafter_name = name
+        self.engine = self._engine(name, options)
         self.stats = Stats()
         """Counts over all requests so far."""
 
@@ -120,8 +125,7 @@ class LLM:
     def use(self, drafter: str | None = None, speculative_config: Mapping[str, object] | None = None) -> None:
         """Change the drafter; model, cache and exactness stay."""
         name, options = drafter_of(drafter, speculative_config)
-        self.engine = self._engine(name, options)
-        self.drafter_name, self._options = name, options
+        self.engine, self.drafter_name = self._engine(name, options), name
 
     def generate(
         self,

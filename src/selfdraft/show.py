@@ -77,7 +77,7 @@ def heading(prompt: str) -> None:
 def figures(stats: Stats, seconds: float, drafter: str) -> None:
     """The one line of figures that ends an answer."""
     speed = stats.num_output_tokens / seconds if seconds else 0.0
-    line = f"{stats.num_output_tokens} tokens in {stats.num_steps} steps"
+    line = f"{counted(stats.num_output_tokens, 'token')} in {counted(stats.num_steps, 'step')}"
     line += f" ({stats.mean_acceptance_length:.2f} a step), {speed:.1f} tokens/s"
     if stats.num_draft_tokens:
         line += f", {drafter}: {stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} draft tokens accepted"
@@ -85,6 +85,10 @@ def figures(stats: Stats, seconds: float, drafter: str) -> None:
         line += f", {drafter}"
     write("\n")
     err.print(Text(line, style="dim"))
+
+
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{ending if number != 1 else ''}"
 
 
 def comparison(result: Comparison, drafter: str) -> None:
@@ -106,10 +110,11 @@ def verification(result: dict[str, Any], decode: Callable[[SequenceOf[int]], str
             f"prompt {mismatch['prompt']}, {mismatch['drafter']}: token {mismatch['position']} is {said[1]}, "
             f"expected {said[0]}; logit gap {gap}"
         )
+    count = len(result["mismatches"])
     against = {"plain": "plain decoding", "hf": "transformers' greedy"}[result["against"]]
     out.print(
-        f"{result['tokens_compared']} tokens compared with {against}, {len(result['mismatches'])} mismatches "
-        f"({result['prompts']} prompts x {', '.join(result['drafters'])}; {result['dtype']})"
+        f"{result['tokens_compared']} tokens compared with {against}, {counted(count, 'mismatch', 'es')} "
+        f"({counted(result['prompts'], 'prompt')} x {', '.join(result['drafters'])}; {result['dtype']})"
     )
     if result["logit_rows_compared"]:
         out.print(f"logits bit-equal: {result['logit_rows_equal']} of {result['logit_rows_compared']} rows")
@@ -121,7 +126,7 @@ def diagnosis(result: dict[str, Any]) -> None:
     """The doctor's table."""
     facts = result["machine"]
     out.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value is not None))
-    heads = ("dtype", "asked for", "shapes", "tokens equal", "logit rows bit-equal", "level found")
+    heads = ("dtype", "asked", "shapes", "tokens equal", "logit bits equal", "found")
     table = Table(*heads, box=None, pad_edge=False)
     for trial in result["trials"]:
         table.add_row(
@@ -135,7 +140,7 @@ def diagnosis(result: dict[str, Any]) -> None:
     out.print(table)
     for trial in result["trials"]:
         if trial["exactness"] == "bitwise":
-            out.print(f"{trial['dtype']}: {trial['why']}")
+            out.print(f"{trial['dtype']}: {trial['promised']} promised, {trial['level']} found; {trial['why']}")
 
 
 def document(value: Any) -> None:
