@@ -14,7 +14,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -240,7 +240,9 @@ def train(
 
 
 @app.command()
-def export(work: Work, output: Annotated[Path, typer.Option(help="Folder to write.")], width: int = 192, layers: int = 12) -> None:
+def export(
+    work: Work, output: Annotated[Path, typer.Option(help="Folder to write.")], width: int = 192, layers: int = 12
+) -> None:
     """Write safetensors (bfloat16), configuration, tokenizer and model card facts into `output`."""
     state = torch.load(work / "checkpoint.pt", weights_only=True, map_location="cpu")
     model = build(4096, width, layers)
@@ -258,8 +260,30 @@ def export(work: Work, output: Annotated[Path, typer.Option(help="Folder to writ
     PreTrainedTokenizerFast.from_pretrained(work / "tokenizer", model_max_length=POSITIONS).save_pretrained(output)
     weights = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
-    (output / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (output / "README.md").write_text(card(facts, model.config))
     print(json.dumps(facts, indent=1))
+
+
+def card(facts: dict[str, Any], config: LlamaConfig) -> str:
+    """The model card, filled in with what was counted and measured."""
+    return (
+        (Path(__file__).parent / "card.md")
+        .read_text()
+        .format(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            vocabulary=config.vocab_size,
+            parameters=facts["parameters"],
+            tokens_seen=facts["tokens_seen"],
+            context=CONTEXT,
+            epochs=facts["tokens_seen"] / facts["train"]["tokens"],
+            bits=facts["held_out_bits_per_byte"],
+            held_documents=facts["held_out"]["documents"],
+            held_bytes=facts["held_out"]["bytes"],
+            documents=facts["train"]["documents"],
+            bytes=facts["train"]["bytes"],
+        )
+    )
 
 
 if __name__ == "__main__":

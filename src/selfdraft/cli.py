@@ -263,7 +263,7 @@ def doctor(
         for exactness in ("bitwise", "token"):
             llm = _open(model, "none", None, dtype, exactness, threads)
             requests = [_request(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]
-            shapes = f"rows x{llm.target.shapes.rows}, bucket {llm.target.shapes.bucket or 'none'}"
+            shapes = str(llm.target.shapes)
             found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
             facts = {name: getattr(found, name) for name in found.__slots__}
             trials.append({"exactness": exactness, **facts, "level": found.level})

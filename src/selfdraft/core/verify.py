@@ -87,7 +87,7 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[
 
 def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int]) -> Result:
     sampling = sequence.sampling
-    path_tokens = list(sequence.tokens)
+    path_tokens = [] if sampling.plain else list(sequence.tokens)
     logprobs: list[Logprob] = []
 
     def say(node: int) -> int:

@@ -41,7 +41,7 @@ class Group:
     places: Tensor
     queries: Tensor
     whole: bool = False
-    """All rows of the pass, in their order: then nothing has to be picked or put back."""
+    """All rows of the pass in their order, then zeros: nothing has to be picked or put back."""
     masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
@@ -91,8 +91,8 @@ def make_plan(rows: Rows, cache: KVCache, shapes: Shapes, device: torch.device) 
         groups.append(_lane_group(span, shapes, device))
         probes = range(span.pending + span.draft.candidates, span.size)
         if len(probes):
-            groups.append(_tree_group(span, probes, shapes.rows, device))
-    if len(groups) == 1 and groups[0].lanes == 1 and groups[0].width == shapes.round_rows(len(rows)):
+            groups.append(_tree_group(span, probes, shapes.width, device))
+    if len(groups) == 1 and groups[0].lanes == 1 and groups[0].width >= shapes.round_rows(len(rows)):
         groups[0].whole = True
     return Plan(cache, rows.spans, groups)
 
@@ -106,7 +106,7 @@ def _lane_group(span: Span, shapes: Shapes, device: torch.device) -> Group:
     paths = [known + [span.pending + node for node in leaf] for leaf in span.draft.leaves()] or [known]
     positions = span.positions
     length = shapes.edge(max(positions[path[-1]] for path in paths), 0)
-    width = shapes.round_rows(max(len(path) for path in paths))
+    width = shapes.round_width(max(len(path) for path in paths))
     in_place = all(row == i for path in paths for i, row in enumerate(path))
     keys = None
     if not in_place:
@@ -191,10 +191,7 @@ def attend(
 
     def say(group: Group, asked: Tensor, shared: int) -> Tensor:
         keys, values = _keys(plan.cache, layer, group)
-        mask = group.mask(sliding_window, shared, query.dtype)
-        if softcap is None and s_aux is None:
-            return F.scaled_dot_product_attention(asked, keys, values, mask, scale=scale)
-        return _plain(asked, keys, values, mask, scale, softcap, s_aux)
+        return kernel(asked, keys, values, group.mask(sliding_window, shared, query.dtype), scale, softcap, s_aux)
 
     return _spread(plan.groups, query, key.shape[1], value.shape[-1], say), None
 
@@ -210,8 +207,10 @@ def _spread(
     shared = heads // key_heads
     grouped = query.view(key_heads, shared, count, dim)
     if groups[0].whole:
-        said = say(groups[0], grouped.reshape(1, key_heads, shared * count, dim), shared)
-        return said.view(1, heads, count, width).transpose(1, 2)
+        lane = groups[0].width
+        padded = F.pad(grouped, (0, 0, 0, lane - count)) if lane > count else grouped
+        said = say(groups[0], padded.reshape(1, key_heads, shared * lane, dim), shared)
+        return said.view(1, heads, lane, width)[:, :, :count].transpose(1, 2)
     out = query.new_zeros(count, heads, width)
     for group in groups:
         asked = grouped[:, :, group.rows].view(key_heads, shared, group.lanes, group.width, dim)
@@ -231,10 +230,21 @@ def _keys(cache: KVCache, layer: int, group: Group) -> tuple[Tensor, Tensor]:
     return keys[0][:, group.keys].transpose(0, 1), values[0][:, group.keys].transpose(0, 1)
 
 
-def _plain(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+def kernel(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention in plain words, for logit soft caps (Gemma 2) and attention sinks (one logit per head)."""
+    """Attention of [lanes, key heads, rows, dim]: torch's own, or plain words for soft caps (Gemma 2) and sinks.
+
+    `mask` [lanes, 1, rows, length] is added to the scores; `sinks` hold one logit per query head.
+    """
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
     scores = query @ keys.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -23,7 +23,8 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
-from selfdraft.models.shapes import LARGEST, MULTIPLES, NATURAL, Shapes, probe_rows
+from selfdraft.models.probe import probe_shapes
+from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
 from selfdraft.types import SamplingParams
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -128,12 +129,15 @@ def _pick_shapes(model: PreTrainedModel, exactness: Literal["bitwise", "token"])
     if mixes_rows(model):
         why = "LLM.int8() picks outlier columns over all rows of a pass; llm_int8_threshold=0 makes rows independent"
         return NATURAL, Exactness("token", why)
-    multiple = probe_rows(model)
-    if multiple is None:
-        why = f"some linear layer rounds differently for other row counts, even in multiples of {MULTIPLES[-1]}"
+    try:
+        shapes = probe_shapes(model)
+    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError, UnsupportedModel) as error:
+        return NATURAL, Exactness("token", f"the trial of shapes failed: {_first_line(error)}")  # `prove` says more
+    if shapes is None:
+        why = f"two blocks round differently for other row counts, even in multiples of {MULTIPLES[-1]}"
         return NATURAL, Exactness("token", why)
-    why = f"every linear layer gave one row the same bits among up to {LARGEST} rows, in multiples of {multiple}"
-    return Shapes(multiple, 64), Exactness("bitwise", why)
+    why = f"two blocks gave the same bits plain and drafted, with rows in multiples of {shapes.rows}"
+    return shapes, Exactness("bitwise", f"{why} and attention in multiples of {shapes.width}")
 
 
 def has_experts(model: PreTrainedModel) -> bool:

@@ -20,10 +20,19 @@ LARGEST = 64
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """`rows`: row counts are rounded up to a multiple of this; `bucket`: attention length likewise (0: natural)."""
+    """Multiples to round up to; a bucket of 0 means natural shapes."""
 
     rows: int = 1
+    """Rows of a pass, and of its answers."""
     bucket: int = 0
+    """Attention length, in positions."""
+    width: int = 1
+    """Query rows that attend together."""
+
+    def __str__(self) -> str:
+        if not self.canonical:
+            return "natural"
+        return f"rows x{self.rows}, attention x{self.width}, bucket {self.bucket}"
 
     @property
     def canonical(self) -> bool:
@@ -31,6 +40,9 @@ class Shapes:
 
     def round_rows(self, count: int) -> int:
         return -(-count // self.rows) * self.rows
+
+    def round_width(self, count: int) -> int:
+        return -(-count // self.width) * self.width
 
     def edge(self, position: int, context: int) -> int:
         """First position behind `position` that belongs to another attention length."""
@@ -41,7 +53,7 @@ NATURAL = Shapes()
 
 
 def probe_rows(model: nn.Module, most: int = LARGEST) -> int | None:
-    """Smallest multiple of rows at which every linear shape of `model` is row-invariant to the bit, or None.
+    """Smallest multiple of rows at which every linear layer of `model` is row-invariant to the bit, or None.
 
     Each distinct (in, out, type) is tried once with random neighbours, at 1 to `most` rows.
     """
