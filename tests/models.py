@@ -35,7 +35,8 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCau
         eos_token_id=None,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    with torch.inference_mode(False):  # it is shared: whoever asks first must not make its weights inference tensors
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def tiny_target(dtype: torch.dtype = torch.float64, *, slots: int = 1, shapes: Shapes | None = None) -> HFTarget:

@@ -32,7 +32,7 @@ class Shapes:
     def __str__(self) -> str:
         if not self.canonical:
             return "natural"
-        return f"rows x{self.rows}, attention x{self.width}, bucket {self.bucket}"
+        return f"rows x{self.rows}/{self.width}, bucket {self.bucket}"
 
     @property
     def canonical(self) -> bool:
@@ -42,7 +42,8 @@ class Shapes:
         return -(-count // self.rows) * self.rows
 
     def round_width(self, count: int) -> int:
-        return -(-count // self.width) * self.width
+        multiple = max(self.width, self.rows)  # both are powers of two
+        return -(-count // multiple) * multiple
 
     def edge(self, position: int, context: int) -> int:
         """First position behind `position` that belongs to another attention length."""
