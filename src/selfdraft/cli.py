@@ -188,6 +188,7 @@ def verify(
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
     max_new_tokens: MaxNew = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
     against: Annotated[
         Literal["plain", "hf"], typer.Option(help="Our own plain decoding, or transformers' greedy.")
@@ -205,7 +206,7 @@ def verify(
 
     names = _drafters(drafters, against)
     texts = read_prompts(prompts, limit)
-    sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens)
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
     llm = _open(model, "none", None, dtype, exactness, threads)
