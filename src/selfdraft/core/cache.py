@@ -48,8 +48,8 @@ class KVCache:
             self.values[layer][slot, :, stop:written] = 0
             written = stop
         self._written[layer, slot] = max(written, stop)
-        self.keys[layer][slot, :, start:stop] = key
-        self.values[layer][slot, :, start:stop] = value
+        self.keys[layer][slot].narrow(1, start, stop - start).copy_(key)
+        self.values[layer][slot].narrow(1, start, stop - start).copy_(value)
 
     def view(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [1, heads, length, dim] of a slot, without a copy."""

@@ -41,7 +41,7 @@ class Group:
     places: Tensor
     queries: Tensor
     whole: bool = False
-    """All rows of the pass in their order, then zeros: nothing has to be picked or put back."""
+    """All rows of the pass in their order, then padding: nothing has to be picked or put back."""
     masks: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
@@ -208,7 +208,10 @@ def _spread(
     grouped = query.view(key_heads, shared, count, dim)
     if groups[0].whole:
         lane = groups[0].width
-        padded = F.pad(grouped, (0, 0, 0, lane - count)) if lane > count else grouped
+        if count == 1:
+            padded = grouped.expand(-1, -1, lane, -1)  # one row needs no padding but itself
+        else:
+            padded = F.pad(grouped, (0, 0, 0, lane - count)) if lane > count else grouped
         said = say(groups[0], padded.reshape(1, key_heads, shared * lane, dim), shared)
         return said.view(1, heads, lane, width)[:, :, :count].transpose(1, 2)
     out = query.new_zeros(count, heads, width)
