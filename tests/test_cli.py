@@ -366,10 +366,17 @@ def test_interrupt(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert run("generate", PROMPT, "--model", folder, "--json").err == "interrupted\n"
 
 
+def _heeds_interrupts() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that: undo it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def process(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "selfdraft", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **options}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    return subprocess.Popen(
+        command, preexec_fn=_heeds_interrupts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )
 
 
 def test_a_real_interrupt() -> None:
