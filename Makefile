@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 $(READY_DEV): $(READY)
-	$(PIP) --editable '.[quantised,dev]'
+	$(PIP) --editable '.[quantised,tune,train,bench,dev]'
 	touch $(READY_DEV)
 
 clean:

@@ -1,0 +1,54 @@
+"""Typer verbs, thin over llm.py and the rooms. A user's mistake ends with one line and exit code 2, Ctrl-C with 130."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from selfdraft import show
+from selfdraft.cli import answer, prove
+from selfdraft.errors import SelfdraftError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Decode several tokens per forward pass with no second model. The text is exactly what it would have been.",
+)
+for verb in (answer.generate, answer.chat, prove.verify, prove.doctor):
+    app.command()(verb)
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""typer's error for what it cannot parse; it has no public name that all versions share."""
+
+
+def main() -> None:
+    """Entry point: runs a verb and turns errors into one line and an exit code."""
+    show.hush()
+    try:
+        # typer returns the code of an Exit, and 130 for Ctrl-C
+        code = app(prog_name="selfdraft", standalone_mode=False) or 0
+    except SelfdraftError as error:
+        show.complain(str(error))
+        code = 2
+    except UsageError as error:
+        _explain(error)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        show.note("interrupted")
+    sys.exit(code)
+
+
+def _explain(error: Any) -> None:
+    """A usage error in one line; without any argument typer's error is the help."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".?")
+    where = error.ctx.command_path if error.ctx else "selfdraft"
+    if message.startswith("Usage:"):
+        show.err.print(message)
+    else:
+        show.complain(f"{message}; see {where} --help")

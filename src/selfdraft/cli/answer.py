@@ -1,0 +1,164 @@
+"""The verbs that answer: generate and chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selfdraft import show
+from selfdraft.cli.options import (
+    AsJson,
+    Config,
+    Dtype,
+    Exact,
+    MaxNew,
+    Model,
+    Threads,
+    conditions,
+    encode_all,
+    gather,
+    open_llm,
+)
+from selfdraft.errors import RequestError
+
+if TYPE_CHECKING:
+    from selfdraft.llm import LLM
+    from selfdraft.types import SamplingParams
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; leave it out with --prompts.")] = None,
+    model: Model = "pocket",
+    drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: lookup.")] = None,
+    speculative_config: Config = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts of the file.", min=1)] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")
+    ] = False,
+    max_new_tokens: MaxNew = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen get less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken once from tokens already in the answer.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken per occurrence in the answer.")] = 0.0,
+    min_tokens: Annotated[int, typer.Option(help="No stop before so many tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = None,
+    dtype: Dtype = "auto",
+    exactness: Exact = "bitwise",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also decode plainly here and say how much faster drafting was.")
+    ] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
+    from selfdraft.types import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
+        max_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    texts = gather(prompt, prompts, limit)
+    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads)
+    results = []
+    for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
+        results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
+    if as_json:
+        show.document({**conditions(llm, model), "drafter": llm.drafter_name, "results": results})
+
+
+def _answer(
+    llm: LLM, text: str, ids: list[int], sampling: SamplingParams, *, compare: bool, quiet: bool, many: bool
+) -> dict[str, Any]:
+    """Stream one answer to the terminal (unless `quiet`) and return its record."""
+    if many and not quiet:
+        show.heading(text)
+    if compare and sampling.seed is None:
+        from dataclasses import replace
+
+        sampling = replace(sampling, seed=0)
+    clock = show.Clock()
+    output = None
+    try:
+        for piece in llm.stream(ids, sampling):
+            output = piece.output
+            if not quiet:
+                show.piece(piece)
+    except KeyboardInterrupt:
+        if output is not None and not quiet:
+            show.figures(output.stats, clock.seconds, llm.drafter_name)
+        raise
+    assert output is not None
+    record: dict[str, Any] = {"prompt": text, "text": output.text, "token_ids": list(output.token_ids)}
+    record |= {"sources": list(output.sources), "finish_reason": output.finish_reason}
+    record |= {"stop_reason": output.stop_reason, "seconds": round(clock.seconds, 4), **output.stats.as_dict()}
+    if not quiet:
+        show.figures(output.stats, clock.seconds, llm.drafter_name)
+    if compare:
+        record["compare"] = _compare(llm, ids, sampling, quiet=quiet)
+    return record
+
+
+def _compare(llm: LLM, ids: list[int], sampling: SamplingParams, *, quiet: bool) -> dict[str, object]:
+    from selfdraft.bench.compare import compare
+
+    result = compare(llm.engine_for("none"), llm.engine, lambda: llm.requests(ids, sampling)[0])
+    if not quiet:
+        show.comparison(result, llm.drafter_name)
+    return result.as_dict()
+
+
+def chat(
+    model: Model = "pocket",
+    drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: lookup.")] = None,
+    speculative_config: Config = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk with a model through its template. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
+    from selfdraft.types import SamplingParams
+
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
+    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads)
+    messages: list[dict[str, str]] = []
+    while (said := show.ask()) is not None:
+        messages.append({"role": "user", "content": said})
+        ids = llm.render(messages)
+        answer, clock = "", show.Clock()
+        try:
+            for piece in llm.stream(ids, sampling):
+                answer = piece.output.text
+                show.piece(piece)
+        except RequestError as error:
+            show.complain(f"{error}; the conversation starts anew")
+            messages.clear()
+            continue
+        except KeyboardInterrupt:
+            show.write("\n")
+            show.note("stopped; the text so far stays in the conversation")
+        else:
+            show.figures(piece.output.stats, clock.seconds, llm.drafter_name)
+        messages.append({"role": "assistant", "content": answer})

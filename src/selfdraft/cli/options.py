@@ -1,0 +1,138 @@
+"""What the verbs share: their common options, opening a model, reading prompts, stating the conditions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from selfdraft import show
+from selfdraft.errors import OptionError, RequestError
+
+if TYPE_CHECKING:
+    from selfdraft.core.sequence import Sequence as Request
+    from selfdraft.llm import LLM
+    from selfdraft.types import SamplingParams
+
+Model = Annotated[str, typer.Option(help="A checkpoint folder, a hub name, or 'pocket' (inside this package).")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, but float32 where bfloat16 is slow.")
+]
+MaxNew = Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)]
+Exact = Annotated[
+    Literal["bitwise", "token"],
+    typer.Option(help="bitwise: canonical shapes, the same bits drafted or not; token: natural shapes."),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(help='The method and its options as JSON: \'{"method": "lookup", "prompt_lookup_max": 4}\'.'),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default when not given.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+
+
+def open_llm(
+    model: str,
+    drafter: str | None,
+    config: str | None,
+    dtype: str,
+    exactness: Literal["bitwise", "token"] | str,
+    threads: int | None,
+) -> LLM:
+    """The model behind the options. Broken options are named before anything is loaded."""
+    options = parse_config(config)
+    from selfdraft.llm import LLM, check_drafter, pick_dtype
+    from selfdraft.models.stock import quiet
+
+    quiet()
+    check_drafter(drafter, options)
+    pick_dtype(dtype)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    with show.waiting(f"loading {model}"):
+        return LLM(
+            model,
+            drafter=drafter,
+            speculative_config=options,
+            dtype=dtype,
+            exactness="bitwise" if exactness == "bitwise" else "token",
+            max_num_seqs=1,
+        )
+
+
+def parse_config(config: str | None) -> dict[str, object] | None:
+    if config is None:
+        return None
+    try:
+        options = json.loads(config)
+    except json.JSONDecodeError as error:
+        raise OptionError(f"--speculative-config is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(options, dict):
+        raise OptionError(f"--speculative-config must be a JSON object, not {config!r}")
+    return options
+
+
+def gather(prompt: str | None, prompts: Path | None, limit: int | None) -> Sequence[str]:
+    from selfdraft.bench.prompts import read_prompts
+
+    if (prompt is None) == (prompts is None):
+        raise RequestError("give one prompt, or a file with --prompts, and not both")
+    if prompts is not None:
+        return read_prompts(prompts, limit)
+    if not prompt:
+        raise RequestError("the prompt is empty: give at least one token")
+    return [prompt]
+
+
+def encode_all(llm: LLM, texts: Sequence[str], chat_template: bool, sampling: SamplingParams) -> list[list[int]]:
+    """Token ids of all prompts. Each is checked before one of them is run. Errors: RequestError."""
+    from contextlib import nullcontext
+
+    from selfdraft.llm import naming
+
+    checked = []
+    for i, text in enumerate(texts):
+        with naming(i) if len(texts) > 1 else nullcontext():
+            ids = llm.render([{"role": "user", "content": text}]) if chat_template else llm.encode(text)
+            llm.requests(ids, sampling)
+            checked.append(ids)
+    return checked
+
+
+def conditions(llm: LLM, model: str) -> dict[str, Any]:
+    """What a figure means nothing without."""
+    from selfdraft.bench.doctor import machine
+
+    dtype = str(next(llm.model.parameters()).dtype).removeprefix("torch.")
+    return {
+        "model": model,
+        "dtype": dtype,
+        "exactness": {"level": llm.exactness.level, "why": llm.exactness.why},
+        "machine": machine(),
+    }
+
+
+def drafter_names(wanted: str, against: str) -> list[str]:
+    """The drafters to compare; 'none' is no comparison with plain decoding. Errors: OptionError."""
+    from selfdraft.drafters import table
+    from selfdraft.llm import check_drafter
+
+    names = [*table()] if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
+    for name in names:
+        check_drafter(name, None)
+    names = [name for name in dict.fromkeys(names) if against == "hf" or name != "none"]
+    if not names:
+        raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(table())}")
+    return names
+
+
+def repeatable(llm: LLM, sampling: SamplingParams, seed: int, ids: list[int]) -> Callable[[], Request]:
+    from dataclasses import replace
+
+    seeded = replace(sampling, seed=seed)
+    return lambda: llm.requests(ids, seeded)[0]

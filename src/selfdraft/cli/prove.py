@@ -1,0 +1,99 @@
+"""The verbs that prove: verify and doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from selfdraft import show
+from selfdraft.cli.options import (
+    AsJson,
+    Dtype,
+    Exact,
+    MaxNew,
+    Model,
+    Threads,
+    conditions,
+    drafter_names,
+    encode_all,
+    open_llm,
+    repeatable,
+)
+from selfdraft.errors import OptionError
+
+
+def verify(
+    prompts: Annotated[Path, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")],
+    model: Model = "pocket",
+    drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
+    max_new_tokens: MaxNew = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
+    against: Annotated[
+        Literal["plain", "hf"], typer.Option(help="Our own plain decoding, or transformers' greedy.")
+    ] = "plain",
+    dtype: Dtype = "auto",
+    exactness: Exact = "bitwise",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
+    from selfdraft.bench.prompts import read_prompts
+    from selfdraft.bench.verify import Report, plainly, stock_greedy
+    from selfdraft.bench.verify import verify as run
+    from selfdraft.types import SamplingParams
+
+    names = drafter_names(drafters, against)
+    texts = read_prompts(prompts, limit)
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
+    if against == "hf" and not sampling.plain:
+        raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
+    llm = open_llm(model, "none", None, dtype, exactness, threads)
+    reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
+    engines = {name: llm.engine_for(name) for name in names}
+    requests = [
+        repeatable(llm, sampling, seed + i, ids) for i, ids in enumerate(encode_all(llm, texts, False, sampling))
+    ]
+    report = Report()
+    with show.progress(len(texts) * len(names), quiet=as_json) as advance:
+        for _ in run(llm.model, reference, engines, requests, report):
+            advance()
+    result = {**conditions(llm, model), "against": against, "drafters": names, "prompts": len(texts)}
+    result |= {"temperature": temperature, **report.as_dict()}
+    if as_json:
+        show.document(result)
+    else:
+        show.verification(result, llm.decode)
+    raise typer.Exit(1 if report.mismatches else 0)
+
+
+def doctor(
+    model: Model = "pocket",
+    max_new_tokens: MaxNew = 48,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the exactness this machine reaches. It is tried, with two dtypes and two rules of shapes."""
+    from selfdraft.bench.doctor import machine, trial
+    from selfdraft.types import SamplingParams
+
+    sampling = SamplingParams(max_tokens=max_new_tokens, ignore_eos=True)
+    trials: list[dict[str, Any]] = []
+    for dtype in ("float32", "bfloat16"):
+        for exactness in ("bitwise", "token"):
+            llm = open_llm(model, "none", None, dtype, exactness, threads)
+            requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]
+            shapes = str(llm.target.shapes)
+            found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
+            facts = {name: getattr(found, name) for name in found.__slots__}
+            trials.append({"exactness": exactness, **facts, "level": found.level})
+            trials[-1] |= {"promised": llm.exactness.level, "why": llm.exactness.why}
+    result: dict[str, Any] = {"machine": machine(), "model": model, "trials": trials}
+    if as_json:
+        show.document(result)
+    else:
+        show.diagnosis(result)
