@@ -6,13 +6,15 @@ from collections.abc import Sequence as SequenceOf
 from functools import cache
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build
 from selfdraft.engine.loop import Engine
 from selfdraft.models.adapter import HFTarget
-from selfdraft.models.shapes import Shapes
+from selfdraft.models.masks import MaskAdapter
+from selfdraft.models.shapes import Shapes, width_of
+from selfdraft.models.student import linear_names
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import SamplingParams
 
@@ -39,8 +41,36 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCau
         return LlamaForCausalLM(config).to(dtype).eval()
 
 
+def random_adapters(model: PreTrainedModel, rank: int = 4) -> list[MaskAdapter]:
+    """Untrained adapters for space and s3d on every linear layer, strong enough to show on any row they leak to."""
+    draw = torch.Generator().manual_seed(5)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    hidden = model.get_input_embeddings().weight.shape[1]
+
+    def noise(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=draw).to(dtype) / rows**0.5
+
+    modules = dict(model.named_modules())
+    sizes = {}
+    for path in linear_names(model, range(int(model.config.get_text_config().num_hidden_layers))):
+        with torch.no_grad():
+            wide = width_of(modules[path])
+            sizes[path] = (wide, modules[path](torch.zeros(1, wide, dtype=dtype)).shape[1])
+    return [
+        MaskAdapter(
+            method,
+            noise(masks, hidden),
+            {path: (noise(wide, rank), noise(rank, out)) for path, (wide, out) in sizes.items()},
+            whole_spans=method == "s3d",
+            link=(noise(hidden, rank), noise(rank, hidden)),
+        )
+        for method, masks in (("space", 4), ("s3d", 3))
+    ]
+
+
 def tiny_target(dtype: torch.dtype = torch.float64, *, slots: int = 1, shapes: Shapes | None = None) -> HFTarget:
-    return HFTarget(tiny_llama(dtype), slots=slots, shapes=shapes or Shapes(4, 64))
+    model = tiny_llama(dtype)
+    return HFTarget(model, slots=slots, shapes=shapes or Shapes(4, 64), adapters=random_adapters(model))
 
 
 def run(

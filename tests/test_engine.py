@@ -62,6 +62,15 @@ class FakeTarget:
     def edge(self, position: int) -> int:
         return (position // 16 + 1) * 16
 
+    def masks_of(self, method: str) -> range:
+        return range(0)
+
+    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
+        return None
+
+    def advice(self, method: str) -> dict[str, object]:
+        return {}
+
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
         if self.fails:
             raise RuntimeError("planted")

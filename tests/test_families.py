@@ -29,12 +29,12 @@ from selfdraft.models.attention import Group
 from selfdraft.models.load import check_supported, eos_ids, load_model, load_tokenizer, open_target, prove
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import SamplingParams, Skip
-from tests.models import run
+from tests.models import random_adapters, run
 
 VOCAB = 61
 WINDOW = 8
 NEW = 24
-MASKS = 4
+MASKS = 7
 SHAPES = {"canonical": Shapes(4, 64), "natural": NATURAL}
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -155,9 +155,7 @@ def generated(name: str) -> list[list[int]]:
 def target_of(name: str, shapes: str) -> HFTarget:
     """With random mask tokens, so that drafters which need some can be tried too."""
     model = model_of(name)
-    hidden = model.get_input_embeddings().weight.shape[1]
-    masks = torch.randn(MASKS, hidden, generator=torch.Generator().manual_seed(4))
-    return HFTarget(model, slots=2, shapes=SHAPES[shapes], mask_embeddings=masks)
+    return HFTarget(model, slots=2, shapes=SHAPES[shapes], adapters=random_adapters(model))
 
 
 @pytest.mark.parametrize("drafter", PLAIN_DRAFTERS)

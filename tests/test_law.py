@@ -187,6 +187,15 @@ class TableTarget:
     def edge(self, position: int) -> int:
         return self.context
 
+    def masks_of(self, method: str) -> range:
+        return range(0)
+
+    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
+        return None
+
+    def advice(self, method: str) -> dict[str, object]:
+        return {}
+
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
         (span,) = rows.spans
         assert span.base == len(self.memory)

@@ -31,12 +31,12 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import Budget, SamplingParams, Skip
-from tests.models import VOCAB, tiny_llama
+from tests.models import VOCAB, random_adapters, tiny_llama
 
 OPTIONS: dict[str, dict[str, object]] = {"lookup": {"num_speculative_tokens": 6}}
 """Options of a drafter under test; a drafter that is not named runs with its defaults."""
 
-MASKS = 4
+MASKS = 7
 CANONICAL = Shapes(4, 64)
 LENGTH = 26
 EOS = frozenset({7})
@@ -137,8 +137,8 @@ def expected(index: int, name: str) -> list[int]:
 
 
 def target_for(way: Way, dtype: torch.dtype = torch.float64, model: PreTrainedModel | None = None) -> HFTarget:
-    masks = torch.randn(MASKS, 48, generator=torch.Generator().manual_seed(5)).to(dtype)
-    return HFTarget(model or tiny_llama(dtype), slots=way.slots, shapes=way.shapes, mask_embeddings=masks)
+    model = model or tiny_llama(dtype)
+    return HFTarget(model, slots=way.slots, shapes=way.shapes, adapters=random_adapters(model))
 
 
 def request(target: Target, index: int, name: str) -> Sequence:
@@ -291,7 +291,7 @@ def probes(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
 def mask_probes(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
     """Mask ids under the last token and under candidates, a window beside them, and ids past the last mask."""
     chain = hidden(self, sequence, budget)
-    masks = [VOCAB, VOCAB + 1, VOCAB + 3, VOCAB + MASKS, 5, VOCAB + 2]
+    masks = [VOCAB, VOCAB + 1, VOCAB + MASKS - 1, VOCAB + MASKS, 5, VOCAB + 2]
     return chain.with_probes(masks, [-1, 0, -2 if len(chain) else -1, 2, -1 - len(chain), 4], "masks")
 
 

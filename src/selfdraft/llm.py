@@ -21,15 +21,19 @@ import torch
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.text import TextStream
 from selfdraft.drafters import build, find
+from selfdraft.drafters.layer_skip import read_skip
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.models import load
+from selfdraft.models.masks import find_adapters, load_adapters
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
 
 Prompt = str | SequenceOf[int]
 Message = Mapping[str, str]
+SKIP_FILE = "selfdraft_skip.json"
+"""The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -78,6 +82,8 @@ class LLM:
     `drafter`: a name of `selfdraft.drafters.table()`; `speculative_config` adds its options, and may name it by
     `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain decoding have
     the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes natural shapes.
+    `adapters`: folders that `selfdraft train` wrote, for the drafters s3d and space; those in the checkpoint's own
+    folder (selfdraft_*) are found without being named.
     Errors: LoadError, OptionError.
     """
 
@@ -89,6 +95,7 @@ class LLM:
         speculative_config: Mapping[str, object] | None = None,
         dtype: str = "auto",
         tokenizer: Tokenizer | None = None,
+        adapters: SequenceOf[str | Path] = (),
         exactness: Literal["bitwise", "token"] = "bitwise",
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
@@ -104,9 +111,18 @@ class LLM:
             path = POCKET if model == "pocket" else model
             self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code)
             self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
+            beside = find_adapters(Path(path).expanduser())
         else:
-            self.model, self.tokenizer = model, tokenizer
-        self.target = load.open_target(self.model, slots=max_num_seqs, exactness=exactness, context=max_model_len)
+            self.model, self.tokenizer, beside = model, tokenizer, []
+        self.target = load.open_target(
+            self.model,
+            slots=max_num_seqs,
+            exactness=exactness,
+            context=max_model_len,
+            adapters=load_adapters([*adapters, *beside], self.model),
+        )
+        if isinstance(model, str | Path) and (searched := Path(path).expanduser() / SKIP_FILE).is_file():
+            self.target.skip_default = read_skip(searched, self.target.layers)
         self.exactness = self.target.exactness
         self.eos = load.eos_ids(self.model, self.tokenizer)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}

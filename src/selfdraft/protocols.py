@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -28,6 +29,15 @@ class Target(Protocol):
     @property
     def masks(self) -> int:
         """Learned placeholder ids vocab <= id < vocab + masks: input only; 0 for a stock model."""
+
+    def masks_of(self, method: str) -> range:
+        """Those mask ids that were trained for a method, nearest first; an empty range when there are none."""
+
+    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
+        """What to add to a method's logits of `ids` [k] when `token` stands before them; None when nothing is known."""
+
+    def advice(self, method: str) -> Mapping[str, object]:
+        """Options found best for a method on this model; they came with the checkpoint. Empty when unknown."""
 
     @property
     def layers(self) -> int:

@@ -147,6 +147,16 @@ class Skip:
         return min(self.attention | self.mlp, default=0)
 
 
+def middle(layers: int, width: int) -> Skip:
+    """The symmetric middle range of S3D (arXiv 2405.20314): `width` whole blocks out of `layers`, the first ones kept.
+
+    Errors: OptionError when no block would be left, or none skipped.
+    """
+    within("skip_width", width, 1, layers - 1)
+    first = (layers - width + 1) // 2
+    return Skip(frozenset(range(first, first + width)), frozenset(range(first, first + width)))
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """How large one sequence's draft may be in this step."""

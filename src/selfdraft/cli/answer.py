@@ -9,6 +9,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    Adapters,
     AsJson,
     Config,
     Dtype,
@@ -33,6 +34,7 @@ def generate(
     model: Model = "pocket",
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: lookup.")] = None,
     speculative_config: Config = None,
+    adapter: Adapters = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
     ] = None,
@@ -78,7 +80,7 @@ def generate(
         seed=seed,
     )
     texts = gather(prompt, prompts, limit)
-    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads)
+    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter)
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
@@ -131,6 +133,7 @@ def chat(
     model: Model = "pocket",
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: lookup.")] = None,
     speculative_config: Config = None,
+    adapter: Adapters = None,
     max_new_tokens: MaxNew = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
@@ -142,7 +145,7 @@ def chat(
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
-    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads)
+    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter)
     messages: list[dict[str, str]] = []
     while (said := show.ask()) is not None:
         messages.append({"role": "user", "content": said})

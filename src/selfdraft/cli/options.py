@@ -30,6 +30,10 @@ Config = Annotated[
     str | None,
     typer.Option(help='The method and its options as JSON: \'{"method": "lookup", "prompt_lookup_max": 4}\'.'),
 ]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option("--adapter", help="Mask tokens for s3d or space: a folder of 'selfdraft train'. May be repeated."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default when not given.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
@@ -41,6 +45,8 @@ def open_llm(
     dtype: str,
     exactness: Literal["bitwise", "token"] | str,
     threads: int | None,
+    adapters: Sequence[Path] | None = None,
+    slots: int = 1,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = parse_config(config)
@@ -61,7 +67,8 @@ def open_llm(
             speculative_config=options,
             dtype=dtype,
             exactness="bitwise" if exactness == "bitwise" else "token",
-            max_num_seqs=1,
+            adapters=adapters or (),
+            max_num_seqs=slots,
         )
 
 

@@ -9,6 +9,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    Adapters,
     AsJson,
     Dtype,
     Exact,
@@ -27,6 +28,7 @@ from selfdraft.errors import OptionError
 def verify(
     prompts: Annotated[Path, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")],
     model: Model = "pocket",
+    adapter: Adapters = None,
     drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
     max_new_tokens: MaxNew = 128,
@@ -52,7 +54,7 @@ def verify(
     sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
-    llm = open_llm(model, "none", None, dtype, exactness, threads)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
     engines = {name: llm.engine_for(name) for name in names}
     requests = [

@@ -6,6 +6,8 @@ greedy text. Idea: drafter-invariant speculative sampling (arXiv 2408.07978).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,23 @@ def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform(seed, position, tokens)))
 
 
+def gumbel_rows(seed: int, positions: Sequence[int], tokens: Tensor) -> Tensor:
+    """The same for many positions at once: noise of `tokens` [n, k] at `positions` [n]."""
+    keys = torch.tensor([_signed(_key(seed, position)) for position in positions], device=tokens.device)
+    return -torch.log(-torch.log(_uniform(keys[:, None], tokens)))
+
+
 def uniform(seed: int, position: int, tokens: Tensor) -> Tensor:
     """Uniform noise in the open interval (0, 1), float64, one value per token id."""
-    key = _mix_int(_mix_int(seed & _MASK) ^ (position & _MASK))
-    bits = _mix(_mix(tokens.to(torch.int64) ^ _signed(key)))
+    return _uniform(_signed(_key(seed, position)), tokens)
+
+
+def _key(seed: int, position: int) -> int:
+    return _mix_int(_mix_int(seed & _MASK) ^ (position & _MASK))
+
+
+def _uniform(key: int | Tensor, tokens: Tensor) -> Tensor:
+    bits = _mix(_mix(tokens.to(torch.int64) ^ key))
     return (_shift(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
 
 

@@ -83,3 +83,15 @@ def chain_rows(items: SequenceOf[tuple[int, int, int]]) -> Rows:
     spans = tuple(Span(slot, base, i, 1, EMPTY, 1) for i, (slot, base, _) in enumerate(items))
     tokens = torch.tensor([token for _, _, token in items])
     return Rows(tokens, torch.tensor([base for _, base, _ in items]), spans, tuple(range(len(items))))
+
+
+def group_rows(items: SequenceOf[tuple[int, int, int, SequenceOf[int]]], source: str) -> Rows:
+    """For each (slot, base, last token, masks): the token and a chain of mask probes, all of them answered."""
+    spans: list[Span] = []
+    tokens: list[int] = []
+    for slot, base, token, masks in items:
+        draft = EMPTY.with_probes(masks, range(-1, len(masks) - 1), source)
+        spans.append(Span(slot, base, len(tokens), 1, draft, 1 + len(draft)))
+        tokens += [token, *masks]
+    positions = [position for span in spans for position in span.positions]
+    return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(range(len(tokens))))

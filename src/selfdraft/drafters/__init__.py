@@ -11,6 +11,8 @@ from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.drafters.lookahead import Lookahead
 from selfdraft.drafters.lookup import Lookup
 from selfdraft.drafters.none import NoDrafter
+from selfdraft.drafters.s3d import S3D
+from selfdraft.drafters.space import Space
 from selfdraft.drafters.suffix import Suffix
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter, Target
@@ -23,6 +25,8 @@ NAMES: dict[str, Factory] = {
     "suffix": Suffix,
     "lookahead": Lookahead,
     "layer_skip": LayerSkip,
+    "s3d": S3D,
+    "space": Space,
 }
 
 ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from selfdraft.core.rows import Rows
 from selfdraft.errors import OptionError
 from selfdraft.models import view
 from selfdraft.models.attention import NAME, Plan, attend, make_plan
+from selfdraft.models.masks import Gate, MaskAdapter, gate_rows, gated, linked
 from selfdraft.models.reuse import EarlyStates, unknown_part
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import Skip
@@ -39,8 +40,9 @@ class HFTarget:
     """A stock model and its memory of every slot. See `selfdraft.protocols.Target`.
 
     `model` is used through a view and never touched. `shapes` sets the exactness level (`shapes.py`).
-    `mask_embeddings` [masks, hidden] are the learned placeholder tokens, if any. `exactness` is what the one who chose
-    the shapes knows about them. `last` is the plan of the last forward pass.
+    `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
+    `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
+    `skip_default` is the skip set that came with the checkpoint, if any.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class HFTarget:
         slots: int = 1,
         context: int | None = None,
         shapes: Shapes = NATURAL,
-        mask_embeddings: Tensor | None = None,
+        adapters: SequenceOf[MaskAdapter] = (),
         exactness: Exactness = UNPROBED,
     ) -> None:
         self.config = model.config.get_text_config()
@@ -58,12 +60,22 @@ class HFTarget:
         self.slots = slots
         self.exactness = exactness
         self.last: Plan | None = None
+        self.skip_default: Skip | None = None
         self._view = view.clone(model).eval()
+        self.adapters = tuple(adapters)
+        self._gate = Gate()
+        self._gated = gated(self._view, self.adapters, self._gate) if adapters else self._view
         self._views: dict[object, PreTrainedModel] = {}
         self._early = EarlyStates()
         self._context = context or context_of(model)
-        self._masks = mask_embeddings
         self._device = next(model.parameters()).device
+        tables = [adapter.embeddings.to(self._device) for adapter in self.adapters]
+        self._masks = torch.cat(tables) if tables else None
+        self._links = {
+            adapter.method: tuple(part.to(self._device) for part in adapter.link)
+            for adapter in self.adapters
+            if adapter.link is not None
+        }
         self.cache = KVCache(slots, shapes.edge(255, 256))
 
     @property
@@ -73,6 +85,32 @@ class HFTarget:
     @property
     def masks(self) -> int:
         return 0 if self._masks is None else self._masks.shape[0]
+
+    def masks_of(self, method: str) -> range:
+        first = self.vocab
+        for adapter in self.adapters:
+            if adapter.method == method:
+                return range(first, first + len(adapter.embeddings))
+            first += len(adapter.embeddings)
+        return range(0)
+
+    def advice(self, method: str) -> Mapping[str, object]:
+        if method == "layer_skip" and self.skip_default is not None:
+            return {"skip_set": self.skip_default}
+        return next((adapter.advice for adapter in self.adapters if adapter.method == method), {})
+
+    @torch.inference_mode()
+    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
+        pair = self._links.get(method)
+        if pair is None:
+            return None
+        down, up = pair
+        return linked(self._view, torch.tensor(token, device=self._device), down, up, ids.to(self._device))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of mask embeddings and adapters in bytes."""
+        return sum(adapter.bytes for adapter in self.adapters)
 
     @property
     def layers(self) -> int:
@@ -92,12 +130,24 @@ class HFTarget:
     @torch.inference_mode()
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
         self._make_room(rows)
+        acting = gate_rows(rows, self.adapters, self.vocab, skipped=skip is not None) if self.adapters else {}
+        if acting:
+            return self._run_gated(rows, skip, acting)
         if skip is None:
             return self._full(rows)
         logits, plan = self._run(self.view(skip), rows)
         if plan.hidden is not None:
             self._early.note(rows, plan.hidden[0], skip.first)
         return logits
+
+    def _run_gated(self, rows: Rows, skip: Skip | None, acting: dict[int, slice | Tensor]) -> Tensor:
+        """A pass in which some rows use their adapter. What it leaves in the cache is nothing to build on."""
+        self._early.forget(rows)
+        self._gate.rows = acting
+        try:
+            return self._run(self._gated if skip is None else self._gated_view(skip), rows)[0]
+        finally:
+            self._gate.rows = {}
 
     def _full(self, rows: Rows) -> Tensor:
         """All blocks for all rows; what a drafting pass has computed of the first blocks is taken from there."""
@@ -137,12 +187,20 @@ class HFTarget:
     def view(self, skip: Skip) -> PreTrainedModel:
         """The model with the sublayers of `skip` left out; it notes the states entering the first of them."""
         if skip not in self._views:
-            outside = [i for i in skip.attention | skip.mlp if not 0 <= i < self.layers]
-            if outside:
-                raise OptionError(f"block {outside[0]} cannot be skipped: the model has blocks 0 to {self.layers - 1}")
-            short = view.skipping(self._view, self.layers, skip)
+            short = self._short(self._view, skip)
             self._views[skip] = view.noting(short, self.layers, skip.first) if skip.first else short
         return self._views[skip]
+
+    def _gated_view(self, skip: Skip) -> PreTrainedModel:
+        if ("gated", skip) not in self._views:
+            self._views["gated", skip] = self._short(self._gated, skip)
+        return self._views["gated", skip]
+
+    def _short(self, whole: PreTrainedModel, skip: Skip) -> PreTrainedModel:
+        outside = [i for i in skip.attention | skip.mlp if not 0 <= i < self.layers]
+        if outside:
+            raise OptionError(f"block {outside[0]} cannot be skipped: the model has blocks 0 to {self.layers - 1}")
+        return view.skipping(whole, self.layers, skip)
 
     def _cut(
         self, part: str, block: int, make: Callable[[PreTrainedModel, int, int], PreTrainedModel]

@@ -23,6 +23,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
+from selfdraft.models.masks import MaskAdapter
 from selfdraft.models.probe import probe_shapes
 from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
 from selfdraft.types import SamplingParams
@@ -97,7 +98,7 @@ def open_target(
     slots: int,
     exactness: Literal["bitwise", "token"] = "bitwise",
     context: int | None = None,
-    mask_embeddings: Tensor | None = None,
+    adapters: SequenceOf[MaskAdapter] = (),
 ) -> HFTarget:
     """A proven target with `slots` slots of at most `context` tokens (None: what the model has).
 
@@ -112,9 +113,7 @@ def open_target(
         error = UnsupportedModel if growing else OptionError
         raise error(f"context={context}: this model has 1 to {most} positions here{why}")
     shapes, level = _pick_shapes(model, exactness)
-    target = HFTarget(
-        model, slots=slots, context=context, shapes=shapes, mask_embeddings=mask_embeddings, exactness=level
-    )
+    target = HFTarget(model, slots=slots, context=context, shapes=shapes, adapters=adapters, exactness=level)
     prove(target, model)
     return target
 

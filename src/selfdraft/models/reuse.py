@@ -46,6 +46,11 @@ class EarlyStates:
                 trail.tokens.append(tokens[span.start])
                 trail.hidden.append(hidden[span.start])
 
+    def forget(self, rows: Rows) -> None:
+        """Something else was written into the slots of these rows."""
+        for span in rows.spans:
+            self._trails.pop(span.slot, None)
+
     def take(self, rows: Rows) -> dict[int, Tensor]:
         """Known hidden states by flat row index, for a full pass over `rows`; then all trails of its slots end.
 

@@ -62,16 +62,16 @@ def probe_rows(model: nn.Module, most: int = LARGEST) -> int | None:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            seen.setdefault((type(module), _width(module), *weight.shape, weight.dtype), module)
+            seen.setdefault((type(module), width_of(module), *weight.shape, weight.dtype), module)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    layers = [(module, _width(module)) for module in seen.values()]
+    layers = [(module, width_of(module)) for module in seen.values()]
     for multiple in MULTIPLES:
         if all(_invariant(module, width, dtype, range(multiple, most + 1, multiple)) for module, width in layers):
             return multiple
     return None
 
 
-def _width(module: nn.Module) -> int:
+def width_of(module: nn.Module) -> int:
     """Input width of a linear-like layer; Conv1D of GPT-2 keeps its weight transposed."""
     features = getattr(module, "in_features", None) or getattr(module, "nx", None)
     if features is None:
@@ -79,6 +79,12 @@ def _width(module: nn.Module) -> int:
         assert isinstance(weight, Tensor)
         features = weight.shape[1]
     return int(features)
+
+
+def out_of(module: nn.Module) -> int | None:
+    """Output width of a linear-like layer."""
+    features = getattr(module, "out_features", None) or getattr(module, "nf", None)
+    return int(features) if features is not None else None
 
 
 @torch.inference_mode()

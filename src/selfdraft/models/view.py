@@ -17,12 +17,20 @@ from selfdraft.types import Skip
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "fc2")
 """OPT has its MLP as two bare layers: silencing the second one silences it."""
+PRE_NORMS = (
+    ("input_layernorm", "pre_feedforward_layernorm"),
+    ("input_layernorm", "post_attention_layernorm"),
+    ("ln_1", "ln_2"),
+)
+"""Norms before attention and before the MLP, as the families name them."""
+POST_NORMED = frozenset({"pre_feedforward_layernorm", "post_feedforward_layernorm"})
+"""Beside one of these `post_attention_layernorm` follows the attention."""
 PAIRED = ("GptOssMLP",)
 """MLPs whose block unpacks (hidden states, router scores)."""
 
 
-def clone(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in fresh module shells whose configuration asks for our attention function."""
+def clone(model: PreTrainedModel, attention: str = NAME) -> PreTrainedModel:
+    """The same weights in fresh module shells whose configuration asks for one of our attention functions."""
     configs: dict[int, Any] = {}
 
     def fresh(module: nn.Module) -> nn.Module:
@@ -36,7 +44,7 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
         if config is not None and hasattr(config, "_attn_implementation"):
             if id(config) not in configs:
                 configs[id(config)] = copy.deepcopy(config)
-                configs[id(config)]._attn_implementation_internal = NAME
+                configs[id(config)]._attn_implementation_internal = attention
             shell.config = configs[id(config)]
         return shell
 
@@ -101,6 +109,8 @@ def skipping(view: PreTrainedModel, count: int, skip: Skip) -> PreTrainedModel:
         if not (no_attention or no_mlp):
             return block
         shell = shallow(block)
+        for norm in idle_norms(block, no_attention=no_attention):
+            shell._modules[norm] = nn.Identity()
         if no_attention:
             shell._modules[attention_of(block) or ""] = SilentAttention()
         if no_mlp:
@@ -111,6 +121,18 @@ def skipping(view: PreTrainedModel, count: int, skip: Skip) -> PreTrainedModel:
         return shell
 
     return rearranged(view, count, change)
+
+
+def idle_norms(block: nn.Module, *, no_attention: bool) -> list[str]:
+    """The norm that only the skipped sublayer reads, when one of the two is skipped: it need not be computed.
+
+    A norm that both sublayers read (Phi, Cohere) or that follows a sublayer (OLMo 2, Gemma 2) stays.
+    """
+    names = set(block._modules)
+    for of_attention, of_mlp in PRE_NORMS:
+        if {of_attention, of_mlp} <= names and not (of_mlp == "post_attention_layernorm" and names & POST_NORMED):
+            return [of_attention if no_attention else of_mlp]
+    return []
 
 
 class Through(nn.Module):

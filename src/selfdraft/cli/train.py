@@ -1,0 +1,183 @@
+"""The verb that trains: mask tokens and their gated adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from selfdraft import show
+from selfdraft.cli.options import Dtype, Model, Threads, open_llm
+from selfdraft.errors import OptionError
+from selfdraft.types import within
+
+if TYPE_CHECKING:
+    from selfdraft.core.sequence import Sequence
+    from selfdraft.llm import LLM
+    from selfdraft.train.settings import Settings
+
+MASKS = {"space": 5, "s3d": 4}
+OWN_TEXTS = "own_texts.jsonl"
+
+
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoint and the target's own texts.")],
+    data: Annotated[list[Path], typer.Option(help="Text or jsonl files; more of them may follow without the option.")],
+    more: Annotated[list[Path] | None, typer.Argument(help="More data files.", show_default=False)] = None,
+    recipe: Annotated[Literal["s3d", "space"], typer.Option(help="The drafter that shall use the masks.")] = "space",
+    model: Model = "pocket",
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Let the model continue the prompts of the data, and learn from that.")
+    ] = False,
+    distill_tokens: Annotated[int, typer.Option(help="Most tokens of such a continuation.", min=8)] = 160,
+    distill_temperature: Annotated[
+        float, typer.Option(help="Every second continuation is sampled with it; the others are greedy.")
+    ] = 0.8,
+    masks: Annotated[int | None, typer.Option(help="Mask tokens of a group. Default: 5 for space, 4 for s3d.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 trains the mask embeddings alone.")] = 32,
+    link: Annotated[int, typer.Option(help="Rank of the map that tells a mask the token before; 0: none.")] = 128,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Texts of a step, over all processes.")] = 8,
+    groups: Annotated[int, typer.Option(help="Mask groups under each text.")] = 48,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    max_length: Annotated[int, typer.Option(help="Most tokens of a text.")] = 384,
+    hard_share: Annotated[float, typer.Option(help="Share of the loss on the likeliest token, not all of them.")] = 0.5,
+    skip_widths: Annotated[
+        str | None, typer.Option(help="s3d: numbers of middle blocks to skip, with commas between.")
+    ] = None,
+    sar_sft: Annotated[
+        bool, typer.Option("--sar-sft", help="space: tune the model itself, as the paper does; writes a new model.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same adapter.")] = 0,
+    every: Annotated[int, typer.Option(help="Steps between checkpoints and measurements.", min=1)] = 100,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train mask tokens for s3d or space. The model's own weights stay as they are; a killed run goes on."""
+    from selfdraft.train.settings import Settings
+
+    settings = Settings(
+        recipe=recipe,
+        masks=MASKS[recipe] if masks is None else masks,
+        rank=rank,
+        link=link,
+        steps=steps,
+        batch_size=batch_size,
+        groups=groups,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        hard_share=hard_share,
+        skip_widths=_widths(skip_widths),
+        sar_sft=sar_sft,
+        seed=seed,
+    )
+    if _is_finished(output, settings):
+        return
+    own = _Own(distill_tokens, distill_temperature) if distill else None
+    llm = open_llm(model, "none", None, dtype, "token", threads, slots=batch_size)
+    _train(llm, [*data, *(more or ())], own, settings, output, every)
+
+
+def _is_finished(output: Path, settings: Settings) -> bool:
+    """True when this very training has ended before. Errors: OptionError when another one has, or none could end."""
+    from selfdraft.train.output import CHECKPOINT, check_output, finished
+    from selfdraft.train.settings import first_change
+
+    check_output(output)
+    card = finished(output)
+    if card is None:
+        return False
+    odd = first_change(card.get("settings") or {}, settings.as_dict())
+    if odd is not None:
+        raise OptionError(f"{output} holds a finished adapter that was trained with {odd}; choose another --output")
+    (output / CHECKPOINT).unlink(missing_ok=True)  # left by a kill between the last two files
+    show.note(f"{output} holds this adapter already, finished")
+    return True
+
+
+@dataclass(frozen=True)
+class _Own:
+    """How the model writes the texts that it learns from."""
+
+    most: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        within("distill_temperature", self.temperature, 0.0, inf, open_low=True)
+
+
+def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, own: _Own) -> None:
+    """The model's own continuations of the prompts, written into the output folder as they come."""
+    from selfdraft.models.masks import fingerprint
+    from selfdraft.train.texts import read_prompts, write_own
+    from selfdraft.types import SamplingParams
+
+    room = max(8, settings.max_length - own.most)
+    prompts = [ids[-room:] for ids in read_prompts(files, llm.encode, llm.target.vocab)]
+    greedy = SamplingParams(max_tokens=own.most)
+    sampled = SamplingParams(max_tokens=own.most, temperature=own.temperature)
+    origin = {
+        "model": fingerprint(llm.model),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "prompts": hashlib.blake2b(json.dumps(prompts).encode(), digest_size=12).hexdigest(),
+        "distill_tokens": own.most,
+        "distill_temperature": own.temperature,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+    }
+
+    def request(number: int) -> Callable[[], Sequence]:
+        from dataclasses import replace
+
+        sampling = replace(sampled if number % 2 else greedy, seed=settings.seed + number)
+        return lambda: llm.requests(prompts[number], sampling)[0]
+
+    path = output / OWN_TEXTS
+    requests = [request(i) for i in range(len(prompts))]
+    with show.progress(len(prompts), quiet=False, what="writing own texts") as advance:
+        before = 0
+        for done in write_own(llm.engine_for("lookup"), requests, path, settings.batch_size * 2, origin):
+            for _ in range(done - before):
+                advance()
+            before = done
+
+
+def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, output: Path, every: int) -> None:
+    from selfdraft.train.output import make_output
+    from selfdraft.train.run import accelerator_for, run
+    from selfdraft.train.texts import read_texts
+
+    settings.skips(llm.target.layers)
+    room = llm.target.context - settings.masks - 1
+    if settings.max_length > room:
+        raise OptionError(
+            f"max_length={settings.max_length} with {settings.masks} masks does not fit into the context of "
+            f"{llm.target.context}; give --max-length {room}"
+        )
+    accelerator = accelerator_for(llm.model)
+    if own is not None:
+        make_output(output)
+        if accelerator.is_main_process:
+            _own_texts(llm, files, output, settings, own)
+        accelerator.wait_for_everyone()
+        files = [output / OWN_TEXTS]
+    texts = read_texts(files, llm.encode, settings.max_length, llm.target.vocab)
+    make_output(output)
+    with show.training(settings.steps, quiet=not accelerator.is_main_process) as report:
+        for progress in run(llm.model, llm.tokenizer, texts, settings, output, accelerator, every=every):
+            report(progress)
+    if accelerator.is_main_process:
+        show.note(f"the adapter is in {output}: selfdraft generate ... --drafter {settings.recipe} --adapter {output}")
+
+
+def _widths(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise OptionError(f"--skip-widths {text!r} is not a list of whole numbers such as 4,6,8") from None

@@ -1,0 +1,78 @@
+"""S3D: one short pass over the last token and mask tokens, its middle blocks left out, guesses several tokens at once.
+
+Source: Zhong and Bharadwaj, "S3D" (arXiv 2405.20314): a symmetric middle range is skipped, prediction is simultaneous.
+The weights are untouched (`models/masks.py`): the adapter acts in the drafting pass only, whose answers are never text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from functools import partial
+
+from selfdraft.core.guess import Guesser, Pace, places
+from selfdraft.core.rows import group_rows
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.verify import Result
+from selfdraft.errors import MissingMasks
+from selfdraft.protocols import Target
+from selfdraft.types import Budget, middle, within
+
+SOURCE = "s3d"
+
+
+class S3D:
+    """Candidates: a tree over what the last token's row and the mask rows of the short pass say."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        skip_width: int | None = None,
+        num_masks: int | None = None,
+        num_speculative_tokens: int = 8,
+        branches: int = 2,
+        min_probability: float | None = None,
+    ) -> None:
+        self.guesser = Guesser(num_speculative_tokens, branches, Pace(min_probability))
+        self.target = target
+        self.masks = target.masks_of(SOURCE)
+        if not self.masks:
+            raise MissingMasks(
+                "s3d needs mask tokens trained for this model: selfdraft train --recipe s3d --model MODEL "
+                "--data FILE --output DIR, then give that folder as adapter"
+            )
+        advice = target.advice(SOURCE)
+        count = num_masks if num_masks is not None else advice.get("num_masks", len(self.masks))
+        width = skip_width if skip_width is not None else advice.get("skip_width", target.layers // 2)
+        assert isinstance(count, int)
+        assert isinstance(width, int)
+        within("num_masks", count, 1, len(self.masks))
+        self.masks = self.masks[:count]
+        self.skip = middle(target.layers, width)
+        self._link = partial(target.link, SOURCE)
+        self.clock = time.perf_counter
+        self._began = 0.0
+
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        able = [i for i, budget in enumerate(budgets) if budget.depth > 0 and budget.nodes > 0]
+        drafts = [EMPTY] * len(sequences)
+        if able:
+            groups = []
+            for i in able:
+                sequence = sequences[i]
+                size = min(len(self.masks), budgets[i].depth - 1, budgets[i].reach)
+                groups.append((sequence.slot, sequence.cached, sequence.tokens[-1], self.masks[:size]))
+                sequence.stats.num_draft_passes += 1
+            rows = group_rows(groups, SOURCE)
+            logits = self.target.forward(rows, self.skip)
+            for i, span in zip(able, rows.spans, strict=True):
+                said = logits[span.start : span.start + span.size]
+                last = sequences[i].tokens[-1]
+                drafts[i] = self.guesser.tree(last, places(said, sequences[i]), self._link, budgets[i], SOURCE)
+        self._began = self.clock()
+        return drafts
+
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        self.guesser.observe(results, self.clock() - self._began)

@@ -1,0 +1,125 @@
+"""SPACE: mask tokens behind the places where acceptance may end guess the next step's tokens in the same pass.
+
+Source: Yi et al., "Generation Meets Verification" (arXiv 2402.11809). Unlike there the model's weights are untouched
+(`models/masks.py`), groups hang only where they are likely to be read, each mask may give several candidates, and
+sampled text keeps its distribution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from functools import partial
+from weakref import WeakKeyDictionary
+
+from selfdraft.core.adapt import Mean
+from selfdraft.core.guess import Guesser, Pace, Place, places
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.core.verify import Result
+from selfdraft.errors import MissingMasks
+from selfdraft.protocols import Target
+from selfdraft.types import Budget, within
+
+SOURCE = "space"
+
+
+@dataclass(slots=True)
+class _Note:
+    """What is known about one sequence between two steps."""
+
+    places: list[Place] = field(default_factory=list)
+    """What the masks said of the places behind the last known token."""
+    groups: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Accept point of the draft on its way (ROOT or a candidate) -> (first probe, number of masks)."""
+
+
+class Space:
+    """Candidates: a tree over what the masks said last time. Probes: a group of masks under likely accept points."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        num_speculative_tokens: int = 8,
+        branches: int = 2,
+        mask_groups: int = 6,
+        min_probability: float | None = None,
+    ) -> None:
+        within("mask_groups", mask_groups, 1, 256)
+        self.guesser = Guesser(num_speculative_tokens, branches, Pace(min_probability))
+        self.masks = target.masks_of(SOURCE)
+        if not self.masks:
+            raise MissingMasks(
+                "space needs mask tokens trained for this model: selfdraft train --recipe space --model MODEL "
+                "--data FILE --output DIR, then give that folder as adapter"
+            )
+        self.groups = mask_groups
+        self._link = partial(target.link, SOURCE)
+        self.clock = time.perf_counter
+        self._held = [Mean(0.5, 4.0) for _ in self.masks]
+        """For each mask, how often its guess was right when those before it were."""
+        self._began = 0.0
+        self._notes: WeakKeyDictionary[Sequence, _Note] = WeakKeyDictionary()
+
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
+        self._began = self.clock()
+        return drafts
+
+    def _one(self, sequence: Sequence, budget: Budget) -> Draft:
+        if sequence.room <= 1:
+            return EMPTY  # the next token is the last one
+        note = self._notes.setdefault(sequence, _Note())
+        tree = self.guesser.tree(sequence.tokens[-1], note.places, self._link, budget, SOURCE)
+        tokens: list[int] = []
+        parents: list[int] = []
+        note.groups = {}
+        for point, size in self._points(tree):
+            note.groups[point] = (len(tree) + len(tokens), size)
+            under = ROOT if point == ROOT else -2 - point
+            parents += [under, *range(len(tokens), len(tokens) + size - 1)]
+            tokens += self.masks[:size]
+        return tree.with_probes(tokens, parents, SOURCE)
+
+    def _points(self, tree: Draft) -> list[tuple[int, int]]:
+        """(accept point, number of masks): mask j is worth its row if it is likely to be read and to matter."""
+        price = self.guesser.pace.price
+        points = []
+        for point, chance in self.guesser.endings(tree)[: self.groups]:
+            size = 0
+            for held in self._held:
+                chance *= held.value
+                if chance < price and not (point == ROOT and size == 0):
+                    break
+                size += 1
+            if size:
+                points.append((point, size))
+        return points
+
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        self.guesser.observe(results, self.clock() - self._began)
+        for sequence, result in zip(sequences, results, strict=True):
+            note = self._notes.get(sequence)
+            if note is None or not result.tokens:
+                continue
+            if sequence.finished:
+                del self._notes[sequence]
+                continue
+            for held, depth in zip(self._held, range(min(len(result.path) + 1, len(note.places))), strict=False):
+                held.observe(float(depth < len(result.path)))
+            note.places = self._read(note, sequence, result)
+
+    def _read(self, note: _Note, sequence: Sequence, result: Result) -> list[Place]:
+        """What the masks behind the end of acceptance say; without a group there, the later masks of one before it."""
+        point = result.nodes[result.path[-1]] if result.path else ROOT
+        ahead = 0
+        while point not in note.groups and point != ROOT:
+            point, ahead = result.proposed.parents[point], ahead + 1
+        first, size = note.groups.get(point, (0, 0))
+        place = {old: new for new, old in enumerate(result.nodes)}
+        rows = [1 + place[probe] for probe in range(first + ahead, first + size) if probe in place]
+        if not rows or result.logits is None:
+            return []
+        return places(result.logits[rows], sequence)

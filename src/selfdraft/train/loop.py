@@ -1,0 +1,207 @@
+"""The training loop: every step is a function of (seed, step), so a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from selfdraft.errors import OptionError
+from selfdraft.models.student import Batch, Student
+from selfdraft.train.settings import Settings, first_change
+from selfdraft.train.texts import Text
+from selfdraft.types import Skip
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+HELD_OUT_BATCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is. `acceptance[j]`: share of held-out rows j that say the target's own token."""
+
+    step: int
+    loss: float
+    acceptance: tuple[float, ...] = ()
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens of a step if the rows of a group were accepted independently, the bonus token counted."""
+        total, product = 1.0, 1.0
+        for share in self.acceptance:
+            product *= share
+            total += product
+        return total
+
+
+def train(
+    student: Student,
+    texts: SequenceOf[Text],
+    settings: Settings,
+    accelerator: Accelerator,
+    checkpoint: Path,
+    *,
+    every: int = 100,
+) -> Iterator[Progress]:
+    """Train to the end of `settings.steps`, from the checkpoint if there is one.
+
+    Yields after every step; every `every` steps, and at the end, with held-out acceptance and a checkpoint written.
+    Errors: OptionError when the checkpoint was made with other settings, for another model or out of other texts.
+    """
+    skips = settings.skips(student.layers)
+    ordered = sorted(texts, key=lambda text: len(text.tokens))
+    learned = [text for text in ordered if not text.held_out] or ordered
+    measured = [text for text in ordered if text.held_out] or ordered
+    optimizer: Any = torch.optim.AdamW(student.trainable(), betas=(0.9, 0.98), weight_decay=0.0)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    origin = {"model": student.fingerprint, "texts": digest(ordered)}
+    step = _resume(checkpoint, student, optimizer, settings, origin)
+    if step == settings.steps:  # killed after the last step, before its result was written
+        yield Progress(step, 0.0, measure(student, measured, settings, skips[len(skips) // 2], accelerator))
+    while step < settings.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate(step)
+        skip = skips[step % len(skips)]
+        share = (accelerator.process_index, accelerator.num_processes)
+        batch = draw(learned, settings, step, skip, accelerator.device, *share)
+        with accelerator.autocast():
+            said, wanted, counts = model(batch)
+            total, weight = weighted_loss(said, wanted, counts, settings.hard_share)
+            # the mean over the rows of all processes: gradients are averaged over them, and their rows differ in number
+            loss = total / accelerator.reduce(weight, "mean").clamp(min=1.0)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(student.trainable(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        mean = float(accelerator.reduce(loss.detach(), "mean"))
+        if step % every and step < settings.steps:
+            yield Progress(step, mean)
+            continue
+        acceptance = measure(student, measured, settings, skips[len(skips) // 2], accelerator)
+        if accelerator.is_main_process:
+            save(checkpoint, student, optimizer, settings, step, origin)
+        accelerator.wait_for_everyone()
+        yield Progress(step, mean, acceptance)
+
+
+def draw(
+    texts: SequenceOf[Text],
+    settings: Settings,
+    step: int,
+    skip: Skip | None,
+    device: torch.device,
+    part: int = 0,
+    parts: int = 1,
+) -> Batch:
+    """The texts and anchors of a step out of texts ordered by length; process `part` of `parts` gets its share."""
+    chance = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    first = int(torch.randint(max(1, len(texts) - settings.batch_size + 1), (1,), generator=chance))
+    chosen = range(first, min(first + settings.batch_size, len(texts)))  # neighbours in length: little padding
+    spread = torch.rand(settings.batch_size, settings.groups, generator=chance)
+    mine = [texts[i] for i in chosen][part::parts]
+    idle = not mine  # fewer texts than processes: this one runs along with rows that do not count
+    mine = mine or [texts[first]]
+    longest = max(len(text.tokens) for text in mine)
+    tokens = torch.zeros(len(mine), longest, dtype=torch.int64)
+    anchors = torch.zeros(len(mine), settings.groups, dtype=torch.int64)
+    for row, (text, place) in enumerate(zip(mine, spread[part::parts], strict=False)):
+        size = len(text.tokens)
+        tokens[row, :size] = torch.tensor(text.tokens)
+        start = min(max(text.start - 1, 0), size - 2)
+        anchors[row] = (start + place * (size - 1 - start)).long().sort().values
+    lengths = torch.tensor([0 if idle else len(text.tokens) for text in mine])
+    return Batch(tokens.to(device), anchors.to(device), lengths.to(device), skip)
+
+
+def weighted_loss(said: Tensor, wanted: Tensor, counts: Tensor, hard_share: float) -> tuple[Tensor, Tensor]:
+    """Cross entropy [] of the rows that count, summed, and the sum of their weights [].
+
+    Row j weighs 0.9^j, since it matters only if those before hold.
+
+    `wanted` are logits: their distribution is the goal of a sampled draft, their likeliest token that of a greedy one.
+    Or it is tokens, without the last axis.
+    """
+    logs = said.float().log_softmax(-1)
+    if wanted.ndim == counts.ndim:
+        soft = hard = -logs.gather(-1, wanted[..., None])[..., 0]
+    else:
+        soft = -(wanted.float().softmax(-1) * logs).sum(-1)
+        hard = -logs.gather(-1, best(wanted, counts)[..., None])[..., 0]
+    weight = counts * 0.9 ** torch.arange(said.shape[2], device=said.device)
+    return ((1 - hard_share) * soft + hard_share * hard).mul(weight).sum(), weight.sum()
+
+
+@torch.no_grad()
+def measure(
+    student: Student, texts: SequenceOf[Text], settings: Settings, skip: Skip | None, accelerator: Accelerator
+) -> tuple[float, ...]:
+    """Share of held-out rows, per place in the group, whose likeliest token is the target's."""
+    right = total = 0.0
+    for number in range(HELD_OUT_BATCHES):
+        batch = draw(texts, settings, -1 - number, skip, accelerator.device)
+        with accelerator.autocast():
+            said, wanted, counts = student(batch)
+        said, wanted, counts = (tensor[:, : settings.groups] for tensor in (said, wanted, counts))
+        right = right + ((said.argmax(-1) == best(wanted, counts)) & counts).sum((0, 1))
+        total = total + counts.sum((0, 1))
+    shares: list[float] = (right / torch.as_tensor(total).clamp(min=1)).tolist()
+    return tuple(shares)
+
+
+def best(wanted: Tensor, counts: Tensor) -> Tensor:
+    """The tokens that rows should say, from logits or from tokens."""
+    return wanted if wanted.ndim == counts.ndim else wanted.argmax(-1)
+
+
+def digest(texts: SequenceOf[Text]) -> str:
+    """A hash of the texts, in their order."""
+    content = json.dumps([(text.start, text.tokens) for text in texts])
+    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+
+
+def save(
+    path: Path, student: Student, optimizer: Any, settings: Settings, step: int, origin: Mapping[str, str]
+) -> None:
+    """Write beside, then rename: a kill leaves the old checkpoint whole."""
+    weights = [p.detach().cpu() for p in student.trainable()]
+    state = {"weights": weights, "optimizer": optimizer.state_dict(), "step": step, "settings": settings.as_dict()}
+    state["origin"] = dict(origin)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        what = str(error).partition("\n")[0]
+        raise OptionError(f"the checkpoint {path} cannot be written: {what}; the last one is whole") from error
+
+
+def _resume(path: Path, student: Student, optimizer: Any, settings: Settings, origin: Mapping[str, str]) -> int:
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        made = state["settings"] | state.get("origin", origin)  # old checkpoints do not say
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError) as error:
+        what = str(error).partition("\n")[0]
+        raise OptionError(f"{path} cannot be read: {what}; delete it to start again") from error
+    odd = first_change(made, settings.as_dict() | dict(origin))
+    if odd is not None:
+        raise OptionError(f"{path} was made with {odd}; go on with the same options, or choose another --output")
+    with torch.no_grad():
+        for parameter, saved in zip(student.trainable(), state["weights"], strict=True):
+            parameter.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])

@@ -1,0 +1,82 @@
+"""How a mask adapter is trained; every value is checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from selfdraft.errors import OptionError
+from selfdraft.types import Skip, middle, within
+
+Recipe = Literal["s3d", "space"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Errors: OptionError names the option, the value and its limits."""
+
+    recipe: Recipe
+    masks: int
+    """Mask tokens of a group."""
+    rank: int = 32
+    """Rank of the adapter; 0 trains the mask embeddings alone."""
+    link: int = 128
+    """Rank of the map that tells a row which token came before; 0 leaves it out."""
+    steps: int = 2000
+    batch_size: int = 8
+    """Texts of a step, over all processes."""
+    groups: int = 48
+    """Mask groups under each text."""
+    learning_rate: float = 3e-3
+    max_length: int = 384
+    """Most tokens of a text."""
+    hard_share: float = 0.5
+    """Share of the loss that asks for the target's likeliest token; the rest asks for its whole distribution."""
+    skip_widths: tuple[int, ...] = ()
+    """S3D: numbers of middle blocks to leave out; each step draws one, so that one adapter serves all of them."""
+    sar_sft: bool = False
+    """Train as SPACE does: the adapter acts on every row and is merged into the weights."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.recipe not in ("s3d", "space"):
+            raise OptionError(f"recipe={self.recipe!r} is unknown; there are 's3d' and 'space'")
+        within("masks", self.masks, 1, 32)
+        within("rank", self.rank, 0, 1024)
+        within("link", self.link, 0, 1024)
+        for name in ("steps", "batch_size", "groups"):
+            within(name, getattr(self, name), 1, 2**31)
+        within("learning_rate", self.learning_rate, 0.0, 1.0, open_low=True)
+        within("max_length", self.max_length, 16, 2**20)
+        within("hard_share", self.hard_share, 0.0, 1.0)
+        if self.sar_sft and self.recipe != "space":
+            raise OptionError(f"sar_sft belongs to recipe 'space', not to {self.recipe!r}")
+        if self.sar_sft and not self.rank:
+            raise OptionError("sar_sft tunes the model through an adapter: rank=0 leaves nothing to tune")
+        if self.skip_widths and self.recipe != "s3d":
+            raise OptionError(f"skip_widths belongs to recipe 's3d', not to {self.recipe!r}")
+
+    def skips(self, layers: int) -> tuple[Skip | None, ...]:
+        """What the drafting pass may leave out of a model with so many blocks. Errors: OptionError."""
+        if self.recipe == "space":
+            return (None,)
+        return tuple(middle(layers, width) for width in self.skip_widths or default_widths(layers))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: a short rise, then a linear descent to zero."""
+        warm = max(1, self.steps // 50)
+        return self.learning_rate * min((step + 1) / warm, 1.0 - step / self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "skip_widths": list(self.skip_widths)}
+
+
+def first_change(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
+    """The first option of `new` that was otherwise in `old`, said as 'name=old, not new'; None when all are equal."""
+    return next((f"{n}={old.get(n)!r}, not {value!r}" for n, value in new.items() if old.get(n) != value), None)
+
+
+def default_widths(layers: int) -> tuple[int, ...]:
+    """A third, a half and two thirds of the blocks, even steps apart."""
+    return tuple(sorted({max(1, layers // 3), max(1, layers // 2), max(1, 2 * layers // 3)}))
