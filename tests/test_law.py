@@ -306,7 +306,8 @@ def greedy_of(p: Weights, q: Weights) -> Weights:
 MUTANTS: dict[str, Rule] = {
     "residual |p-q|": Rule(refuse=lambda p, q, x: normal([abs(a - b) + 1e-300 for a, b in zip(p, q, strict=True)])),
     "first draft never verified": Rule(accept=lambda p, q, depth: 1.0 if depth == 0 else min(1.0, p / q)),
-    "resample from p": Rule(refuse=lambda p, q, x: p),
+    "resample from p": Rule(refuse=lambda p, q, x: p),  # as SPACE's code does
+    "greedy draft, sampled ratio": Rule(propose=lambda q: greedy_of(q, q)),  # Draft & Verify, do_sample_draft=False
     "mask only the rejected": Rule(refuse=lambda p, q, x: normal([0.0 if i == x else a for i, a in enumerate(p)])),
     "bonus from q": Rule(bonus=lambda p, q: q),
     "bonus greedy": Rule(bonus=greedy_of),
@@ -337,6 +338,23 @@ def test_the_harness_passes_the_textbook_rule(size: int) -> None:
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_harness_catches_every_classic_mistake(mutant: str) -> None:
     assert max(rule_error(MUTANTS[mutant], 4, 2, seed) for seed in range(2)) > 1e-6
+
+
+def one_token(rule: Rule, p: Weights, q: Weights) -> Weights:
+    """The law of the first token of a round, by enumeration."""
+    found = [0.0] * len(p)
+    for text, chance in branches(lambda flip: rule.round(lambda _: p, lambda _: q, 1, (), flip)):
+        found[text[0]] += chance
+    return found
+
+
+def test_the_biases_of_the_original_codes_are_the_published_ones() -> None:
+    """`methods.md` D6 and A6, and that the textbook rule has neither."""
+    space = one_token(MUTANTS["resample from p"], [0.7, 0.3], [0.3, 0.7])
+    assert space == pytest.approx([0.58, 0.42])
+    draft_and_verify = one_token(MUTANTS["greedy draft, sampled ratio"], [0.5, 0.5], [0.9, 0.1])
+    assert draft_and_verify == pytest.approx([0.5 / 0.9, 1 - 0.5 / 0.9])
+    assert one_token(Rule(), [0.7, 0.3], [0.3, 0.7]) == pytest.approx([0.7, 0.3])
 
 
 # --- Gumbel-max and its noise -----------------------------------------------------------------------------------
