@@ -26,7 +26,7 @@ from selfdraft.llm import Piece
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
-VERBS = ["generate", "chat", "verify", "doctor"]
+VERBS = ["generate", "chat", "bench", "verify", "doctor"]
 MISSING = "/nowhere/at/all"
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.color import ColorSystem
@@ -50,7 +51,7 @@ class Clock:
 def hush() -> None:
     """Keep the libraries' own progress bars and notices away from the text."""
     warnings.filterwarnings("ignore")
-    for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes"):
+    for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes", "optuna"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -143,6 +144,108 @@ def diagnosis(result: dict[str, Any]) -> None:
             out.print(f"{trial['dtype']}: {trial['promised']} promised, {trial['level']} found; {trial['why']}")
 
 
+FIGURES = ("tok/s", "vs plain", "decode", "tok/pass", "accept", "+MiB", "/memory", "same")
+"""Heads of the bench's table; docs/bench.md says what they mean."""
+
+
+def evaluation(records: SequenceOf[dict[str, Any]], output: Path | None) -> None:
+    """The bench's conditions, its table, and a line of scores for each task."""
+    facts = records[0]["conditions"]
+    machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items() if value is not None)
+    names = ("max_new_tokens", "temperature", "top_p", "chat", "batch")
+    settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in names)
+    out.print(f"{facts['model']}, {facts['dtype']}, exactness {facts['exactness']['level']}, {settings}")
+    out.print(machine.replace("_", " "))
+    for task in dict.fromkeys(record["task"] for record in records):
+        rows = [record for record in records if record["task"] == task]
+        out.print(Text(f"\n{task}", style="bold"), _summary(rows[0]))
+        table = Table(box=None, pad_edge=False)
+        table.add_column("drafter", width=12, overflow="fold")
+        for head in FIGURES:
+            table.add_column(head, justify="right", no_wrap=True, min_width=len(head))
+        for record in rows:
+            table.add_row(record["drafter"], *_figures_of(record))
+        out.print(table)
+    load = max(record["load_average_max"] for record in records)
+    out.print(f"\nload average up to {load:.1f}" + (f"; rows in {output}" if output is not None else ""))
+    if not all(record["texts_equal"] for record in records):
+        err.print(Text("some texts DIFFER from plain decoding: no speed-up is given there", style="bold red"))
+
+
+def _figures_of(record: dict[str, Any]) -> list[str]:
+    plain = record["drafter"] == "none"
+    ratios = (record["speedup_vs_plain"], record["decode_speedup_vs_plain"])
+    return [
+        f"{record['tokens_per_second']:.1f}",
+        *("" if plain else f"{ratio:.2f}x" if ratio else "-" for ratio in ratios),
+        f"{record['tokens_per_pass']:.2f}",
+        "" if plain else f"{100 * record['draft_acceptance_rate']:.0f} %",
+        f"{record['extra_bytes'] / 2**20:.1f}",
+        "" if plain else f"{record['speed_memory_ratio']:.2f}" if record["speed_memory_ratio"] else "-",
+        "yes" if record["texts_equal"] else "NO",
+    ]
+
+
+def _summary(record: dict[str, Any]) -> str:
+    """Counts, scores and the memory that all drafters share."""
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in (record["scores"] or {}).items())
+    counts = f"{counted(record['prompts'], 'prompt')}, {counted(record['tokens'], 'token')}"
+    shared = [f"{what} {record[f'{what}_bytes'] / 2**20:.0f} MiB" for what in ("weights", "cache")]
+    return f"{counts}; {scores or 'no score: ' + record['unscored']}; {', '.join(shared)}"
+
+
+def skip_set(record: dict[str, Any], name: str, path: Path) -> None:
+    """A searched skip set: what it leaves out, what it is worth, how to use it."""
+    blocks = [f"{kind} of blocks {', '.join(map(str, record[kind])) or '-'}" for kind in ("attention", "mlp")]
+    out.print(f"left out: {'; '.join(blocks)}")
+    line = f"agreement {record['agreement']:.3f} at c {record['c']:.3f}, predicted {record['predicted']:.2f}x"
+    if "measured" in record:
+        line += f", measured {record['measured']:.2f}x (c {record['c_measured']:.3f})"
+    out.print(f"{line}; {counted(record['sets_tried'], 'set')} tried, {record['positions']} positions each")
+    options = {"method": "layer_skip", "skip_set": f"{path}#{name}"}
+    options |= {key: record[key] for key in ("num_speculative_tokens", "confidence_threshold")}
+    out.print(f"use it: --speculative-config '{json.dumps(options)}'")
+
+
+def predictions(rows: SequenceOf[dict[str, Any]]) -> None:
+    """Predicted beside measured speed-ups."""
+    heads = ("set", "draft tokens", "agreement", "c", "predicted", "measured", "error", "acceptance (predicted)")
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            str(row["num_speculative_tokens"]),
+            f"{row['agreement']:.3f}",
+            f"{row['c']:.3f}",
+            f"{row['predicted']:.3f}x",
+            f"{row['measured']:.3f}x",
+            f"{100 * row['error']:+.1f} %",
+            f"{row['measured_acceptance']:.3f} ({row['predicted_acceptance']:.3f})",
+        )
+    out.print(table)
+
+
+def scaling(document: dict[str, Any], path: Path) -> None:
+    """Lookahead's sizes and what they gave, the law through them, how to use the fastest."""
+    table = Table("W", "N", "G", "tokens a pass", "rows a step", "tokens/s", box=None, pad_edge=False)
+    for point in document["points"]:
+        sizes = [str(point[name]) for name in ("window_size", "ngram_size", "guess_set_size")]
+        rates = [
+            f"{point['tokens_per_pass']:.3f}",
+            f"{point['rows_per_step']:.1f}",
+            f"{point['tokens_per_second']:.1f}",
+        ]
+        table.add_row(*sizes, *rates, "adaptive" if point["adaptive"] else "")
+    out.print(table)
+    line, law = document["law"]["log_rows"], document["law"]["paper"]
+    out.print(
+        f"tokens a pass = {line['intercept']:.2f} + {line['slope']:.3f} ln(rows), r = {line['correlation']:.2f}; "
+        f"the paper's law: a = {law['acceptance']:.2f}, f = {law['period']:.1f}, off by {law['error']:.2f}"
+    )
+    options = json.dumps(document["speculative_config"])
+    out.print(f"written to {path}; use it: --speculative-config '{options}'")
+
+
 def document(value: Any) -> None:
     write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -178,9 +281,54 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int, *, quiet: bool) -> Iterator[Callable[[], None]]:
+def progress(total: int, *, quiet: bool, what: str = "verifying") -> Iterator[Callable[[], None]]:
     """A progress bar on the error stream."""
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
+
+
+@contextmanager
+def training(total: int, *, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """A progress bar with loss and held-out acceptance per mask; a line for each measurement where there is no bar."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total, said="")
+
+        def report(progress: Any) -> None:
+            shares = " ".join(f"{share:.2f}" for share in progress.acceptance)
+            if progress.acceptance:
+                line = f"loss {progress.loss:.3f}, held-out acceptance per mask {shares}"
+                bar.update(task, completed=progress.step, said=line)
+                if not (quiet or err.is_terminal):
+                    note(f"step {progress.step} of {total}: {line}")
+            bar.update(task, completed=progress.step)
+
+        yield report
+
+
+def curve(found: Any, output: Any) -> None:
+    """S3D's speed-up by skip width and number of masks, predicted and (after a sweep) measured."""
+    measured = {(one["width"], one["masks"]): one["speed"] for one in found.get("sweep", ())}
+    predicted = {(one["width"], one["masks"]): one["speed"] for one in found["settings"]}
+    masks = sorted({count for _, count in predicted})
+    table = Table("blocks skipped", *(counted(count, "mask") for count in masks), title="speed-up over plain decoding")
+    for width in sorted({width for width, _ in predicted}):
+        cells = []
+        for count in masks:
+            real = measured.get((width, count))
+            cells.append(f"{predicted[width, count]:.2f}" + (f" ({real:.2f} measured)" if real else ""))
+        table.add_row(str(width), *cells)
+    out.print(table)
+    for one in found["widths"]:
+        shares = " ".join(f"{share:.2f}" for share in one["acceptance"])
+        out.print(f"{one['width']} blocks skipped: acceptance by place {shares}")
+    best = found["best"]
+    out.print(f"best: {json.dumps({'method': 's3d', **best})}, in {output}")

@@ -2,45 +2,83 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from selfdraft.errors import RequestError
 
-FIELDS = ("prompt", "turns", "question", "text")
+FIELDS = ("prompt", "turns", "question", "instruction", "text")
 """Where a record keeps its prompt; of `turns` the first one counts."""
+
+Record = dict[str, Any]
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """Prompts of a jsonl file, at most `limit`. Errors: RequestError names the file, the line and what is wrong."""
     if not path.is_file():
         raise RequestError(f"there is no prompts file {str(path)!r}")
-    prompts: list[str] = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip() and (limit is None or len(prompts) < limit):
-                    prompts.append(_prompt(line, f"{path}:{number}"))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    prompts = [turns_of(record, place)[0] for place, record in islice(read_records(path), limit)]
     if not prompts:
         raise RequestError(f"{path} holds no prompt")
     return prompts
 
 
-def _prompt(line: str, place: str) -> str:
+def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+    """(place, record) of a file, one by one: jsonl, also gzipped, or (`.json`) one list of objects.
+
+    `place` is the file with the line, or the number of the record. Errors: RequestError names it and what is wrong.
+    """
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(record, dict):
-        raise RequestError(f"{place}: a record must be an object with one of {', '.join(FIELDS)}")
+        if path.suffix == ".json":
+            yield from _listed(path)
+            return
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if line.strip():
+                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise RequestError(f"{path} is a broken gzip file: {error}") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def turns_of(record: Record, place: str) -> list[str]:
+    """What the user says in a record, turn by turn. Errors: RequestError."""
     for name in FIELDS:
         value = record.get(name)
-        if name == "turns" and isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str) and value:
-            return value
+        turns = [turn for turn in (value if isinstance(value, list) else [value]) if isinstance(turn, str) and turn]
+        if turns:
+            return turns
     raise RequestError(f"{place}: no prompt; a record needs one of {', '.join(FIELDS)} as a non-empty text")
+
+
+def _listed(path: Path) -> Iterator[tuple[str, Record]]:
+    try:
+        records = json.loads(path.read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(records, list):
+        raise RequestError(f"{path}: a .json file must hold a list of records; one record a line is .jsonl")
+    for number, record in enumerate(records, 1):
+        yield f"{path}, record {number}", _record(record, f"{path}, record {number}")
+
+
+def _object(line: str, place: str) -> Record:
+    try:
+        return _record(json.loads(line), place)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from error
+
+
+def _record(value: object, place: str) -> Record:
+    if not isinstance(value, dict):
+        raise RequestError(f"{place}: a record must be an object with one of {', '.join(FIELDS)}")
+    return value

@@ -1,0 +1,197 @@
+"""The evaluation: every item through plain decoding and all drafters, one row for each, scores from the plain text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, field
+
+from selfdraft.bench.ledger import Ledger, Row
+from selfdraft.bench.measure import Gauge, Measured, Request, measure, take
+from selfdraft.bench.tasks import Item
+from selfdraft.core.sequence import Sequence
+from selfdraft.engine.loop import Engine
+from selfdraft.errors import PromptTooLong
+
+PLAIN = "none"
+SAMPLES_APART = 2**20
+"""Sample j of prompt i uses seed + i + j * SAMPLES_APART."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A drafter with its options, under the name it has in the results."""
+
+    label: str
+    method: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Memory that does not depend on the request, in bytes."""
+
+    weights: int
+    cache: Callable[[], int]
+    """Keys and values as they are now: one cache for all drafters, made for the longest request so far."""
+    adapters: Mapping[str, int] = field(default_factory=dict)
+    """Adapter and mask embeddings by method."""
+
+
+@dataclass(slots=True)
+class Bench:
+    """How to run: everything but the items.
+
+    `engines()` makes fresh engines over one target by label, plain decoding first; `open(history, stop, seed)` a
+    request from what user and model said in turn. `conditions` are everything else that can change a result.
+    """
+
+    engines: Callable[[SequenceOf[Contender]], dict[str, Engine]]
+    open: Callable[[SequenceOf[str], tuple[str, ...], int], Sequence]
+    contenders: SequenceOf[Contender]
+    conditions: Mapping[str, object]
+    footprint: Footprint
+    gauge: Gauge
+    settle: Callable[[], None]
+    runs: int = 3
+    seed: int = 0
+    samples: int = 1
+    all_turns: bool = False
+    skipped: list[str] = field(default_factory=list)
+    """What was left out, and why."""
+    measured: int = 0
+    """Rows of this run; the others were there before."""
+
+
+def run(bench: Bench, name: str, items: SequenceOf[Item], ledger: Ledger) -> Iterator[list[Row]]:
+    """The rows of a task, item by item: those that the ledger has are taken from it, the others measured and booked.
+
+    Prompt i (of its group) is sampled with seed + i. An item that does not fit into the context is skipped.
+    """
+    engines = bench.engines(bench.contenders)
+    warm = False
+    counts: dict[str, int] = {}
+    for item in items:
+        seed = bench.seed + counts.get(item.group, 0)
+        counts[item.group] = counts.get(item.group, 0) + 1
+        rows: list[Row] = []
+        history: list[str] = []
+        for turn, said in enumerate(item.turns[: None if bench.all_turns else 1], 1):
+            history.append(said)
+            question = Question(bench, name.partition("/")[0] if item.group else name, item, turn, [*history], seed)
+            try:
+                question.request()()
+            except PromptTooLong as error:
+                bench.skipped.append(f"{name}, {question.key}: {error}")
+                break
+            missing = [c for c in bench.contenders if question.known(c, ledger) is None]
+            if missing and not warm:
+                _warm_up(engines, question.request())
+                warm = True
+            for row in question.ask(engines, missing):
+                ledger.append(row)
+                bench.measured += 1
+            found = [question.known(contender, ledger) for contender in bench.contenders]
+            rows += [row for row in found if row is not None]
+            history.append(question.plain_text(ledger))
+        yield rows
+
+
+def _warm_up(engines: Mapping[str, Engine], request: Request) -> None:
+    """One unmeasured run each: first calls pay for what later ones reuse."""
+    for engine in engines.values():
+        for _ in engine.generate([request()]):
+            pass
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One turn of one item, and its rows."""
+
+    bench: Bench
+    task: str
+    item: Item
+    turn: int
+    history: SequenceOf[str]
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return self.item.key if self.turn == 1 else f"{self.item.key}#{self.turn}"
+
+    def request(self, sample: int = 0) -> Request:
+        seed = self.seed + sample * SAMPLES_APART
+        return lambda: self.bench.open(self.history, self.item.stop, seed)
+
+    def fingerprint(self, contender: Contender) -> str:
+        """A hash of everything that can change this row."""
+        facts = [self.bench.conditions, contender.method, contender.options, self.history, self.item.stop, self.seed]
+        facts += [self.bench.runs, self.bench.samples]
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+    def known(self, contender: Contender, ledger: Ledger) -> Row | None:
+        return ledger.rows.get((self.task, self.key, contender.label, self.fingerprint(contender)))
+
+    def plain_text(self, ledger: Ledger) -> str:
+        row = self.known(self.bench.contenders[0], ledger)
+        return str(row["texts"][0]) if row is not None else ""
+
+    def ask(self, engines: Mapping[str, Engine], missing: SequenceOf[Contender]) -> Iterator[Row]:
+        """Measure the missing ones next to plain decoding, which also runs when its own row is there."""
+        if not missing:
+            return
+        plain = self.bench.contenders[0].label
+        running = {label: engines[label] for label in dict.fromkeys([plain, *(c.label for c in missing)])}
+        found = measure(running, self.request(), self.bench.runs, self.bench.gauge, self.bench.settle)
+        texts = self._more_samples(running, found)
+        for contender in missing:
+            row = self._row(contender, found[contender.label], found[plain])
+            if contender.label == plain:
+                row["texts"] = texts
+                judge = self.item.judge if self.turn == 1 else None
+                row["scores"] = judge(texts) if judge is not None else {}
+            yield row
+
+    def _more_samples(self, engines: Mapping[str, Engine], found: Mapping[str, Measured]) -> list[str]:
+        """Texts of all samples; those after the first are decoded once by everyone, for equality only."""
+        plain, *drafted = engines
+        texts = [found[plain].median.text]
+        for sample in range(1, self.bench.samples):
+            wanted = take(engines[plain], self.request(sample)(), self.bench.settle)
+            texts.append(wanted.text)
+            for label in drafted:
+                found[label].equal &= take(engines[label], self.request(sample)(), self.bench.settle).same(wanted)
+        return texts
+
+    def _row(self, contender: Contender, own: Measured, plain: Measured) -> Row:
+        best, bench = own.median, self.bench
+        memory = {"weights": bench.footprint.weights, "cache": bench.footprint.cache(), "working": own.working_bytes}
+        memory["adapter"] = bench.footprint.adapters.get(contender.method, 0)
+        return {
+            "task": self.task,
+            "group": self.item.group,
+            "key": self.key,
+            "drafter": contender.label,
+            "fingerprint": self.fingerprint(contender),
+            "options": dict(contender.options),
+            "seed": self.seed,
+            "tokens": len(best.tokens),
+            "finish_reason": best.finish_reason,
+            "texts_equal": own.equal,
+            "first_difference": own.difference,
+            "seconds": best.seconds,
+            "first_token_seconds": best.first_token_seconds,
+            "plain_seconds": plain.median.seconds,
+            "plain_first_token_seconds": plain.median.first_token_seconds,
+            "all_seconds": [run.seconds for run in own.takes],
+            "stats": best.stats.as_dict(),
+            "split": asdict(own.split),
+            "memory": memory,
+            "load_average": round(os.getloadavg()[0], 2),
+            "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "conditions": dict(bench.conditions),
+        }

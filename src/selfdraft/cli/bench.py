@@ -1,0 +1,294 @@
+"""The verb that measures: bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from selfdraft import show
+from selfdraft.cli.options import (
+    Adapters,
+    AsJson,
+    Dtype,
+    Exact,
+    MaxNew,
+    Model,
+    Threads,
+    conditions,
+    open_llm,
+    parse_config,
+)
+from selfdraft.errors import MissingMasks, OptionError, RequestError
+
+if TYPE_CHECKING:
+    from selfdraft.bench.ledger import Ledger, Row
+    from selfdraft.bench.run import Bench, Contender
+    from selfdraft.bench.tasks import Item
+    from selfdraft.core.sequence import Sequence as Request
+    from selfdraft.llm import LLM
+    from selfdraft.types import SamplingParams
+
+DATA = Path("../shared/data")
+
+
+Names = Annotated[str | None, typer.Option(help="Names with commas, or 'all'; 'none' always runs. Default: all.")]
+Configs = Annotated[
+    list[str] | None,
+    typer.Option(help="A drafter with options as JSON, with 'method' and a 'name'; may be given several times."),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Where the tasks' files lie. Default: ../shared/data if it exists.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts of each task or part.", min=1)]
+Samples = Annotated[int, typer.Option(help="Answers to each coding task, for pass@k.", min=1)]
+Runs = Annotated[int, typer.Option(help="Timed runs of each prompt, in alternation; medians count.", min=1)]
+Turns = Annotated[Literal["first", "all"], typer.Option(help="all: later turns too, after the model's own answers.")]
+Output = Annotated[
+    Path | None, typer.Option(help="A jsonl file for one row per prompt and drafter; goes on where it ends.")
+]
+
+
+def bench(
+    tasks: Annotated[str, typer.Option(help="Names with commas between, 'all', or a jsonl file; see docs/bench.md.")],
+    model: Model = "pocket",
+    adapter: Adapters = None,
+    drafters: Names = None,
+    speculative_config: Configs = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNew = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    samples: Samples = 1,
+    seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
+    runs: Runs = 3,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.")] = False,
+    turns: Turns = "first",
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    dtype: Dtype = "auto",
+    exactness: Exact = "bitwise",
+    output: Output = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder for three pictures (PNG).")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure drafters on the field's tasks.
+
+    Speed against plain decoding, scores, memory; exit code 1 if a text differs.
+    """
+    from selfdraft.bench.ledger import Ledger
+    from selfdraft.types import SamplingParams
+
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
+    plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
+    contenders = field_of(drafters, speculative_config or [])
+    items = gather_items(tasks, data_dir, limit, plan)
+    draw = painter(pictures)
+    with Ledger(output) as ledger:
+        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+        setting = set_up(llm, model, adapter or [], starters(llm, contenders, drafters), plan)
+        rows = measure_all(setting, items, ledger, quiet=as_json)
+    records = report(rows, [contender.label for contender in setting.contenders])
+    for reason in setting.skipped:
+        show.note(f"skipped: {reason}")
+    if not records:
+        raise RequestError(f"nothing was measured: none of the prompts fits into the context of {llm.target.context}")
+    for path in draw(records):  # before the table: whoever reads that may leave early
+        show.note(f"wrote {path}")
+    if as_json:
+        show.document(records)
+    else:
+        show.evaluation(records, output)
+    raise typer.Exit(0 if all(record["texts_equal"] for record in records) else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of every drafter alike."""
+
+    sampling: SamplingParams
+    samples: int
+    seed: int
+    runs: int
+    chat: bool
+    all_turns: bool
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What can change a result."""
+        return {
+            "max_new_tokens": self.sampling.max_tokens,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "ignore_eos": self.sampling.ignore_eos,
+            "chat": self.chat,
+            "batch": 1,
+        }
+
+
+def field_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
+    """Plain decoding first, then who was named, each under a label of its own. Errors: OptionError."""
+    from selfdraft.bench.run import PLAIN, Contender
+    from selfdraft.drafters import ALIASES, table
+    from selfdraft.llm import check_drafter, drafter_of
+
+    wanted = drafters if drafters is not None else ("all" if not configs else "")
+    names = [*table()] if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
+    found = [Contender(PLAIN, PLAIN)]
+    for name in dict.fromkeys(names):
+        check_drafter(name, None)
+        if ALIASES.get(name, name) != PLAIN:
+            found.append(Contender(name, name))
+    for config in configs:
+        options = parse_config(config) or {}
+        label = options.pop("name", None)
+        if "method" not in options:
+            raise OptionError(f'--speculative-config {config} has no "method"; name the drafter there')
+        method, rest = drafter_of(None, options)
+        check_drafter(method, rest)
+        if label is not None and not (isinstance(label, str) and label.strip()):
+            raise OptionError(f'--speculative-config: "name" is a label, not {label!r}')
+        found.append(Contender(str(label or method), method, rest))
+    labels = [contender.label for contender in found]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise OptionError(f'two drafters are called {twice!r}; give each --speculative-config a "name" of its own')
+    return found
+
+
+def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Plan) -> dict[str, list[Item]]:
+    """The items of all tasks, read and checked before a model is loaded. Errors: OptionError, RequestError."""
+    from selfdraft.bench import tasks
+    from selfdraft.bench.scores import need_rouge
+
+    names = tasks.names_of(wanted)
+    folder = data_dir if data_dir is not None else (DATA if DATA.is_dir() else None)
+    if folder is not None and not folder.is_dir():
+        layout = ", ".join(task.files[0] for task in tasks.TASKS.values())
+        raise RequestError(f"there is no data folder {str(folder)!r}; expected in it: {layout}")
+    if plan.samples > 1 and plan.sampling.greedy:
+        raise OptionError(f"--samples {plan.samples} at temperature 0 are the same text; give --temperature")
+    known = {name: tasks.task_of(name) for name in names}
+    if plan.samples > 1 and not any(task is not None and task.code for task in known.values()):
+        raise OptionError(f"--samples {plan.samples} is for coding tasks; of {', '.join(names)} none is one")
+    if any(task is not None and task.summary for task in known.values()):
+        need_rouge()
+    return {name: tasks.load(name, folder, chat=plan.chat, limit=limit) for name in names}
+
+
+def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Path]]:
+    """What draws the records into a folder; tried now, so that it does not fail after hours. Errors: OptionError."""
+    if folder is None:
+        return lambda _: []
+    from selfdraft.bench import pictures
+
+    pictures.need_matplotlib()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".selfdraft"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(f"--pictures {folder} cannot be written: {error.strerror}") from error
+    return lambda records: pictures.draw(records, folder)
+
+
+def starters(llm: LLM, contenders: Sequence[Contender], drafters: str | None) -> list[Contender]:
+    """Those that this model can run; one that was named and cannot is an error, one of 'all' is left out."""
+    fit = []
+    for contender in contenders:
+        try:
+            llm.engine_for(contender.method, contender.options)
+        except MissingMasks as error:
+            if drafters not in (None, "all") or contender.options:
+                raise
+            show.note(f"left out: {error}")
+            continue
+        fit.append(contender)
+    return fit
+
+
+def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[Contender], plan: Plan) -> Bench:
+    """The bench around an open model."""
+    from importlib.metadata import version
+
+    from selfdraft.bench import measure
+    from selfdraft.bench.run import Bench, Footprint
+
+    def open_request(history: Sequence[str], stop: tuple[str, ...], seed: int) -> Request:
+        if plan.chat:
+            roles = ("user", "assistant")
+            ids = llm.render([{"role": roles[i % 2], "content": said} for i, said in enumerate(history)])
+        else:
+            ids = llm.encode("\n\n".join(history))
+        return llm.requests(ids, replace(plan.sampling, stop=stop, seed=seed))[0]
+
+    device = next(llm.model.parameters()).device
+    facts = (
+        conditions(llm, model)
+        | plan.facts
+        | {"weights": identity(model, llm, folders), "selfdraft": version("selfdraft")}
+    )
+    adapters = {adapter.method: adapter.bytes for adapter in getattr(llm.target, "adapters", ())}
+    return Bench(
+        engines=lambda them: {one.label: llm.engine_for(one.method, one.options) for one in them},
+        open=open_request,
+        contenders=contenders,
+        conditions=facts,
+        footprint=Footprint(measure.weights_bytes(llm.model), lambda: llm.target.cache.bytes, adapters),
+        gauge=measure.Gauge(device),
+        settle=measure.settler(device),
+        runs=plan.runs,
+        seed=plan.seed,
+        samples=plan.samples,
+        all_turns=plan.all_turns,
+    )
+
+
+def identity(model: str, llm: LLM, adapters: Sequence[Path]) -> str:
+    """What tells two states of a checkpoint and its adapters apart: names, sizes and dates of the files, or the hub's
+    commit.
+    """
+    import hashlib
+
+    from selfdraft.models.pocket import POCKET
+
+    facts: list[object] = []
+    for folder in (Path(POCKET if model == "pocket" else model), *adapters):
+        if not folder.is_dir():
+            facts.append(getattr(llm.model.config, "_commit_hash", None))
+            continue
+        files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
+        facts += [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+
+def measure_all(setting: Bench, items: dict[str, list[Item]], ledger: Ledger, *, quiet: bool) -> dict[str, list[Row]]:
+    """The rows of all tasks. After Ctrl-C those that are finished stand in the output."""
+    from selfdraft.bench.run import run
+
+    rows: dict[str, list[Row]] = {name: [] for name in items}
+    try:
+        with show.progress(sum(map(len, items.values())), quiet=quiet, what="measuring") as advance:
+            for name, questions in items.items():
+                for found in run(setting, name, questions, ledger):
+                    rows[name] += found
+                    advance()
+    except KeyboardInterrupt:
+        if ledger.path is not None:
+            show.note(f"{ledger.path} keeps {len(ledger.rows)} rows; the same command goes on from there")
+        raise
+    return rows
+
+
+def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[dict[str, Any]]:
+    from selfdraft.bench.report import records
+    from selfdraft.bench.tasks import task_of
+
+    made = []
+    for name, found in rows.items():
+        task = task_of(name)
+        made += records(name, found, labels, task.unscored if task is not None else "a file of prompts has no score")
+    return made
