@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfdraft.core.choose import choose, process
 from selfdraft.core.rows import Span
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT, Draft
@@ -179,7 +180,7 @@ def test_every_cell_stands_where_the_paper_puts_it(width: int, size: int) -> Non
     draft = one(drafter, sequence)
     assert draft.candidates == size - 1
     assert len(draft) - draft.candidates == width * (size - 1) - 1
-    columns = drafter._notes[sequence].columns
+    columns = drafter._notes[sequence].window.columns
     last = len(sequence.tokens) - 1
     span = Span(0, last, 0, 1, draft, 0)
     for level in range(size - 1):
@@ -242,32 +243,36 @@ class Recorder(Lookahead):
             self.seen: list[tuple[list[int], list[list[int]]]] = []
             self.pools: list[Pool] = []
         for sequence, result in zip(sequences, results, strict=True):
-            window = self._notes.get(sequence)
-            if window is not None and len(result.draft):
+            note = self._notes.get(sequence)
+            if note is not None and len(result.draft):
+                window = note.window
                 self.seen.append((sequence.tokens[: window.base], [list(c) for c in window.columns]))
                 self.pools.append(window.pool)
         super().observe(sequences, results)
 
 
 @torch.inference_mode()
-def stock_argmax(tokens: list[int]) -> int:
-    return int(tiny_llama()(torch.tensor([tokens])).logits[0, -1].argmax())
+def stock_says(tokens: list[int], sampling: SamplingParams) -> int:
+    """What the stock model says next, for a sampled request with the noise of that place."""
+    scores = process(tiny_llama()(torch.tensor([tokens])).logits[0, -1], sampling, tokens, 0, frozenset())
+    return choose(scores, sampling, sampling.seed or 0, len(tokens))
 
 
 @cache
 def recorded(sampled: bool) -> tuple[Recorder, list[int]]:
     """A finished run's drafter, and its text."""
     target = tiny_target()
-    drafter = Recorder(target, window_size=4, ngram_size=4, guess_set_size=256, pool_from_prompt=False)
+    drafter = Recorder(target, window_size=4, ngram_size=4, guess_set_size=256, pool_from_prompt=False, adaptive=False)
     (sequence,) = run(target, drafter, [MOTIF * 2], SAMPLED if sampled else GREEDY)
     assert len(drafter.seen) > 10
     return drafter, sequence.tokens
 
 
-def answers_of(text: list[int], columns: list[list[int]]) -> list[int]:
+def answers_of(text: list[int], columns: list[list[int]], sampled: bool) -> list[int]:
     """What the stock model says after the deepest cell of each column, one sequence at a time."""
     base = [column[0] for column in columns]
-    return [stock_argmax(text + base[1 : i + 1] + column[1:]) for i, column in enumerate(columns)]
+    sampling = SAMPLED if sampled else GREEDY
+    return [stock_says(text + base[1 : i + 1] + column[1:], sampling) for i, column in enumerate(columns)]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -275,7 +280,7 @@ def test_the_window_holds_the_models_own_answers(sampled: bool) -> None:
     drops = set()
     for (text, columns), (later, moved) in pairwise(recorded(sampled)[0].seen):
         dropped = len(later) - len(text) - 1
-        answers = answers_of(text, columns)
+        answers = answers_of(text, columns, sampled)
         for i in range(4 - dropped):
             assert moved[i][-1] == answers[i + dropped]
             assert moved[i][1:-1] == columns[i + dropped][2:]
@@ -290,7 +295,7 @@ def test_the_pool_holds_text_and_trajectories_only(sampled: bool) -> None:
     allowed = {tuple(text[i : i + 4]) for i in range(len(MOTIF) * 2, len(text) - 3)}
     trajectories = set()
     for prefix, columns in drafter.seen:
-        for column, answer in zip(columns, answers_of(prefix, columns), strict=True):
+        for column, answer in zip(columns, answers_of(prefix, columns, sampled), strict=True):
             trajectories.add((*column, answer))
     pool = drafter.pools[-1]
     held = {(key, *followers) for key in pool._tuples for followers in pool.followers(key)}
@@ -303,7 +308,7 @@ def test_the_pool_holds_text_and_trajectories_only(sampled: bool) -> None:
 
 def test_lookahead_stays_within_the_budget() -> None:
     sequence = opened([1, 2, 3, 4, 1, 2, 5, 6, 1, 7, 8, 9, 1])
-    drafter = Lookahead(tiny_target(), window_size=3, ngram_size=4)
+    drafter = Lookahead(tiny_target(), window_size=3, ngram_size=4, adaptive=False)
     draft = one(drafter, sequence)
     assert draft.candidates == 8  # 7 8 9, 2 5 6 and 2 3 4: the 2 is shared
     assert draft.tokens[:3] == (7, 8, 9)
@@ -328,7 +333,7 @@ def test_columns_whose_probes_were_clipped_away_are_filled_anew() -> None:
     answers = tuple(range(100, 101 + len(clipped)))
     sequence.tokens.append(4)
     drafter.observe([sequence], [Result(clipped, (), (4,), answers, proposed=proposed, nodes=nodes)])
-    columns = drafter._notes[sequence].columns
+    columns = drafter._notes[sequence].window.columns
     deepest = [nodes.index(proposed.candidates + 8 + i - 1) for i in range(3)]
     assert [column[-1] for column in columns[:3]] == [101 + node for node in deepest]
     assert len(columns) == 4
@@ -337,12 +342,12 @@ def test_columns_whose_probes_were_clipped_away_are_filled_anew() -> None:
 
 def test_a_window_that_was_not_run_starts_again() -> None:
     sequence = opened([*MOTIF, 17])
-    drafter = Lookahead(tiny_target())
+    drafter = Lookahead(tiny_target(), window_size=5, ngram_size=4)
     first = one(drafter, sequence)
     assert one(drafter, sequence) == first, "a step that failed may be tried again"
     sequence.tokens += [4, 33]
     drafter.observe([sequence], [Result(Draft(), (), (33,), (33,))])
-    assert one(drafter, sequence) == one(Lookahead(tiny_target()), sequence)
+    assert one(drafter, sequence) == one(Lookahead(tiny_target(), window_size=5, ngram_size=4), sequence)
 
 
 def test_window_parents_are_in_topological_order() -> None:
@@ -430,6 +435,7 @@ def test_a_full_match_gets_its_bonus_token() -> None:
         ("lookahead", "ngram_size", 4.5),
         ("lookahead", "guess_set_size", 0),
         ("lookahead", "pool_from_prompt", "no"),
+        ("lookahead", "adaptive", 1),
     ],
 )
 def test_values_out_of_range_are_refused(name: str, option: str, value: object) -> None:

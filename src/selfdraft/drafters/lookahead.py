@@ -2,37 +2,62 @@
 
 Source: Fu et al., "Break the Sequential Dependency of LLM Inference Using Lookahead Decoding" (arXiv 2402.02057).
 Unlike the paper's code: candidates are verified from the first step on, a full match gets its bonus token, and the
-window moves as far as the text did.
+window moves as far as the text did. A sampled request's window is answered with the noise that the target will use
+at the cell's own place, so that its trajectories run to the sampled text, not to the greedy one. With `adaptive`
+(the default) sizes follow what rows bring and cost here, and the model's own runners-up are guesses, too.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
+from math import log1p
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
+from selfdraft.core.adapt import TRUSTED, Acceptance, Mean, StepTime
+from selfdraft.core.noise import gumbel, gumbel_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
-from selfdraft.types import Budget, within
+from selfdraft.types import Budget, SamplingParams, within
 
 SOURCE = "lookahead"
+PROMPT, TEXT, WINDOW, ANSWERS = "prompt", "text", "window", "answers"
+"""Where a guess comes from: an n-gram of the prompt, of the output, of the window, or runners-up of answered rows."""
+CONTEXT = 4
+"""Tokens before its key by which a tuple is ranked."""
+RUNNERS_UP = 64
+"""Likeliest tokens that are looked at after a row."""
+BRANCHES = 3
+"""Branches out of runners-up under the last token."""
 
 
 class Pool:
-    """What followed each token: at most `most` tuples of `size` - 1 tokens per key, the least recent goes first."""
+    """What followed each token: at most `most` tuples of `size` - 1 tokens per key, the least recent goes first.
 
-    def __init__(self, size: int, most: int) -> None:
-        self.size, self.most = size, most
-        self._tuples: dict[int, dict[tuple[int, ...], None]] = {}
+    Each tuple knows its source (what the text itself has said is never the window's merit) and what stood before its
+    key when it was last seen. Keys before `prompt` belong to the prompt.
+    """
 
-    def add(self, key: int, followers: tuple[int, ...]) -> None:
-        """Note that `followers` came after `key`, as the most recent of its tuples."""
+    def __init__(self, size: int, most: int, prompt: int = 0) -> None:
+        self.size, self.most, self.prompt = size, most, prompt
+        self._tuples: dict[int, dict[tuple[int, ...], tuple[str, tuple[int, ...]]]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tuples.values()))
+
+    def add(self, key: int, followers: tuple[int, ...], source: str = WINDOW, before: SequenceOf[int] = ()) -> None:
+        """Note that `followers` came after `before` and `key`, as the most recent of the key's tuples."""
         known = self._tuples.setdefault(key, {})
-        known.pop(followers, None)
-        known[followers] = None
+        entry = known.pop(followers, None)
+        known[followers] = entry if entry and source == WINDOW else (source, tuple(before))
         if len(known) > self.most:
             del known[next(iter(known))]
 
@@ -40,12 +65,23 @@ class Pool:
         """Add every n-gram of `tokens` whose key is at `start` or later; returns where the next feed starts."""
         stop = max(len(tokens) - self.size + 1, start)
         for place in range(start, stop):
-            self.add(tokens[place], tuple(tokens[place + 1 : place + self.size]))
+            source = PROMPT if place < self.prompt else TEXT
+            before = tokens[max(place - CONTEXT, 0) : place]
+            self.add(tokens[place], tuple(tokens[place + 1 : place + self.size]), source, before)
         return stop
 
     def followers(self, key: int) -> list[tuple[int, ...]]:
         """The tuples of `key`, most recent first."""
         return list(reversed(self._tuples.get(key, ())))
+
+    def ranked(self, text: list[int]) -> list[tuple[tuple[int, ...], str, int]]:
+        """The last token's (tuple, source, how many tokens before it agree): longest agreement first, then recency."""
+        found = []
+        for followers in self.followers(text[-1]):
+            source, before = self._tuples[text[-1]][followers]
+            pairs = zip(reversed(before), reversed(text[:-1][-CONTEXT:]), strict=False)
+            found.append((followers, source, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))))
+        return sorted(found, key=lambda one: -one[2])
 
     def latest(self, key: int) -> tuple[int, ...]:
         """The most recent tuple of `key`, or an empty one."""
@@ -80,11 +116,17 @@ class Window:
         self.fed = self.pool.feed(text, self.fed)
         self._fill(text)
 
+    def resize(self, width: int, text: list[int]) -> None:
+        """Give up columns at the right end, or add some."""
+        self.width = width
+        del self.columns[width:], self.ages[width:]
+        self._fill(text)
+
     def learn(self, answers: list[int], text: list[int]) -> None:
         """Harvest, then move on to the end of `text`, which grew by at least one token.
 
-        `answers` are the argmax after the deepest cell of the first columns; columns without one are given up.
-        Shifting a column up by its answer moves it one position on; each further new token drops one at the left.
+        `answers` are what the model says after the deepest cell of the first columns; columns without one are given
+        up. Shifting a column up by its answer moves it one position on; each further new token drops one at the left.
         """
         columns, ages = [], []
         for column, age, answer in zip(self.columns, self.ages, answers, strict=False):
@@ -98,6 +140,14 @@ class Window:
             self.columns[0][0] = text[-1]
         self.fed = self.pool.feed(text, self.fed)
         self._fill(text)
+
+    def copies(self, text: list[int]) -> list[tuple[int, ...]]:
+        """What followed the last token in n-grams of the text that are not complete yet; the copy repeats itself."""
+        for place in range(len(text) - 2, self.fed - 1, -1):
+            if text[place] == text[-1]:
+                copied = text[place + 1 :]
+                return [tuple((copied * self.height)[: self.height])]
+        return []
 
     def _fill(self, text: list[int]) -> None:
         """Add columns at the right end: what the pool has behind the last one, else tokens of the text."""
@@ -122,71 +172,435 @@ def window_parents(width: int, height: int) -> list[int]:
     return first + [probe - width for probe in range(width - 1, width * height - 1)]
 
 
+class Answers:
+    """The likeliest tokens after each token when the model was last asked there, in the text, a branch or the window.
+
+    A sampled request's noise is known in advance, so the likeliest guess at a place is what these scores and that
+    noise choose there. Idea: Token Recycling (arXiv 2408.08696), with the noise of the place added.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor, bool]] = {}
+
+    def learn(self, token: int, scores: Tensor, ids: Tensor, probe: bool) -> None:
+        """Scores [k] after temperature and their token ids, best first; `probe`: the window asked there."""
+        self._known[token] = (scores, ids, probe)
+
+    def guess(self, token: int, sequence: Sequence, position: int, count: int) -> tuple[list[int], bool]:
+        """The `count` likeliest tokens at `position` behind `token`, best first, and whether the window knew them."""
+        if token not in self._known:
+            return [], False
+        scores, ids, probe = self._known[token]
+        if not sequence.sampling.greedy:
+            ids = ids[(scores + gumbel(sequence.seed, position, ids)).topk(min(count, len(ids))).indices]
+        return ids[:count].tolist(), probe
+
+
+def likeliest(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Likeliest tokens of rows [n, vocab]: scores after temperature and truncation, and ids, both [n, k] on the CPU.
+
+    Penalties and processors are left out, and what top-p keeps is judged by these tokens alone: they are only guesses.
+    """
+    best = logits.topk(min(RUNNERS_UP, logits.shape[-1]))
+    scores, ids = best.values.double().cpu(), best.indices.cpu()
+    if sampling.greedy:
+        return scores, ids
+    scores = (scores - scores[:, :1]) / max(sampling.temperature, 1e-300)
+    chances = scores.softmax(-1)
+    outside = (chances.cumsum(-1) - chances >= sampling.top_p) | (chances < sampling.min_p * chances[:, :1])
+    if sampling.top_k:
+        outside[:, sampling.top_k :] = True
+    return scores.masked_fill(outside, float("-inf")), ids
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A path that may follow the last token: its source, its rank among all of that step, and what it is worth."""
+
+    tokens: tuple[int, ...]
+    source: str
+    rank: int
+    matched: int = 0
+    """Tokens before the last one that agree with where the path was seen."""
+    from_window: bool = False
+    """Without the window it would not have been guessed."""
+
+
+@dataclass(slots=True)
+class Node:
+    """A node of the trie of all guesses, run or not: the text tells about every one of them how good it was."""
+
+    token: int
+    parent: int
+    depth: int
+    guess: Guess
+    """Who said it first; rather one that needs no window."""
+    chance: float = 1.0
+    """Estimated probability that the whole path down to here is accepted."""
+
+    @property
+    def kind(self) -> tuple[str, int, int, int]:
+        return self.guess.source, self.guess.matched, min(self.guess.rank, 3), self.depth
+
+
+def trie(guesses: SequenceOf[Guess]) -> list[Node]:
+    """All guesses with shared prefixes merged, in topological order; the first guess that says a node owns it."""
+    nodes: list[Node] = []
+    known: dict[tuple[int, int], int] = {}
+    for guess in guesses:
+        above = ROOT
+        for depth, token in enumerate(guess.tokens, 1):
+            node = known.get((above, token))
+            if node is None:
+                node = known[above, token] = len(nodes)
+                nodes.append(Node(token, above, depth, guess))
+            elif nodes[node].guess.from_window and not guess.from_window:
+                nodes[node].guess = guess
+            above = node
+    return nodes
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """What the n-gram pool was good for, in one request or in all so far."""
+
+    size: int = 0
+    """Tuples in the pool now; of all requests those that are still running."""
+    steps: int = 0
+    hits: int = 0
+    """Steps in which some guess was there for the last token."""
+    accepted: dict[str, int] = field(default_factory=dict)
+    """Accepted tokens by source: prompt, text, window, answers."""
+    ranks: int = 0
+    """Sum of the ranks of the accepted guesses; 0 is the first."""
+    accepting_steps: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.steps if self.steps else 0.0
+
+    @property
+    def mean_rank(self) -> float:
+        """Mean rank of the guess whose tokens were accepted, over the steps that accepted any."""
+        return self.ranks / self.accepting_steps if self.accepting_steps else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        rates = {"hit_rate": round(self.hit_rate, 4), "mean_rank": round(self.mean_rank, 4)}
+        return {**asdict(self), **rates}
+
+
+@dataclass(slots=True)
+class _Counts:
+    """The running counts behind `PoolStatistics`."""
+
+    steps: int = 0
+    hits: int = 0
+    accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((PROMPT, TEXT, WINDOW, ANSWERS), 0))
+    ranks: int = 0
+    accepting_steps: int = 0
+
+    def book(self, nodes: list[Node], path: list[int]) -> None:
+        self.steps += 1
+        self.hits += bool(nodes)
+        for node in path:
+            self.accepted[nodes[node].guess.source] += 1
+        if path:
+            self.accepting_steps += 1
+            self.ranks += nodes[path[-1]].guess.rank
+
+    def freeze(self, size: int) -> PoolStatistics:
+        return PoolStatistics(size, self.steps, self.hits, dict(self.accepted), self.ranks, self.accepting_steps)
+
+
+TRIAL = 32
+"""Steps a window runs before it is judged."""
+MOVE = 8
+"""Steps between two moves of a size."""
+PAUSES = (64, 1024)
+"""Steps until a window that did not pay is tried again: at first, and at most; doubled each time."""
+COLUMNS = 64
+LEVELS = 12
+"""Largest window that adaptation goes to."""
+
+
+class Sizes:
+    """W, N and G and whether the window runs, moved by what rows bring and what they cost on this machine.
+
+    The price of a row is rho dT/dn: tokens per second now, times the seconds one more row takes. What a window brings
+    is counted, not tried out: accepted tokens that no guess from another source would have given. Between sizes the
+    paper's scaling law speaks, gain(W) = c log(1 + W), so one measured gain tells what one column more would bring.
+    """
+
+    def __init__(self, width: int, size: int, guesses: int) -> None:
+        self.width, self.size, self.guesses, self.most = width, size, guesses, 4 * guesses
+        self.running = True
+        """Whether windows run."""
+        self.time, self.own, self.tokens = StepTime(), Mean(), Mean()
+        self.gain = Mean()
+        """Accepted tokens of a sequence's step that only the window gave."""
+        self.acceptance, self.ranks = Acceptance(), Acceptance()
+        self.full, self.deepest, self.last = Mean(), Mean(), Mean(0.5, 2.0)
+        """Steps whose accepted path has N - 1 tokens; guesses at that depth; how often such a guess was right."""
+        self._since = self._age = self._wait = 0
+        self._pause = PAUSES[0]
+
+    @property
+    def price(self) -> float:
+        """Tokens that a row has to bring; 0 until steps were measured."""
+        seconds = self.time.seconds + self.own.value
+        return self.tokens.value / seconds * self.time.per_row if self.time.steps >= TRUSTED and seconds else 0.0
+
+    def step(self, tokens: int) -> None:
+        """A step emitted so many tokens, of all sequences together: move what is due."""
+        self.tokens.observe(tokens)
+        self._since += 1
+        self._age += 1
+        if not self.running:
+            if self._since >= self._wait:
+                self.running, self._since, self.gain = True, 0, Mean()
+            return
+        if self._since >= TRIAL and self._since % MOVE == 0:
+            self._move_window()
+        if self._since % MOVE == 0 and self.price:
+            pays = self.ranks.rate(self.guesses - 1) >= self.price
+            self.guesses = min(max(self.guesses + (1 if pays else -1), 1), self.most)
+
+    def _move_window(self) -> None:
+        height, price = self.size - 1, self.price
+        if not price:
+            return
+        wanted = self.gain.value / log1p(self.width) / (price * height) - 1  # where one column more just pays
+        if wanted < 1 and self.gain.value <= price * (self.width * height - 1):
+            self.running, self._since, self._wait = False, 0, self._pause
+            self._pause = min(2 * self._pause, PAUSES[1])
+            return
+        self._pause = PAUSES[0]
+        if abs(wanted - self.width) >= 1:
+            self.width = min(max(self.width + (1 if wanted > self.width else -1), 1), COLUMNS)
+
+    def between_requests(self) -> None:
+        """N moves only here: a window of another height starts anew."""
+        if self._age < 2 * TRIAL or not self.price:
+            return
+        cost = self.price * (self.width * self.running + self.deepest.value)
+        if self.full.value * self.last.value > 1.25 * cost and self.size <= LEVELS:
+            self.size += 1
+        elif 1.25 * self.full.value < cost and self.size > 3:
+            self.size -= 1
+        else:
+            return
+        self._age, self.full, self.deepest, self.last = 0, Mean(), Mean(), Mean(0.5, 2.0)
+
+
+@dataclass(slots=True)
+class _Note:
+    """What is known about one sequence."""
+
+    window: Window
+    answers: Answers = field(default_factory=Answers)
+    counts: _Counts = field(default_factory=_Counts)
+    nodes: list[Node] = field(default_factory=list)
+    """All guesses of the step, run or not."""
+    ran: bool = False
+    """Whether the window's probes were proposed."""
+
+
 class Lookahead:
-    """Candidates: the pool's n-grams behind the last token, as a trie. Probes: the window that keeps the pool fresh."""
+    """Candidates: the pool's n-grams behind the last token, as a trie. Probes: the window that keeps the pool fresh.
+
+    `adaptive`: W, N and G are where it starts; only rows that pay are run. Otherwise they stay as given, as in the
+    paper. What is learned about machine and text in general outlives a request; pools and windows do not.
+    """
+
+    _clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(
         self,
         target: Target,
         *,
-        window_size: int = 5,
-        ngram_size: int = 4,
-        guess_set_size: int = 5,
+        window_size: int = 7,
+        ngram_size: int = 5,
+        guess_set_size: int = 7,
         pool_from_prompt: bool = True,
+        adaptive: bool = True,
     ) -> None:
         within("window_size", window_size, 1, 256)
         within("ngram_size", ngram_size, 3, 64)
         within("guess_set_size", guess_set_size, 1, 256)
-        if not isinstance(pool_from_prompt, bool):
-            raise OptionError(f"pool_from_prompt={pool_from_prompt!r} is neither True nor False")
-        self.width, self.size, self.most = window_size, ngram_size, guess_set_size
-        self.from_prompt = pool_from_prompt
-        self._parents = window_parents(window_size, ngram_size - 1)
-        self._deepest = window_size + ngram_size - 3
-        self._notes: WeakKeyDictionary[Sequence, Window] = WeakKeyDictionary()
+        for name, value in (("pool_from_prompt", pool_from_prompt), ("adaptive", adaptive)):
+            if not isinstance(value, bool):
+                raise OptionError(f"{name}={value!r} is neither True nor False")
+        self.sizes = Sizes(window_size, ngram_size, guess_set_size)
+        self.from_prompt, self.adaptive = pool_from_prompt, adaptive
+        self._total = _Counts()
+        self._drafted: tuple[float, float] = (0.0, 0.0)
+        """When the last draft was ready, and how long it took together with the learning before it."""
+        self._learning = 0.0
+        self._notes: WeakKeyDictionary[Sequence, _Note] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        return [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
+        began = self._clock()
+        drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
+        ready = self._clock()
+        self._drafted = ready, ready - began + self._learning
+        return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        began = self._clock()
+        emitted = rows = 0
         for sequence, result in zip(sequences, results, strict=True):
-            window = self._notes.get(sequence)
-            if window is None or len(result.proposed) - result.proposed.candidates != len(self._parents):
-                continue  # its window was not run
-            if sequence.finished:
+            note = self._notes.get(sequence)
+            emitted += len(result.tokens)
+            rows += 1 + len(result.draft)
+            if note is not None and result.tokens:
+                self._learn(note, sequence, result)
+        if self.adaptive and emitted and all(sequence in self._notes for sequence in sequences):
+            self.sizes.time.observe(rows, began - self._drafted[0])  # nothing was prefilled in this pass
+            self.sizes.own.observe(self._drafted[1])
+            self.sizes.step(emitted)
+        for sequence in sequences:
+            if sequence.finished and sequence in self._notes:
                 del self._notes[sequence]
-            else:
-                window.learn(self._answers(result), sequence.tokens)
+                if self.adaptive:
+                    self.sizes.between_requests()
+        self._learning = self._clock() - began
+
+    def statistics(self, sequence: Sequence | None = None) -> PoolStatistics:
+        """What the pool was good for: in one running request, or in all so far."""
+        if sequence is None:
+            return self._total.freeze(sum(len(note.window.pool) for note in self._notes.values()))
+        note = self._notes.get(sequence)
+        return note.counts.freeze(len(note.window.pool)) if note else PoolStatistics()
 
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
+        note, sizes = self._notes.get(sequence), self.sizes
+        if note is None:
+            fed = 0 if self.from_prompt else sequence.prompt_length
+            most = sizes.most if self.adaptive else sizes.guesses
+            pool = Pool(sizes.size, most, sequence.prompt_length)
+            note = self._notes[sequence] = _Note(Window(sizes.width, sizes.size - 1, pool, fed))
+        note.nodes, note.ran = [], False
         if sequence.room <= 1:
             return EMPTY  # the next token is the last one: nothing to accept, nothing to learn for
-        window = self._notes.get(sequence)
-        if window is None:
-            fed = 0 if self.from_prompt else sequence.prompt_length
-            pool = Pool(self.size, self.most)
-            window = self._notes[sequence] = Window(self.width, self.size - 1, pool, fed)
+        window = note.window
         if window.base != len(sequence.tokens):
             window.restart(sequence.tokens)
-        draft = self._candidates(window.pool.followers(sequence.tokens[-1]), budget)
-        if self._deepest > budget.reach:
+        note.nodes = trie(self._guesses(note, sequence, max(budget.depth, 0)))
+        draft = self._candidates(note.nodes, max(budget.nodes, 0))
+        if not sizes.running:
             return draft
-        return draft.with_probes(window.tokens(), self._parents, SOURCE)
-
-    def _candidates(self, paths: list[tuple[int, ...]], budget: Budget) -> Draft:
-        """The paths as a trie within the budget; where it is too large, the least recent ones go first."""
-        depth, nodes = max(budget.depth, 0), max(budget.nodes, 0)
-        draft = Draft.branches([path[:depth] for path in paths], SOURCE)
-        if len(draft) <= nodes:
+        if window.width != sizes.width:
+            window.resize(sizes.width, sequence.tokens)
+        if window.width + window.height - 2 > budget.reach:
             return draft
-        return Draft(draft.tokens[:nodes], draft.parents[:nodes], draft.sources[:nodes], nodes)
+        note.ran = True
+        return draft.with_probes(window.tokens(), window_parents(window.width, window.height), SOURCE)
 
-    def _answers(self, result: Result) -> list[int]:
-        """Argmax after the deepest cells, column by column, up to the first that was clipped away."""
-        first = result.proposed.candidates + len(self._parents) - self.width
-        wanted = range(first, first + self.width)
-        if len(result.draft) == len(result.proposed):
-            return [result.answers[1 + node] for node in wanted]
+    def _guesses(self, note: _Note, sequence: Sequence, depth: int) -> list[Guess]:
+        """Paths behind the last token, most trusted first; none goes on behind an end or below `depth`."""
+        text, window = sequence.tokens, note.window
+        found = [Guess(path, TEXT, 0) for path in window.copies(text)]
+        for followers, source, matched in window.pool.ranked(text)[: self.sizes.guesses]:
+            found.append(Guess(followers, source, len(found), matched, source == WINDOW))
+        if self.adaptive and depth:
+            found += self._runners_up(note, sequence, min(depth, window.height), len(found))
+        return [Guess(cut(g.tokens[:depth], sequence.ends), g.source, g.rank, g.matched, g.from_window) for g in found]
+
+    def _runners_up(self, note: _Note, sequence: Sequence, depth: int, rank: int) -> list[Guess]:
+        """Paths out of what the model answered before: some first tokens, each with its likeliest continuation."""
+        text, found = sequence.tokens, list[Guess]()
+        firsts, probe = note.answers.guess(text[-1], sequence, len(text), BRANCHES)
+        for first in firsts:
+            path, from_window = [first], probe
+            while len(path) < depth:
+                after, seen = note.answers.guess(path[-1], sequence, len(text) + len(path), 1)
+                if not after:
+                    break
+                path += after
+                from_window = from_window or seen
+            found.append(Guess(tuple(path), ANSWERS, rank + len(found), 0, from_window))
+        return found
+
+    def _candidates(self, nodes: list[Node], most: int) -> Draft:
+        """Nodes that pay, at most so many, the likeliest first; without adaptation the first ones."""
+        chosen = list(range(len(nodes)))
+        if self.adaptive:
+            for node in nodes:
+                above = nodes[node.parent].chance if node.parent != ROOT else 1.0
+                node.chance = above * self.sizes.acceptance.rate(node.kind)
+            price = self.sizes.price
+            chosen = [place for place in chosen if nodes[place].chance >= price]
+            chosen = sorted(chosen, key=lambda place: -nodes[place].chance)  # stable: parents stay before children
+        chosen = sorted(chosen[:most])
+        row = {ROOT: ROOT, **{place: row for row, place in enumerate(chosen)}}
+        parents = tuple(row[nodes[place].parent] for place in chosen)
+        return Draft(tuple(nodes[place].token for place in chosen), parents, (SOURCE,) * len(chosen), len(chosen))
+
+    def _learn(self, note: _Note, sequence: Sequence, result: Result) -> None:
+        """Score every guess by the text, then read the model's answers."""
+        said = self._score(note, result)
+        if note.nodes or note.ran:
+            note.counts.book(note.nodes, said)
+            self._total.book(note.nodes, said)
+        window = note.window
+        if sequence.finished:
+            return
+        top = None
+        if result.logits is not None and (self.adaptive or not sequence.sampling.greedy):
+            top = likeliest(result.logits, sequence.sampling)
+        if self.adaptive and top is not None:
+            self._recall(note.answers, sequence.tokens[window.base - 1], result, *top)
+        probes = len(result.proposed) - result.proposed.candidates
+        if note.ran and probes == window.width * window.height - 1:
+            window.learn(self._answers(window, sequence, result, top), sequence.tokens)
+
+    def _score(self, note: _Note, result: Result) -> list[int]:
+        """The accepted guesses, from the root down. Guesses that were not run are judged by the text, too."""
+        said, above, sizes, deepest = list[int](), {ROOT: 0}, self.sizes, note.window.height
+        for place, node in enumerate(note.nodes):
+            if node.parent not in above or node.depth > len(result.tokens):
+                continue
+            right = node.token == result.tokens[node.depth - 1]
+            sizes.acceptance.observe(node.kind, right)
+            if node.depth == 1 and node.guess.source != ANSWERS:
+                sizes.ranks.observe(node.guess.rank, right)
+            if node.depth == deepest:
+                sizes.last.observe(float(right))
+            if right:
+                above[place] = node.depth
+                if node.depth <= len(result.path):
+                    said.append(place)
+        alone = len(list(takewhile(lambda place: not note.nodes[place].guess.from_window, said)))
+        if sizes.running:
+            sizes.gain.observe(len(said) - alone)
+        sizes.full.observe(len(said) == deepest)
+        sizes.deepest.observe(sum(node.depth == deepest for node in note.nodes))
+        return said
+
+    def _recall(self, answers: Answers, last: int, result: Result, scores: Tensor, ids: Tensor) -> None:
+        """Note the likeliest tokens after every row; what rows of the text say stands above the rest."""
+        draft = result.draft
+        tokens = [last, *draft.tokens]
+        rest = range(len(draft), 0, -1)  # probes first, then branches
+        for row in [*rest, 0, *(node + 1 for node in result.path)]:
+            answers.learn(tokens[row], scores[row], ids[row], row > draft.candidates)
+
+    def _answers(
+        self, window: Window, sequence: Sequence, result: Result, top: tuple[Tensor, Tensor] | None
+    ) -> list[int]:
+        """What the model says after the deepest cells, column by column, up to the first that was clipped away."""
+        first = len(result.proposed) - window.width
         place = {old: new for new, old in enumerate(result.nodes)}
-        kept = list(takewhile(lambda node: node in place, wanted))
-        return [result.answers[1 + place[node]] for node in kept]
+        rows = [1 + place[node] for node in takewhile(place.__contains__, range(first, first + window.width))]
+        if top is None or sequence.sampling.greedy:
+            return [result.answers[row] for row in rows]
+        scores, ids = top[0][rows], top[1][rows]
+        noise = gumbel_rows(sequence.seed, [window.base + window.height - 1 + i for i in range(len(rows))], ids)
+        chosen = (scores + noise).argmax(-1, keepdim=True)
+        return [int(token) for token in ids.gather(1, chosen).squeeze(1)]
+
+
+def cut(path: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
+    """The path up to its first end: nothing is accepted behind one."""
+    stop = next((place for place, token in enumerate(path, 1) if token in ends), len(path))
+    return path[:stop]

@@ -1,0 +1,616 @@
+"""Lookahead's second half: what it measures, what it moves by it, its statistics, layouts and scaling law."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from itertools import pairwise, permutations
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfdraft.cli import app
+from selfdraft.core.adapt import Acceptance, Mean, StepTime
+from selfdraft.core.intervals import Intervals, intervals
+from selfdraft.core.noise import gumbel, gumbel_rows
+from selfdraft.core.sequence import Sequence, open_sequence
+from selfdraft.core.tree import ROOT, Draft
+from selfdraft.core.verify import Result
+from selfdraft.drafters import build
+from selfdraft.drafters.lookahead import (
+    ANSWERS,
+    COLUMNS,
+    MOVE,
+    PAUSES,
+    PROMPT,
+    TEXT,
+    TRIAL,
+    WINDOW,
+    Answers,
+    Guess,
+    Lookahead,
+    Pool,
+    Sizes,
+    Window,
+    likeliest,
+    trie,
+    window_parents,
+)
+from selfdraft.engine.loop import Engine
+from selfdraft.errors import OptionError
+from selfdraft.tune import lookahead as tune
+from selfdraft.types import Budget, SamplingParams
+from tests.models import VOCAB, run, tiny_target
+
+MOTIF = [17, 4, 33, 8, 51, 22, 9]
+WIDE = Budget(nodes=128, depth=64, reach=256)
+GREEDY = SamplingParams(max_tokens=60)
+SAMPLED = SamplingParams(max_tokens=60, temperature=0.9, seed=3)
+
+
+def opened(tokens: SequenceOf[int], sampling: SamplingParams = GREEDY, eos: frozenset[int] = frozenset()) -> Sequence:
+    return open_sequence(tokens, sampling, seed=3, eos=eos, context=512)
+
+
+# what is measured
+
+
+def test_the_time_of_a_row_is_found() -> None:
+    timed = StepTime()
+    for step in range(200):
+        rows = 1 + step * 7 % 20
+        timed.observe(rows, 0.010 + 0.0005 * rows)
+    assert timed.per_row == pytest.approx(0.0005, rel=0.05)
+    assert timed.at(40) == pytest.approx(0.030, rel=0.05)
+
+
+def test_a_hiccup_hardly_moves_the_time_and_a_new_load_does() -> None:
+    timed = StepTime()
+    for step in range(100):
+        timed.observe(1 + step % 9, 0.010)
+    timed.observe(5, 60.0)
+    assert timed.at(5) < 0.011
+    for step in range(300):
+        timed.observe(1 + step % 9, 0.020)
+    assert timed.at(5) == pytest.approx(0.020, rel=0.05)
+
+
+def test_rows_are_free_until_they_were_seen_to_cost() -> None:
+    timed = StepTime()
+    for _ in range(50):
+        timed.observe(8, 0.01)
+    assert timed.per_row == 0.0
+    for step in range(50):
+        timed.observe(8 + step % 5, 0.01 - 0.001 * (step % 5))  # faster with more rows: noise, not a gift
+    assert timed.per_row == 0.0
+
+
+def test_means_start_at_their_guess_and_forget() -> None:
+    mean = Mean(0.5, 2.0)
+    assert mean.value == 0.5
+    mean.observe(1.0)
+    assert mean.value == pytest.approx(2 / 3)
+    for _ in range(300):
+        mean.observe(0.0)
+    assert mean.value < 0.03
+    rates = Acceptance()
+    assert rates.rate("new") == 0.5
+    for _ in range(50):
+        rates.observe("good", True)
+    assert rates.rate("good") > 0.95
+    assert rates.rate("new") == 0.5
+
+
+# which sizes follow
+
+
+def sizes_after(steps: int, gain: float, per_row: float, *, width: int = 5, tokens: int = 2) -> Sizes:
+    """Steps of 10 ms and so much for each row, in which the window brought `gain` tokens each."""
+    sizes = Sizes(width, 4, 5)
+    feed(sizes, steps, gain, per_row, tokens)
+    return sizes
+
+
+def feed(sizes: Sizes, steps: int, gain: float, per_row: float, tokens: int = 2) -> list[bool]:
+    ran = []
+    for step in range(steps):
+        ran.append(sizes.running)
+        rows = 1 + step % 5 + (sizes.width * (sizes.size - 1) - 1) * sizes.running
+        sizes.time.observe(rows, 0.010 + per_row * rows)
+        if sizes.running:
+            sizes.gain.observe(gain)
+        sizes.step(tokens)
+    return ran
+
+
+def test_the_price_is_what_a_row_costs_in_tokens() -> None:
+    sizes = sizes_after(TRIAL - 1, 0.0, 0.0005)
+    expected = 2 / sizes.time.seconds * 0.0005
+    assert sizes.price == pytest.approx(expected, rel=0.15)
+    sizes.own.observe(sizes.time.seconds)  # drafting takes as long as the pass: half the tokens per second
+    assert sizes.price == pytest.approx(expected / 2, rel=0.15)
+
+
+def test_a_window_that_brings_nothing_is_turned_off_and_tried_again_ever_more_rarely() -> None:
+    ran = feed(Sizes(5, 4, 5), 4000, 0.0, 0.0005)
+    switches = [step for step in range(1, len(ran)) if ran[step] != ran[step - 1]]
+    off, on = switches[::2], switches[1::2]
+    pauses = [stop - start for start, stop in zip(off, on, strict=False)]
+    assert pauses == [min(PAUSES[0] * 2**i, PAUSES[1]) for i in range(len(pauses))]
+    assert len(pauses) >= 4
+    assert off[0] == TRIAL
+    assert all(stop - start == TRIAL for start, stop in zip(on, off[1:], strict=False))
+
+
+def test_a_window_that_pays_grows_to_where_one_more_column_would_not() -> None:
+    sizes = Sizes(5, 4, 5)
+    for _ in range(300):  # what the scaling law says of a window of this width
+        feed(sizes, MOVE, 0.3 * log(1 + sizes.width), 0.00003)
+    best = 0.3 / (sizes.price * 3) - 1
+    assert 5 < sizes.width < COLUMNS
+    assert sizes.width == pytest.approx(best, abs=1.5)
+    assert sizes.running
+    for _ in range(300):  # the machine got busy: rows cost more
+        feed(sizes, MOVE, 0.3 * log(1 + sizes.width), 0.0001)
+    assert sizes.running
+    assert sizes.width == pytest.approx(0.3 / (sizes.price * 3) - 1, abs=1.5)
+    assert sizes.width < best / 2
+
+
+def test_a_window_runs_on_where_rows_are_free() -> None:
+    sizes = sizes_after(500, 0.0, 0.0)
+    assert sizes.running
+    assert (sizes.width, sizes.size, sizes.guesses) == (5, 4, 5)
+
+
+def test_the_guess_set_grows_while_its_last_rank_pays() -> None:
+    sizes = Sizes(5, 4, 5)
+    for rank in range(8):
+        for _ in range(100):
+            sizes.ranks.observe(rank, True)
+    for rank in range(8, 20):
+        for _ in range(500):
+            sizes.ranks.observe(rank, False)
+    feed(sizes, 400, 1.0, 0.001)
+    assert sizes.guesses in (8, 9)
+    assert sizes.guesses <= sizes.most == 20
+
+
+def test_n_moves_between_requests_only() -> None:
+    sizes = sizes_after(200, 1.0, 0.0001)
+    for _ in range(100):
+        sizes.full.observe(0.9)
+        sizes.last.observe(0.9)
+        sizes.deepest.observe(2.0)
+    assert sizes.size == 4
+    sizes.between_requests()
+    assert sizes.size == 5
+    sizes.between_requests()
+    assert sizes.size == 5, "two requests in a row tell nothing new"
+    feed(sizes, 200, 1.0, 0.0005)
+    for _ in range(300):
+        sizes.full.observe(0.0)
+        sizes.deepest.observe(4.0)
+    sizes.between_requests()
+    assert sizes.size == 4
+
+
+# the drafter with a clock of its own
+
+
+class Machine:
+    """A clock that moves only while the target runs, by its rows."""
+
+    def __init__(self, per_row: float) -> None:
+        self.now, self.per_row = 0.0, per_row
+
+
+def timed(
+    per_row: float, prompts: SequenceOf[SequenceOf[int]], sampling: SamplingParams, **options: object
+) -> Lookahead:
+    target, machine = tiny_target(), Machine(per_row)
+    forward = target.forward
+
+    def slow(rows, skip=None):  # type: ignore[no-untyped-def]
+        machine.now += 0.010 + machine.per_row * len(rows)
+        return forward(rows, skip)
+
+    target.forward = slow  # type: ignore[method-assign]
+    drafter = build("lookahead", target, {"window_size": 5, "ngram_size": 4, "guess_set_size": 5, **options})
+    assert isinstance(drafter, Lookahead)
+    drafter._clock = lambda: machine.now
+    wanted = [s.output for s in run(tiny_target(), "none", prompts, sampling)]
+    assert [s.output for s in run(target, drafter, prompts, sampling)] == wanted
+    return drafter
+
+
+RANDOM = [[(i * i * 7 + k) % VOCAB for i in range(9)] for k in range(6)]
+
+
+def test_the_drafter_measures_the_machine() -> None:
+    drafter = timed(0.0004, RANDOM, GREEDY)
+    assert drafter.sizes.time.per_row == pytest.approx(0.0004, rel=0.1)
+    assert drafter.sizes.own.value == 0.0
+    assert drafter.sizes.price > 0
+
+
+def test_dear_rows_shrink_the_window_and_free_rows_do_not() -> None:
+    dear, free = (timed(cost, RANDOM, SAMPLED) for cost in (0.02, 0.0))
+    assert dear.sizes.width * dear.sizes.size < 5 * 4 / 2 or not dear.sizes.running
+    assert free.sizes.running
+    assert free.sizes.width >= 5
+
+
+def test_with_fixed_sizes_nothing_moves() -> None:
+    drafter = timed(0.02, RANDOM, SAMPLED, adaptive=False)
+    assert drafter.sizes.running
+    assert (drafter.sizes.width, drafter.sizes.size, drafter.sizes.guesses) == (5, 4, 5)
+    assert drafter.sizes.time.steps == 0
+    sequence = opened(MOTIF * 2)
+    draft = drafter.draft([sequence], [WIDE])[0]
+    assert len(draft) - draft.candidates == 5 * 3 - 1
+    assert drafter._notes[sequence].window.pool.most == 5
+
+
+def test_candidates_that_do_not_pay_are_left_out_but_still_judged() -> None:
+    drafter = Lookahead(tiny_target(), ngram_size=4)
+    feed(drafter.sizes, 40, 9.0, 0.001)
+    sequence = opened([1, 2, 3, 4, 1, 5, 6, 7, 1])
+    (whole,) = drafter.draft([sequence], [WIDE])
+    assert set(whole.tokens[: whole.candidates]) == {2, 3, 4, 5, 6, 7}
+    kind = next(node.kind for node in drafter._notes[sequence].nodes if node.token == 5)
+    for _ in range(300):
+        drafter.sizes.acceptance.observe(kind, False)
+    (less,) = drafter.draft([sequence], [WIDE])
+    assert set(less.tokens[: less.candidates]) == {2, 3, 4}, "5 hardly ever came, so nothing below it pays"
+    assert drafter.sizes.acceptance.rate(kind) < 0.05
+    sequence.tokens.append(5)
+    result = Result(less, (), (5,), tuple(range(1 + len(less))), proposed=less, nodes=tuple(range(len(less))))
+    before = drafter.sizes.acceptance.rate(kind)
+    drafter.observe([sequence], [result])
+    assert drafter.sizes.acceptance.rate(kind) > before
+
+
+def test_a_width_that_moves_in_mid_request_keeps_the_columns_that_stay() -> None:
+    text = [*MOTIF, 17]
+    window = Window(4, 3, Pool(4, 2), 0)
+    window.restart(text)
+    before = [list(column) for column in window.columns]
+    window.resize(2, text)
+    assert (window.columns, len(window.ages)) == (before[:2], 2)
+    window.resize(5, text)
+    assert window.columns[:2] == before[:2]
+    assert len(window.columns) == len(window.ages) == 5
+    assert len(window.tokens()) == len(window_parents(5, 3))
+
+
+def test_a_step_beside_a_prefill_is_not_timed() -> None:
+    target = tiny_target(slots=2)
+    drafter = Lookahead(target)
+    engine = Engine(target, drafter, slots=2, chunk=8)
+    engine.submit(opened(MOTIF))
+    engine.advance()
+    engine.advance()
+    engine.advance()
+    steps = drafter.sizes.time.steps
+    assert steps > 0
+    engine.submit(opened(list(range(30))))
+    engine.advance()
+    assert drafter.sizes.time.steps == steps
+
+
+# guesses
+
+
+def test_what_stood_before_ranks_the_tuples() -> None:
+    pool = Pool(3, 5)
+    text = [1, 2, 9, 30, 31, 5, 2, 9, 40, 41, 6, 9, 50, 51, 1, 2, 9]
+    pool.feed(text, 0)
+    assert pool.followers(9) == [(50, 51), (40, 41), (30, 31)]
+    assert pool.ranked(text) == [((30, 31), TEXT, 2), ((40, 41), TEXT, 1), ((50, 51), TEXT, 0)]
+
+
+def test_a_tuple_of_the_text_is_not_the_windows_merit() -> None:
+    pool = Pool(3, 5, prompt=2)
+    pool.add(7, (1, 2))
+    pool.add(8, (1, 2))
+    pool.feed([7, 1, 2, 8, 1, 2, 9, 9], 0)
+    pool.add(7, (1, 2))
+    sources = {key: [(found[0], found[1]) for found in pool.ranked([key])] for key in (7, 1, 8)}
+    assert sources == {7: [((1, 2), PROMPT)], 1: [((2, 9), TEXT), ((2, 8), PROMPT)], 8: [((1, 2), TEXT)]}
+    pool.add(60, (1, 2))
+    assert pool.ranked([60])[0][1] == WINDOW
+
+
+def test_a_copy_of_what_was_just_said_repeats_itself() -> None:
+    window = Window(2, 4, Pool(5, 2), 0)
+    text = [1, 2, 3, 4, 5, 6, 5]
+    window.restart(text)
+    assert window.copies(text) == [(6, 5, 6, 5)]
+    assert window.copies([1, 2, 3, 4, 5, 6, 7]) == []
+    late = Window(2, 4, Pool(5, 2), 6)  # the prompt is not to be used
+    late.restart(text)
+    assert late.copies(text) == []
+
+
+def test_no_guess_goes_on_behind_an_end() -> None:
+    drafter = Lookahead(tiny_target(), adaptive=False)
+    sequence = opened([1, 2, 3, 4, 1], eos=frozenset({3}))
+    (draft,) = drafter.draft([sequence], [WIDE])
+    assert draft.tokens[: draft.candidates] == (2, 3)
+
+
+def test_equal_prefixes_are_one_node_and_belong_to_who_needs_no_window() -> None:
+    nodes = trie([Guess((1, 2), WINDOW, 0, 0, True), Guess((1, 3), TEXT, 1), Guess((4,), ANSWERS, 2)])
+    assert [(node.token, node.parent, node.depth) for node in nodes] == [
+        (1, ROOT, 1),
+        (2, 0, 2),
+        (3, 0, 2),
+        (4, ROOT, 1),
+    ]
+    assert [node.guess.source for node in nodes] == [TEXT, WINDOW, TEXT, ANSWERS]
+
+
+def test_noise_of_many_places_is_that_of_each() -> None:
+    ids = torch.tensor([[3, 1, 60], [7, 7, 2]])
+    rows = gumbel_rows(-5, [11, 400], ids)
+    assert torch.equal(rows, torch.stack([gumbel(-5, 11, ids[0]), gumbel(-5, 400, ids[1])]))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}])
+def test_runners_up_are_what_the_target_would_choose_there(options: dict[str, float]) -> None:
+    from selfdraft.core.choose import choose, process
+
+    logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
+    for temperature in (0.0, 0.8):
+        sampling = SamplingParams(temperature=temperature, **options)  # type: ignore[arg-type]
+        sequence, known = opened([1], sampling), Answers()
+        scores, ids = likeliest(logits, sampling)
+        for row in range(len(logits)):
+            known.learn(9, scores[row], ids[row], False)
+            wanted = choose(process(logits[row], sampling, [1], 1, frozenset()), sampling, 3, 50 + row)
+            assert known.guess(9, sequence, 50 + row, 2)[0][0] == wanted
+    assert Answers().guess(9, sequence, 1, 1) == ([], False)
+
+
+# statistics
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_statistics_count_what_was_accepted(adaptive: bool) -> None:
+    target = tiny_target(slots=2)
+    drafter = Lookahead(target, adaptive=adaptive)
+    sequences = run(target, drafter, [MOTIF * 8, [*range(0, 60, 3)], MOTIF[:2]], GREEDY, slots=2)
+    total = drafter.statistics()
+    assert sum(total.accepted.values()) == sum(s.stats.num_accepted_draft_tokens for s in sequences)
+    assert total.accepted[TEXT] > 0
+    assert (total.accepted[ANSWERS] > 0) == adaptive
+    assert 0 < total.hits <= total.steps
+    assert total.hit_rate == total.hits / total.steps
+    assert 0 <= total.mean_rank <= 24
+    assert total.size == 0, "no request is running"
+    assert total.as_dict()["accepted"] == total.accepted
+
+
+def test_statistics_of_one_request() -> None:
+    target = tiny_target()
+    drafter = Lookahead(target)
+    sequence, other = opened(MOTIF * 4), opened(MOTIF)
+    engine = Engine(target, drafter)
+    engine.submit(sequence)
+    while sequence.written < 20:
+        engine.advance()
+    mine = drafter.statistics(sequence)
+    assert sum(mine.accepted.values()) == sequence.stats.num_accepted_draft_tokens
+    assert mine.size == len(drafter._notes[sequence].window.pool) > 0
+    assert drafter.statistics(other).steps == 0
+
+
+# what the original code gets wrong
+
+
+def test_verification_begins_with_the_first_step() -> None:
+    """The original code fills its window for N - 2 steps before it verifies anything."""
+    drafter = Lookahead(tiny_target(), ngram_size=6, adaptive=False)
+    sequence = opened(MOTIF * 2)
+    (draft,) = drafter.draft([sequence], [WIDE])
+    assert draft.tokens[: draft.candidates] == tuple(MOTIF[:5])
+
+
+def test_the_pool_learns_every_token_of_a_step_that_accepted_many() -> None:
+    """The original's history repeats the last token after a multi-token hit, and the pool learns wrong n-grams."""
+    target = tiny_target()
+    drafter = Lookahead(target, ngram_size=4, guess_set_size=200, adaptive=False)
+    sequence = opened(MOTIF * 8)
+    engine = Engine(target, drafter)
+    engine.submit(sequence)
+    while sequence.written < 40:
+        engine.advance()
+    assert max(sequence.stats.acceptance_histogram) > 1
+    (pool,) = (note.window.pool for note in drafter._notes.values())
+    fed = drafter._notes[sequence].window.fed
+    for place in range(fed):
+        assert tuple(sequence.tokens[place + 1 : place + 4]) in pool.followers(sequence.tokens[place])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_end_ids_in_the_window_are_tokens_like_others(sampling: SamplingParams) -> None:
+    """Half of the vocabulary ends the text, so the window is full of ends; every one of them is honoured."""
+    ends = frozenset(range(0, VOCAB, 2))
+    prompts = [MOTIF * 3, MOTIF[:3], [5, 9, 11, 5, 9]]
+    free = SamplingParams(**{**{f: getattr(sampling, f) for f in ("temperature", "seed")}, "max_tokens": 40})
+    plain = run(tiny_target(), "none", prompts, free, eos=ends)
+    drafted = run(tiny_target(), "lookahead", prompts, free, eos=ends)
+    assert [s.output for s in drafted] == [s.output for s in plain]
+    assert all(s.finish_reason == "stop" for s in drafted)
+
+
+# rows in an order of intervals
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> Draft:
+    size = draw(st.integers(0, 12))
+    parents = [draw(st.integers(-1, node - 1)) for node in range(size)]
+    return Draft(tuple(range(size)), tuple(parents), ("x",) * size, size)
+
+
+def ancestors(draft: Draft) -> list[set[int]]:
+    above: list[set[int]] = []
+    for node, parent in enumerate(draft.parents):
+        above.append({node} | (above[parent] if parent != ROOT else set()))
+    return above
+
+
+def seen(layout: Intervals, row: int) -> list[int]:
+    one, two, three, four = layout.sees[row]
+    return [*range(one, two), *range(three, four)]
+
+
+@settings(max_examples=300)
+@given(trees())
+def test_intervals_are_the_dense_mask(draft: Draft) -> None:
+    layout = intervals(draft)
+    if layout is None:
+        return
+    assert sorted(layout.order) == list(range(len(draft)))
+    for row, node in enumerate(layout.order):
+        assert {layout.order[key] for key in seen(layout, row)} == ancestors(draft)[node]
+        assert len(seen(layout, row)) == len(ancestors(draft)[node])
+        assert layout.sees[row][3] == row + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 100), max_size=6))
+def test_none_only_where_no_depth_first_order_does(picks: list[int]) -> None:
+    parents = [pick % (node + 1) - 1 for node, pick in enumerate(picks)]
+    draft = Draft(tuple(range(len(parents))), tuple(parents), ("x",) * len(parents), len(parents))
+    above = ancestors(draft)
+
+    def fine(order: tuple[int, ...]) -> bool:
+        for row, node in enumerate(order):
+            keys = sorted(order.index(key) for key in above[node])
+            if keys[-1] != row or sum(b != a + 1 for a, b in pairwise(keys)) > 1:
+                return False
+        return True
+
+    assert (intervals(draft) is not None) == any(fine(order) for order in permutations(range(len(parents))))
+
+
+def test_what_needs_three_intervals_is_refused() -> None:
+    below = [ROOT, 0, 0, 1, 1, 2, 2]  # a full binary tree of three levels: two breaks on the way to its last leaf
+    assert intervals(Draft(tuple(range(7)), tuple(below), ("x",) * 7, 7)) is None
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 2), (2, 2), (5, 3), (7, 4), (15, 4)])
+def test_a_window_and_a_trie_fit_two_intervals(width: int, height: int) -> None:
+    paths = [[1, 2, 3], [1, 2, 4], [1, 5], [6]]
+    count = width * height - 1
+    draft = Draft.branches(paths, "x").with_probes(range(count), window_parents(width, height), "x")
+    layout = intervals(draft)
+    assert layout is not None
+    probes = [node for node in layout.order if node >= draft.candidates]
+    assert probes[: width - 1] == list(range(draft.candidates, draft.candidates + width - 1)) or height == 2
+    chain = intervals(Draft.chain([1, 2, 3], "x"))
+    assert chain is not None
+    assert chain.sees == ((0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 3))
+
+
+def test_attention_over_intervals_is_attention_under_the_mask() -> None:
+    """The use it is for: known text, then at most two stretches of the new rows."""
+    draft = Draft.branches([[1, 2, 3], [1, 4], [5, 6]], "x").with_probes(range(14), window_parents(5, 3), "x")
+    layout = intervals(draft)
+    assert layout is not None
+    known, size, dim = 11, len(draft), 8
+    noise = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, known + size, dim, generator=noise, dtype=torch.float64)
+    mask = torch.zeros(size, known + size, dtype=torch.bool)
+    mask[:, :known] = True
+    for node, above in enumerate(ancestors(draft)):
+        mask[node, [known + one for one in above]] = True
+    dense = torch.nn.functional.scaled_dot_product_attention(query[None, known:], key[None], value[None], mask)[0]
+    order = torch.tensor(layout.order)
+    keys, values = (torch.cat([rows[:known], rows[known:][order]]) for rows in (key, value))
+    for row, node in enumerate(layout.order):
+        one, two, three, four = (known + place for place in layout.sees[row])
+        stretch = torch.cat([torch.arange(known), torch.arange(one, two), torch.arange(three, four)])
+        weights = (query[known + node] @ keys[stretch].T * dim**-0.5).softmax(-1)
+        torch.testing.assert_close(weights @ values[stretch], dense[node], rtol=0, atol=1e-12)
+
+
+# the scaling law
+
+
+def point(width: int, size: int, rows_per_step: float, tokens_per_pass: float, seconds: float = 1.0) -> tune.Point:
+    steps = 100_000
+    return tune.Point(width, size, width, round(tokens_per_pass * steps), steps, round(rows_per_step * steps), seconds)
+
+
+def test_steps_against_log_rows() -> None:
+    law = tune.fit_log([point(w, 5, rows, 1.0 + 0.2 * log(rows)) for w, rows in ((1, 8), (5, 40), (15, 120))])
+    assert law.slope == pytest.approx(0.2, abs=1e-3)
+    assert law.intercept == pytest.approx(1.0, abs=1e-2)
+    assert law.correlation == pytest.approx(1.0, abs=1e-4)
+    assert tune.fit_line([1, 1], [2, 3]) == tune.Line(0.0, 2.5, 0.0)
+
+
+def test_the_papers_model() -> None:
+    assert [round(tune.compression(0.425, 3.106, w, 4), 2) for w in (5, 7, 10, 15)] == [1.66, 1.76, 1.87, 1.98]
+    assert tune.expected_tokens(1.0, 3, 4) == 5
+    assert tune.expected_tokens(0.0, 3, 4) == 1
+    assert tune.expected_tokens(0.5, 1, 2) == pytest.approx(1.75)
+    sizes = [(w, n) for w in (1, 3, 7, 15) for n in (3, 5)]
+    law = tune.fit_law([point(w, n, 9, tune.compression(0.42, 3.1, w, n - 1)) for w, n in sizes])
+    assert law.acceptance == pytest.approx(0.42, abs=0.011)
+    assert law.period == pytest.approx(3.1, abs=0.1)
+    assert law.error < 0.01
+    assert law.tokens_per_pass(7, 5) == pytest.approx(tune.compression(0.42, 3.1, 7, 4), abs=0.01)
+
+
+def test_sizes_are_measured_as_they_are() -> None:
+    target = tiny_target()
+    ticks = iter(range(100))
+    requests = [lambda: opened(MOTIF * 4), lambda: opened(MOTIF)]
+
+    def engine_for(options: Mapping[str, object]) -> Engine:
+        return Engine(target, build("lookahead", target, options))
+
+    points = list(tune.measure(engine_for, requests, [(1, 3, 1), (5, 4, 5)], clock=lambda: float(next(ticks))))
+    assert [one.tokens for one in points] == [120, 120]
+    assert points[1].tokens_per_pass > 1
+    assert points[1].rows_per_step > points[0].rows_per_step > 2
+    assert points[1].rows < points[1].steps * (1 + 14 + 15)
+    assert points[0].seconds == 1.0
+    assert points[0].options == {"window_size": 1, "ngram_size": 3, "guess_set_size": 1, "adaptive": False}
+    fastest = tune.recommend([point(1, 3, 4, 1.5, 1.0), point(5, 4, 9, 2.0, 1.0), point(7, 4, 8, 2.0, 1.0)])
+    assert fastest.window_size == 7
+    assert fastest.as_dict()["tokens_per_pass"] == 2.0
+    points += tune.measure(engine_for, requests, [(5, 4, 5)], adaptive=True, clock=lambda: 0.0)
+    found = tune.document(points, {"model": "tiny"})
+    assert found["law"]["log_rows"]["slope"] == tune.fit_log(points[:2]).slope  # type: ignore[index]
+    assert found["speculative_config"] == {"method": "lookahead", **points[0].options}
+    assert found["points"][2]["adaptive"] is True  # type: ignore[index]
+    assert found["model"] == "tiny"
+
+
+def test_the_command_writes_options_that_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "sizes.json"
+    prompts.write_text('{"prompt": "def add(a, b):"}')
+    words = f"tune --method lookahead --prompts {prompts} --output {output} --max-new-tokens 12 --exactness token"
+    app(words.split(), standalone_mode=False)
+    assert "tokens a pass" in capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert len(found["points"]) == len(tune.GRID) + 1
+    config = found["speculative_config"]
+    assert config.pop("method") == "lookahead"
+    build("lookahead", tiny_target(), config)
+    for other in ("--trials 7", "--study x.db", "--draft-lengths 3", "--costs x.json"):
+        with pytest.raises(OptionError, match=f"{other.split()[0]} belongs to"):
+            app([*words.split(), *other.split()], standalone_mode=False)
+    with pytest.raises(OptionError, match="no folder"):
+        app(words.replace("sizes.json", "none/sizes.json").split(), standalone_mode=False)
