@@ -48,7 +48,8 @@ def random_adapters(model: PreTrainedModel, rank: int = 4) -> list[MaskAdapter]:
     hidden = model.get_input_embeddings().weight.shape[1]
 
     def noise(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=draw).to(dtype) / rows**0.5
+        drawn: torch.Tensor = torch.randn(rows, columns, generator=draw).to(dtype) / rows**0.5
+        return drawn
 
     modules = dict(model.named_modules())
     sizes = {}

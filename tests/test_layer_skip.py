@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from selfdraft.core.exit import ExitThreshold, StepSeconds, ThroughputExit, Verified
 from selfdraft.core.rows import chain_rows, pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
-from selfdraft.drafters.layer_skip import ExitThreshold, LayerSkip, choose_skip
+from selfdraft.drafters.layer_skip import LayerSkip, choose_skip, read_skip
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL, Shapes
@@ -179,3 +181,177 @@ def test_published_sets_are_taken() -> None:
         layers = 80 if "70b" in name else 40
         skip = choose_skip(layers, sets["attention"], sets["mlp"], None)
         assert len(skip.attention) == len(sets["attention"])
+
+
+# sets in files
+
+
+def test_a_set_out_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "sets.json"
+    sets = {"a": {"attention": [1, 2], "mlp": [3], "agreement": 0.9}, "b#1": {"attention": [], "mlp": [1]}}
+    path.write_text(json.dumps(sets))
+    assert choose_skip(4, None, None, None, f"{path}#a") == Skip(frozenset({1, 2}), frozenset({3}))
+    drafter = build("layer_skip", tiny_target(), {"skip_set": f"{path}#a"})
+    assert isinstance(drafter, LayerSkip)
+    assert drafter.skip == Skip(frozenset({1, 2}), frozenset({3}))
+    path.write_text(json.dumps({"a": sets["a"]}))
+    assert read_skip(path, 4) == drafter.skip
+    odd = tmp_path / "odd#name.json"
+    odd.write_text(json.dumps({"a": sets["a"]}))
+    assert read_skip(odd, 4) == drafter.skip
+    assert read_skip(f"{odd}#a", 4) == drafter.skip
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "said"),
+    [
+        ('{"a": {"attention": [1', "", "not valid JSON"),
+        ("[1, 2]", "", "holds no skip set"),
+        ("{}", "", "holds no skip set"),
+        ('{"a": [1]}', "", "'a' is no skip set"),
+        ('{"a": {"attention": [1]}}', "", "'mlp' of 'a' must be a list of block numbers, not None"),
+        ('{"a": {"attention": [1.5], "mlp": []}}', "", "'attention' of 'a' must be a list"),
+        ('{"a": {"attention": [true], "mlp": []}}', "", "'attention' of 'a' must be a list"),
+        ('{"a": {"attention": [-1], "mlp": []}}', "", "'attention' of 'a' must be a list"),
+        ('{"a": {"attention": [1], "mlp": [4]}}', "", "'mlp' of .* holds 4: the model has blocks 0 to 3"),
+        ('{"a": {"attention": [], "mlp": []}}', "", "the skip set is empty"),
+        ('{"a": {"attention": [1], "mlp": []}}', "#b", "holds no set 'b'; there are: a"),
+        ('{"a": {"attention": [1], "mlp": []}, "b": {"attention": [2], "mlp": []}}', "", "holds 2 sets: name one as"),
+    ],
+)
+def test_broken_sets_are_named(tmp_path: Path, content: str, name: str, said: str) -> None:
+    path = tmp_path / "set.json"
+    path.write_text(content)
+    with pytest.raises(OptionError, match=said) as caught:
+        read_skip(f"{path}{name}", 4)
+    assert "set.json" in str(caught.value) or "empty" in said
+    assert "\n" not in str(caught.value)
+
+
+def test_sets_that_cannot_be_taken(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"nowhere\.json' cannot be read"):
+        build("layer_skip", tiny_target(), {"skip_set": "nowhere.json"})
+    with pytest.raises(OptionError, match="no path"):
+        build("layer_skip", tiny_target(), {"skip_set": 3})
+    for other in ({"exit_layer": 2}, {"skip_mlp": [1]}):
+        with pytest.raises(OptionError, match="skip_set names a set"):
+            build("layer_skip", tiny_target(), {"skip_set": "a.json", **other})
+
+
+def test_published_file_is_read() -> None:
+    if not PUBLISHED.is_file():
+        pytest.skip(f"{PUBLISHED} is not here")
+    for name, size in {"llama-2-13b": 34, "llama-2-13b-chat": 34, "codellama-13b": 34, "llama-2-70b": 84}.items():
+        skip = read_skip(f"{PUBLISHED}#{name}", 80 if "70b" in name else 40)
+        assert len(skip.attention) + len(skip.mlp) == size
+    with pytest.raises(OptionError, match="holds 4 sets"):
+        read_skip(PUBLISHED, 80)
+    with pytest.raises(OptionError, match="the model has blocks 0 to 39"):
+        read_skip(f"{PUBLISHED}#llama-2-70b", 40)
+
+
+def test_the_checkpoints_own_set_comes_first() -> None:
+    target = tiny_target()
+    target.skip_default = Skip(frozenset({3}))
+    assert LayerSkip(target).skip == Skip(frozenset({3}))
+    assert LayerSkip(target, skip_mlp=[1]).skip == Skip(frozenset(), frozenset({1}))
+    target.skip_default = None
+    assert LayerSkip(target).skip == choose_skip(4, None, None, None)
+
+
+# the exit that follows the throughput
+
+
+def simulate(exit_: ThroughputExit | ExitThreshold, link: float, row: float, steps: int, seed: int = 1) -> float:
+    """Tokens per second of `steps` rounds of a model whose confidences are true: 1 second a step, rows on top."""
+    draw = random.Random(seed)
+    tokens = seconds = 0.0
+    for step in range(steps):
+        confidences: list[float] = []
+        accepted, wrong = 0, False
+        while len(confidences) < 12:
+            chance = draw.choice([0.99, 0.9, 0.6, 0.3])
+            confidences.append(chance)
+            wrong = wrong or draw.random() > chance
+            accepted += not wrong
+            if exit_.stops(confidences):
+                break
+        rows = len(confidences) + 1
+        spent = StepSeconds(link * len(confidences), 1 + row * rows, rows)
+        exit_.observe([Verified(tuple(confidences), accepted, len(confidences) == 12)], spent)
+        if step >= steps // 2:  # the first half is for learning
+            tokens += accepted + 1
+            seconds += spent.drafting + spent.verifying
+    return tokens / seconds
+
+
+class Fixed(ThroughputExit):
+    def observe(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("link", "row"), [(0.05, 0.0), (0.3, 0.0), (0.6, 0.02), (0.1, 0.2)])
+def test_the_throughput_exit_comes_near_the_best_threshold(link: float, row: float) -> None:
+    """Nobody tells it a target rate; the best fixed one of 20 thresholds is hardly faster."""
+    best = max(simulate(Fixed(value / 20), link, row, 2000) for value in range(21))
+    learned = ThroughputExit(0.6)
+    assert simulate(learned, link, row, 2000) >= 0.96 * best
+    assert 0.0 <= learned.value <= 1.0
+
+
+def test_the_throughput_exit_follows_cost_and_stays_a_probability() -> None:
+    cheap, dear = ThroughputExit(0.6), ThroughputExit(0.6)
+    simulate(cheap, 0.02, 0.0, 500)
+    simulate(dear, 0.7, 0.0, 500)
+    assert cheap.value < 0.3 < dear.value
+    for _ in range(200):
+        dear.observe([Verified((0.9,), 0, False)], StepSeconds(100.0, 0.001, 2))
+    assert dear.value == 1.0
+    assert dear.chance(0.9) < 0.3, "confidence that is not borne out is not believed"
+    for _ in range(200):
+        cheap.observe([Verified((0.9,), 1, False)], StepSeconds(0.0, 1.0, 2))
+    assert 0.0 <= cheap.value < 0.01
+    before = cheap.value
+    cheap.observe([], StepSeconds(5.0, 5.0, 1))
+    assert cheap.value == before
+
+
+class Ticking:
+    """A clock that goes on by a second whenever it is read."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 1.0
+        return self.seconds
+
+
+def test_exit_policies_keep_their_state_and_the_text() -> None:
+    """Two requests, one after the other: the second starts where the first ended, and both have the plain text."""
+    prompts = [[1, 2, 3], [5, 4, 3, 2]]
+    sampling = SamplingParams(max_tokens=40)
+    plain = [sequence.output for sequence in run(tiny_target(), "none", prompts, sampling)]
+    for policy in ("target", "throughput"):
+        target = tiny_target()
+        drafter = LayerSkip(target, exit_policy=policy, skip_mlp=[2])
+        drafter.clock = Ticking()
+        values = [drafter.exit.value]
+        states = []
+        for prompt, wanted in zip(prompts, plain, strict=True):
+            (sequence,) = run(target, drafter, [prompt], sampling)
+            assert sequence.output == wanted
+            values.append(drafter.exit.value)
+            states.append(repr(drafter.exit))
+        assert values[1] != values[0], policy
+        assert states[1] != states[0], policy
+        if isinstance(drafter.exit, ThroughputExit):
+            assert drafter.exit.steps.steps > 10
+            assert 0.0 < drafter.exit.links.value < 2.0
+
+
+def test_exit_policies_are_checked() -> None:
+    with pytest.raises(OptionError, match="exit_policy='speed' is unknown; there are target and throughput"):
+        build("layer_skip", tiny_target(), {"exit_policy": "speed"})
+    with pytest.raises(OptionError, match="adaptive=False belongs to"):
+        build("layer_skip", tiny_target(), {"exit_policy": "throughput", "adaptive": False})

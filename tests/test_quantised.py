@@ -16,7 +16,8 @@ from selfdraft import drafters
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import load_model, open_target
 from selfdraft.types import SamplingParams
-from tests.models import run
+from tests.models import random_adapters, run
+from tests.test_masks import bare, crowded, plain_rows
 
 VOCAB = 61
 PROMPTS = [[3, 4, 5, 6, 7, 3, 4, 5], [9, 8, 9, 8, 9], [*range(30)]]
@@ -114,6 +115,21 @@ def test_text_is_that_of_plain_decoding(folder: Path, kind: str) -> None:
         texts = run(target, drafter, PROMPTS, sampling, slots=3)
         assert [sequence.output for sequence in texts] == alone, drafter
     assert len({token for text in alone for token in text}) > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_leave_the_other_rows_alone(folder: Path, kind: str) -> None:
+    """To the bit: the adapter of the masks works beside the quantised layers, on rows of its own."""
+    model = quantised(folder, kind)
+    strong, said = random_adapters(model), []
+    for adapters in (strong, [*map(bare, strong)]):
+        target = HFTarget(model, slots=2, shapes=target_of(folder, kind).shapes, adapters=adapters)
+        rows = crowded(target)
+        said.append(target.forward(rows).clone())
+    plain = plain_rows(rows)
+    masks = [row for row in range(len(rows)) if row not in plain]
+    assert torch.equal(said[0][plain], said[1][plain])
+    assert ((said[0][masks] - said[1][masks]).abs().amax(-1) > 0.01).all()
 
 
 def test_int8_with_outliers_does_not_claim_bitwise(folder: Path) -> None:

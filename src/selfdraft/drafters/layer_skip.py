@@ -2,20 +2,24 @@
 
 Source: Zhang et al., "Draft & Verify" (arXiv 2309.08168): separate switches for attention and MLP (section 3.1),
 exit on low confidence with a threshold that follows the measured acceptance (section 3.3). `exit_layer` is
-LayerSkip's shorthand (arXiv 2404.16710): every block from there on is left out.
+LayerSkip's shorthand (arXiv 2404.16710): every block from there on is left out. `selfdraft tune` searches sets.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
 from selfdraft.core.choose import choose, process
+from selfdraft.core.exit import ExitThreshold, StepSeconds, ThroughputExit, Verified
 from selfdraft.core.rows import chain_rows
 from selfdraft.core.sequence import Sequence
+from selfdraft.core.skipset import checked, parse_sets, pick_set, skip_of
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
@@ -23,6 +27,8 @@ from selfdraft.protocols import Target
 from selfdraft.types import Budget, Skip, within
 
 SOURCE = "layer_skip"
+POLICIES = ("target", "throughput")
+"""What the exit threshold follows: the acceptance rate asked for, or the measured tokens per second."""
 
 
 class LayerSkip:
@@ -30,6 +36,8 @@ class LayerSkip:
 
     The passes read the target's own cache and write behind what it remembers, so there is nothing to undo. A
     sampled request drafts with the noise the target will use: that is what makes sampled drafts agree.
+    `skip_set`: a JSON file of skip sets, 'FILE' or 'FILE#NAME'. Without any set the checkpoint's own is taken
+    (`Target.advice`), else the pattern of the published ones.
     """
 
     def __init__(
@@ -39,20 +47,35 @@ class LayerSkip:
         skip_attention: Iterable[int] | None = None,
         skip_mlp: Iterable[int] | None = None,
         exit_layer: int | None = None,
+        skip_set: str | Path | None = None,
         num_speculative_tokens: int = 8,
         confidence_threshold: float = 0.6,
+        exit_policy: str = "target",
         target_acceptance_rate: float = 0.9,
         adaptive: bool = True,
     ) -> None:
         within("num_speculative_tokens", num_speculative_tokens, 1, 256)
         within("confidence_threshold", confidence_threshold, 0.0, 1.0)
         within("target_acceptance_rate", target_acceptance_rate, 0.0, 1.0)
+        if exit_policy not in POLICIES:
+            raise OptionError(f"exit_policy={exit_policy!r} is unknown; there are {' and '.join(POLICIES)}")
+        if exit_policy == "throughput" and not adaptive:
+            raise OptionError("exit_policy='throughput' adapts: adaptive=False belongs to exit_policy='target'")
         self.target = target
-        self.skip = choose_skip(target.layers, skip_attention, skip_mlp, exit_layer)
+        told = any(option is not None for option in (skip_attention, skip_mlp, exit_layer, skip_set))
+        named = skip_set if told else target.advice(SOURCE).get("skip_set")
+        self.skip = choose_skip(target.layers, skip_attention, skip_mlp, exit_layer, named)
         self.most = num_speculative_tokens
-        self.exit = ExitThreshold(confidence_threshold, target_acceptance_rate, adaptive)
+        self.exit: ExitThreshold | ThroughputExit = (
+            ThroughputExit(confidence_threshold)
+            if exit_policy == "throughput"
+            else ExitThreshold(confidence_threshold, target_acceptance_rate, adaptive)
+        )
+        self.clock = time.perf_counter
+        self._seconds = self._ended = 0.0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        began = self.clock()
         chains = [
             _Chain(sequence, min(self.most, budget.depth, budget.nodes))
             for sequence, budget in zip(sequences, budgets, strict=True)
@@ -60,14 +83,22 @@ class LayerSkip:
         while going := [chain for chain in chains if chain.going]:
             rows = chain_rows([(c.sequence.slot, c.sequence.cached + len(c.tokens), c.path[-1]) for c in going])
             for chain, logits in zip(going, self.target.forward(rows, self.skip), strict=True):
-                chain.extend(logits, self.exit.value)
+                chain.extend(logits, self.exit)
+        self._ended = self.clock()
+        self._seconds = self._ended - began
         return [Draft.chain(c.tokens, SOURCE, c.scores) if c.tokens else EMPTY for c in chains]
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        for result in results:
-            if result.draft.candidates:
-                drafted, accepted = result.draft.candidates, len(result.path)
-                self.exit.update(accepted / drafted, capped=drafted == self.most)
+        rows = sum(len(result.answers) for result in results)
+        seconds = StepSeconds(self._seconds, self.clock() - self._ended, rows)
+        drafts = [
+            Verified(
+                result.draft.scores[: result.draft.candidates], len(result.path), result.draft.candidates == self.most
+            )
+            for result in results
+            if result.draft.candidates
+        ]
+        self.exit.observe(drafts, seconds)
 
 
 @dataclass(slots=True)
@@ -86,8 +117,8 @@ class _Chain:
         self.path = list(self.sequence.tokens)
         self.going = self.most > 0
 
-    def extend(self, logits: Tensor, threshold: float) -> None:
-        """Add what the short pass says; a token below the threshold is the last, but is still verified."""
+    def extend(self, logits: Tensor, exit_: ExitThreshold | ThroughputExit) -> None:
+        """Add what the short pass says; the token at which drafting stops is still verified."""
         sequence, sampling = self.sequence, self.sequence.sampling
         if sampling.plain:
             token = int(logits.argmax())
@@ -100,53 +131,52 @@ class _Chain:
         self.path.append(token)
         sequence.stats.num_draft_passes += 1
         ended = token in sequence.ends and not sampling.ignore_eos
-        self.going = confidence >= threshold and len(self.tokens) < self.most and not ended
-
-
-@dataclass(slots=True)
-class ExitThreshold:
-    """The confidence below which drafting stops, moved so that acceptance comes near a target rate.
-
-    Draft & Verify, section 3.3 and its published settings beta1 = 0.5, beta2 = 0.9, epsilon = 0.01. Unlike the
-    published code it is clamped to [0, 1], and its state lives on from request to request.
-    """
-
-    value: float
-    target: float
-    adaptive: bool = True
-    rate: float = 0.0
-    """Exponential mean of the acceptance rate per step."""
-
-    def update(self, acceptance: float, *, capped: bool) -> None:
-        """Book one step; `capped`: the draft ended at its length limit, so its exit says nothing about being lax."""
-        if not self.adaptive:
-            return
-        self.rate = 0.5 * self.rate + 0.5 * acceptance
-        if self.rate < self.target:
-            wanted = self.value + 0.01
-        else:
-            wanted = self.value if capped else self.value - 0.01
-        self.value = min(1.0, max(0.0, 0.9 * self.value + 0.1 * wanted))
+        self.going = len(self.tokens) < self.most and not ended and not exit_.stops(self.scores)
 
 
 def choose_skip(
-    layers: int, attention: Iterable[int] | None, mlp: Iterable[int] | None, exit_layer: int | None
+    layers: int,
+    attention: Iterable[int] | None,
+    mlp: Iterable[int] | None,
+    exit_layer: int | None,
+    skip_set: object = None,
 ) -> Skip:
     """The skip set of the options; without any, the pattern of the published sets. Errors: OptionError."""
+    if sum((exit_layer is not None, attention is not None or mlp is not None, skip_set is not None)) > 1:
+        raise OptionError(
+            "exit_layer leaves out whole blocks, skip_set names a set: give one of them, or skip_attention and skip_mlp"
+        )
     if exit_layer is not None:
-        if attention is not None or mlp is not None:
-            raise OptionError("exit_layer leaves out whole blocks: give either it or skip_attention and skip_mlp")
         within("exit_layer", exit_layer, 1, layers - 1)
         return Skip(frozenset(range(exit_layer, layers)), frozenset(range(exit_layer, layers)))
+    if isinstance(skip_set, Skip):
+        return checked(skip_set, layers)
+    if skip_set is not None:
+        if not isinstance(skip_set, str | Path):
+            raise OptionError(f"skip_set={skip_set!r} is no path; give 'FILE' or 'FILE#NAME'")
+        return read_skip(skip_set, layers)
     if attention is None and mlp is None:
-        # the published sets keep the first blocks whole and skip about twice as many attentions as MLPs
-        attention = range(layers // 3, layers - 1)
-        mlp = range(layers // 2, layers - 1, 3)
-    skip = Skip(frozenset(attention or ()), frozenset(mlp or ()))
-    for name, indices in (("skip_attention", skip.attention), ("skip_mlp", skip.mlp)):
-        outside = sorted(i for i in indices if not isinstance(i, int) or not 0 <= i < layers)
-        if outside:
-            raise OptionError(f"{name} holds {outside[0]!r}: the model has blocks 0 to {layers - 1}")
-    if not (skip.attention or skip.mlp):
-        raise OptionError("the skip set is empty: drafting with the whole model can never be faster than decoding")
-    return skip
+        return checked(usual_skip(layers), layers)
+    return checked(Skip(frozenset(attention or ()), frozenset(mlp or ())), layers)
+
+
+def usual_skip(layers: int) -> Skip:
+    """The published sets keep the first blocks whole and skip about twice as many attentions as MLPs."""
+    return Skip(frozenset(range(layers // 3, layers - 1)), frozenset(range(layers // 2, layers - 1, 3)))
+
+
+def read_skip(place: str | Path, layers: int) -> Skip:
+    """A set out of a JSON file, 'FILE' or 'FILE#NAME', for a model of `layers` blocks.
+
+    Errors: OptionError for a file that cannot be read or holds no such set, or a set of a longer model.
+    """
+    file, _, name = str(place).rpartition("#")
+    if not file or Path(place).is_file():
+        file, name = str(place), ""
+    try:
+        text = Path(file).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise OptionError(f"skip_set {file!r} cannot be read: {why}; give the JSON file of a searched set") from error
+    record = pick_set(parse_sets(text, file), name, file)
+    return checked(skip_of(record), layers, (f"'attention' of {place}", f"'mlp' of {place}"))

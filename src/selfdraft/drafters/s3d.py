@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as SequenceOf
 from functools import partial
+from typing import Any
 
 from selfdraft.core.guess import Guesser, Pace, places
 from selfdraft.core.rows import group_rows
@@ -31,8 +32,8 @@ class S3D:
         *,
         skip_width: int | None = None,
         num_masks: int | None = None,
-        num_speculative_tokens: int = 8,
-        branches: int = 2,
+        num_speculative_tokens: int = 12,
+        branches: int = 3,
         min_probability: float | None = None,
     ) -> None:
         self.guesser = Guesser(num_speculative_tokens, branches, Pace(min_probability))
@@ -44,10 +45,8 @@ class S3D:
                 "--data FILE --output DIR, then give that folder as adapter"
             )
         advice = target.advice(SOURCE)
-        count = num_masks if num_masks is not None else advice.get("num_masks", len(self.masks))
-        width = skip_width if skip_width is not None else advice.get("skip_width", target.layers // 2)
-        assert isinstance(count, int)
-        assert isinstance(width, int)
+        count: Any = num_masks if num_masks is not None else advice.get("num_masks", len(self.masks))
+        width: Any = skip_width if skip_width is not None else advice.get("skip_width", target.layers // 2)
         within("num_masks", count, 1, len(self.masks))
         self.masks = self.masks[:count]
         self.skip = middle(target.layers, width)

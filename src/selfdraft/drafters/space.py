@@ -42,8 +42,8 @@ class Space:
         self,
         target: Target,
         *,
-        num_speculative_tokens: int = 8,
-        branches: int = 2,
+        num_speculative_tokens: int = 12,
+        branches: int = 3,
         mask_groups: int = 6,
         min_probability: float | None = None,
     ) -> None:

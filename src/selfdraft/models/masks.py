@@ -226,7 +226,7 @@ def _layers(place: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tens
     odd = [name for name in PLAIN if config.get(name)]
     if config.get("peft_type") != "LORA" or odd:
         what = odd[0] if odd else config.get("peft_type")
-        raise LoadError(f"{place}: only plain LoRA adapters can be gated, this one has {what!r}")
+        raise LoadError(f"{place}: only plain LoRA can be gated, this one has {what!r}")
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise LoadError(f"{place / 'adapter_config.json'}: lora_alpha={alpha!r} and r={rank!r} are no numbers to use")

@@ -1,0 +1,293 @@
+"""The verb that searches: tune. Each method of the table has its own function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selfdraft import show
+from selfdraft.cli.options import (
+    Adapters,
+    AsJson,
+    Dtype,
+    Exact,
+    Model,
+    Threads,
+    conditions,
+    encode_all,
+    open_llm,
+    repeatable,
+)
+from selfdraft.errors import OptionError
+
+if TYPE_CHECKING:
+    from selfdraft.llm import LLM
+    from selfdraft.tune.layer_skip import Options, Subject, Tuning
+
+PROMPTS = (
+    *show.SAMPLE_PROMPTS,
+    "The old man looked at the sea and",
+    "import os\nimport sys\n\n\ndef main():\n",
+    "### Instruction:\nWrite a short poem about rain.\n\n### Response:\n",
+    "Question: A train travels 60 miles in 2 hours. How fast is it?\nAnswer:",
+    "class Stack:\n    def __init__(self):\n",
+)
+"""Stories, code, instructions and sums, when no prompts are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a method's function needs beside the model."""
+
+    model: str
+    output: Path
+    settings: Mapping[str, Any]
+    """Fields of the method's own options."""
+    evidence: Path | None
+    costs: Path | None
+    check: tuple[str, ...]
+    draft_lengths: tuple[int, ...]
+    sweep: bool
+    quiet: bool
+
+
+Prompts = Annotated[
+    Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line; some are built in.")
+]
+Study = Annotated[
+    Path | None, typer.Option(help="The search's memory; a stopped search goes on from it. Default: beside --output.")
+]
+MaxCost = Annotated[
+    float | None, typer.Option(help="Best agreement among sets of at most this c, instead of best speed.")
+]
+Evidence = Annotated[
+    Path | None, typer.Option(help="Also write all single sublayers, all pairs and the best sets to this file.")
+]
+Check = Annotated[
+    list[str] | None, typer.Option(help="No search: predict and measure this set, FILE or FILE#NAME; repeatable.")
+]
+
+
+def tune(
+    method: Annotated[str, typer.Option(help="What to tune: layer_skip, s3d, lookahead.")] = "layer_skip",
+    model: Model = "pocket",
+    adapter: Adapters = None,
+    prompts: Prompts = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompts in the checkpoint's chat template.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Where it goes. Default: METHOD-MODEL.json here, skip-MODEL.json for a set.")
+    ] = None,
+    study: Study = None,
+    trials: Annotated[int, typer.Option(help="Sets to try after the ranking of single sublayers.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Same seed, costs and prompts: same search.")] = 0,
+    sampler: Annotated[str, typer.Option(help="Optuna's sampler: tpe, or gp (needs scipy).")] = "tpe",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of the model's own text for each prompt.")] = 48,
+    temperature: Annotated[float, typer.Option(help="The own text is sampled at this; 0 is greedy.")] = 0.0,
+    num_speculative_tokens: Annotated[int, typer.Option(help="Longest draft to consider.")] = 8,
+    max_cost: MaxCost = None,
+    confirm: Annotated[int, typer.Option(help="Decode for real with so many of the best; 0 trusts the formula.")] = 3,
+    runs: Annotated[int, typer.Option(help="Timed runs of each, in alternation with plain decoding.")] = 3,
+    evidence: Evidence = None,
+    costs: Annotated[Path | None, typer.Option(help="A file of an earlier tune whose measured times to use.")] = None,
+    check: Check = None,
+    draft_lengths: Annotated[str, typer.Option(help="Draft lengths to --check, with commas between.")] = "2,4",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="s3d: also decode for real with every setting, to check the formula.")
+    ] = False,
+    dtype: Dtype = "auto",
+    exactness: Exact = "bitwise",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search the settings of a method by measurement: which sublayers to leave out, which sizes to look ahead with."""
+    if method not in METHODS:
+        raise OptionError(f"--method {method!r} cannot be tuned; there are: {', '.join(METHODS)}")
+    from selfdraft.bench.prompts import read_prompts
+    from selfdraft.tune.layer_skip import Options, Subject
+    from selfdraft.tune.study import needs_optuna
+
+    if method == "layer_skip":
+        needs_optuna()
+    show.hush()  # its notices: the first import switches them on
+    output = output or Path(f"{'skip' if method == 'layer_skip' else method}-{Path(model).name}.json")
+    names = ("trials", "seed", "sampler", "max_new_tokens", "temperature", "num_speculative_tokens", "max_cost")
+    given = locals()
+    settings = {name: given[name] for name in (*names, "confirm", "runs")}
+    settings["study"] = study or output.parent / f"{output.stem}.db"
+    lengths = _lengths(draft_lengths)
+    job = Job(model, output, settings, evidence, costs, tuple(check or ()), lengths, sweep, as_json)
+    options = Options(**settings)
+    texts = list(PROMPTS[:limit]) if prompts is None else read_prompts(prompts, limit)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+    ids = encode_all(llm, texts, chat_template, options.sampling)
+    METHODS[method](llm, Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model)), job, options)
+
+
+def _layer_skip(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
+    from selfdraft.tune.layer_skip import Tuning
+    from selfdraft.tune.skip_sets import check_writable, save_set, write_json
+
+    if job.check:
+        _check_layer_skip(subject, job, options)
+        return
+    for path in (job.output, options.study, job.evidence):
+        if path is not None:
+            check_writable(path)
+    with show.waiting("measuring what drafting costs"):
+        tuning = Tuning(subject, options, _costs(job.costs))
+    with show.progress(tuning.search.total, quiet=job.quiet, what="trying skip sets") as advance:
+        for _ in tuning.search.run():
+            advance()
+    if job.evidence is not None:
+        pairs = tuning.search.layers * (2 * tuning.search.layers - 1)
+        with show.progress(pairs, quiet=job.quiet, what="trying pairs") as advance:
+            for _ in tuning.search.pairs():
+                advance()
+        write_json(job.evidence, tuning.evidence())
+    best = _best(tuning, options, job)
+    name = Path(job.model).name
+    save_set(job.output, name, best)
+    if job.quiet:
+        show.document({"output": str(job.output), "name": name, **best})
+    else:
+        show.skip_set(best, name, job.output)
+
+
+def _lookahead(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
+    """Fixed sizes of a grid, then adaptation from the fastest of them."""
+    from selfdraft.tune import lookahead
+    from selfdraft.tune.skip_sets import check_writable, write_json
+
+    _no_search(job)
+    check_writable(job.output)
+    requests = [repeatable(llm, options.sampling, options.seed, ids) for ids in map(list, subject.prompts)]
+    measure = partial(lookahead.measure, partial(llm.engine_for, "lookahead"), requests)
+    points = []
+    with show.progress(len(lookahead.GRID) + 1, quiet=job.quiet, what="trying sizes") as advance:
+        for _ in measure([(7, 5, 7)]):
+            pass  # warms up; not counted
+        for point in measure():
+            points.append(point)
+            advance()
+        best = lookahead.recommend(points)
+        for point in measure([(best.window_size, best.ngram_size, best.guess_set_size)], adaptive=True):
+            points.append(point)
+            advance()
+    found = lookahead.document(points, subject.facts)
+    write_json(job.output, found)
+    if job.quiet:
+        show.document({"output": str(job.output), **found})
+    else:
+        show.scaling(found, job.output)
+
+
+def _s3d(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
+    """Measure a few widths, solve for the best, and with --sweep decode with every setting."""
+    from selfdraft.tune import s3d
+    from selfdraft.tune.skip_sets import check_writable, write_json
+
+    _no_search(job)
+    check_writable(job.output)
+    widths = s3d.default_widths(llm.target)
+    requests = [repeatable(llm, options.sampling, options.seed, ids) for ids in map(list, subject.prompts)]
+    found: dict[int, s3d.Width] = {}
+    verify: tuple[float, ...] = ()
+    with show.progress(2 * len(widths) + 1, quiet=job.quiet, what="measuring widths") as advance:
+        for part in s3d.measure(llm.target, requests, widths):
+            if isinstance(part, s3d.Width):
+                found[part.width] = part
+            else:
+                verify = part
+            advance()
+    curve = s3d.solve(llm.target.layers, list(found.values()), verify)
+    document = {**subject.facts, "method": "s3d", **curve.as_dict()}
+    if job.sweep:
+        choices = [(choice.width, choice.masks) for choice in curve.all()]
+        with show.waiting(f"decoding with {len(choices)} settings"):
+            document["sweep"] = [asdict(choice) for choice in s3d.sweep(llm.target, requests, choices, options.runs)]
+    write_json(job.output, document)
+    if job.quiet:
+        show.document({"output": str(job.output), **document})
+    else:
+        show.curve(document, job.output)
+
+
+def _no_search(job: Job) -> None:
+    """Refuse what only the search of skip sets can honour. Errors: OptionError."""
+    from selfdraft.tune.layer_skip import Options
+
+    of_search = ("trials", "sampler", "num_speculative_tokens", "max_cost", "confirm")
+    given = [f.name for f in fields(Options) if f.name in of_search and job.settings[f.name] != f.default]
+    given += [name for name in ("evidence", "costs", "check") if getattr(job, name)]
+    given += ["study"] * (job.settings["study"] != job.output.with_suffix(".db"))
+    given += ["draft_lengths"] * (job.draft_lengths != (2, 4))
+    if given:
+        raise OptionError(f"--{given[0].replace('_', '-')} belongs to --method layer_skip: leave it out")
+
+
+def _best(tuning: Tuning, options: Options, job: Job) -> dict[str, Any]:
+    """The set with the highest measured speed; with nothing measured the best predicted one."""
+    with show.waiting("looking at the deeper drafts of the best"):
+        found = tuning.finalists()
+    if options.confirm:
+        some = found[: options.confirm]
+        found = []
+        with show.progress(len(some), quiet=job.quiet, what="confirming") as advance:
+            for record in tuning.confirmed(some):
+                found.append(record)
+                advance()
+        if options.max_cost is None:
+            found.sort(key=lambda record: -record["measured"])
+    return tuning.record(found[0])
+
+
+def _check_layer_skip(subject: Subject, job: Job, options: Options) -> None:
+    from selfdraft.drafters.layer_skip import read_skip
+    from selfdraft.tune.layer_skip import check_sets
+
+    sets = {place: read_skip(place, subject.target.layers) for place in job.check}
+    rows = []
+    with show.progress(len(sets) * len(job.draft_lengths), quiet=job.quiet, what="predicting and measuring") as advance:
+        for row in check_sets(subject, sets, job.draft_lengths, options.sampling, options.runs):
+            rows.append(row.as_dict())
+            advance()
+    if job.quiet:
+        show.document({**subject.facts, "checks": rows})
+    else:
+        show.predictions(rows)
+
+
+def _costs(path: Path | None) -> object:
+    """Measured costs out of a set's file or an evidence file."""
+    if path is None:
+        return None
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--costs {path} cannot be read: give a file that 'selfdraft tune' wrote") from error
+    records = [document, *document.values()] if isinstance(document, dict) else []
+    return next((r["costs"] for r in records if isinstance(r, dict) and "costs" in r), {})
+
+
+def _lengths(given: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and 1 <= int(part) <= 64 for part in parts):
+        raise OptionError(f"--draft-lengths {given!r}: give whole numbers from 1 to 64 with commas between")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+METHODS: dict[str, Callable[[LLM, Subject, Job, Options], None]] = {
+    "layer_skip": _layer_skip,
+    "s3d": _s3d,
+    "lookahead": _lookahead,
+}
+"""What can be tuned."""

@@ -1,0 +1,201 @@
+"""How many middle blocks S3D should skip and how many tokens it should predict, solved from a few measurements.
+
+Source: S3D (arXiv 2405.20314), whose claim is the relation of skip width, number of predictors and speed-up. The form
+used here: improvement factor IF = E / (t_v + beta), with E from the acceptance of each place (`speed.py`). Acceptance
+is measured at a few widths and falls with the skipped share x as p (1 - x^u), the pass gets cheaper linearly in x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from selfdraft.drafters.none import NoDrafter
+from selfdraft.drafters.s3d import S3D
+from selfdraft.engine.loop import Engine
+from selfdraft.errors import MissingMasks, OptionError
+from selfdraft.models.adapter import HFTarget
+from selfdraft.tune.costs import Bench, Request, beside_the_pass
+from selfdraft.tune.layer_skip import decode_seconds
+from selfdraft.tune.speed import expected_by_depth, single_pass_speed
+from selfdraft.types import Budget
+
+POWERS = np.geomspace(0.25, 16.0, 60)
+"""Exponents that are tried for the curve of acceptance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """What was measured with `width` blocks skipped."""
+
+    width: int
+    acceptance: tuple[float, ...]
+    """Of each place, given that all before it were accepted."""
+    passes: tuple[float, ...]
+    """passes[m - 1]: a drafting pass with m masks, in plain steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A setting and its speed-up over plain decoding, by the formula or by the clock."""
+
+    width: int
+    masks: int
+    speed: float
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the drafter s3d."""
+        return {"skip_width": self.width, "num_masks": self.masks}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Predicted speed-up of every width and number of masks."""
+
+    layers: int
+    widths: tuple[Width, ...]
+    verify: tuple[float, ...]
+    """verify[m - 1]: a step that verifies m + 1 tokens, in plain steps."""
+    acceptance: tuple[tuple[float, float], ...]
+    """(p, u) of each place."""
+    passes: tuple[tuple[float, float], ...]
+    """(at no skipped block, for each skipped block) of each number of masks."""
+
+    def accepted(self, width: int, masks: int) -> list[float]:
+        share = width / self.layers
+        return [top * (1 - share**power) for top, power in self.acceptance[: masks + 1]]
+
+    def speed(self, width: int, masks: int) -> float:
+        whole, saved = self.passes[masks - 1]
+        expected = expected_by_depth(self.accepted(width, masks))
+        return single_pass_speed(expected, whole + saved * width, self.verify[masks - 1])
+
+    def all(self) -> list[Choice]:
+        """Every setting between the measured widths, the fastest first."""
+        low, high = self.widths[0].width, self.widths[-1].width
+        pairs = ((width, masks) for width in range(low, high + 1) for masks in range(1, len(self.verify) + 1))
+        return sorted((Choice(*pair, self.speed(*pair)) for pair in pairs), key=lambda choice: -choice.speed)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "best": self.all()[0].options, "settings": [asdict(choice) for choice in self.all()]}
+
+
+def default_widths(target: HFTarget) -> list[int]:
+    """The widths for which the adapter was trained; narrower ones run blocks without one. Errors: MissingMasks."""
+    masks = target.masks_of("s3d")
+    if not masks:
+        raise MissingMasks("s3d cannot be tuned without mask tokens: give the folder of 'selfdraft train' as --adapter")
+    trained = target.advice("s3d").get("skip_widths")
+    if isinstance(trained, list) and trained:
+        return sorted(int(width) for width in trained)
+    layers = target.layers
+    return sorted({max(1, layers // 3), max(1, layers // 2), max(1, 2 * layers // 3)})
+
+
+def chain(target: HFTarget, width: int, masks: int) -> S3D:
+    """The drafter with a fixed setting: one chain of masks + 1 tokens, always whole."""
+    return S3D(
+        target, skip_width=width, num_masks=masks, num_speculative_tokens=masks + 1, branches=1, min_probability=0.0
+    )
+
+
+def acceptance(target: HFTarget, requests: SequenceOf[Request], width: int) -> tuple[float, ...]:
+    """Share of accepted tokens at each place, while decoding `requests` for real."""
+    masks = len(target.masks_of("s3d"))
+    engine = Engine(target, chain(target, width, masks))
+    tried, right = [0] * (masks + 1), [0] * (masks + 1)
+    for request in requests:
+        for _, result in engine.generate([request()]):
+            for place in range(min(result.draft.candidates, len(result.path) + 1)):
+                tried[place] += 1
+                right[place] += place < len(result.path)
+    if not tried[0]:
+        raise OptionError("the prompts get answers of one token, on which nothing can be measured: give other prompts")
+    return tuple(good / max(count, 1) for good, count in zip(right, tried, strict=True))
+
+
+def measure(
+    target: HFTarget, requests: SequenceOf[Request], widths: SequenceOf[int], runs: int = 15
+) -> Iterator[Width | tuple[float, ...]]:
+    """Measure each width, then (last) the verification of 2, 3, ... tokens. All kinds of passes take turns."""
+    rates = []
+    for width in widths:
+        rates.append(acceptance(target, requests, width))
+        yield Width(width, rates[-1], ())
+    sequence = requests[0]()
+    for _ in Engine(target, NoDrafter(target)).generate([sequence]):
+        pass
+    bench = Bench(target, sequence.tokens, len(target.masks_of("s3d")) + 1)
+    bench.prefill()
+    beside = beside_the_pass(target, requests[0])
+    drafters = {(w, m): chain(target, w, m) for w in widths for m in range(1, len(target.masks_of("s3d")) + 1)}
+    seen: dict[object, list[float]] = {}
+    for run in range(-2, runs):
+        plain = bench.time(bench.step)
+        step = plain + beside
+        for (width, masks), drafter in drafters.items():
+            room = Budget(masks + 1, masks + 1, masks + 1)
+            began = bench.now()
+            (draft,) = drafter.draft([bench.sequence], [room])
+            if run >= 0:
+                seen.setdefault((width, masks), []).append((bench.now() - began) / step)
+            if width == widths[0]:
+                taken = bench.time(lambda draft=draft: bench.step(draft))  # type: ignore[misc]
+                if run >= 0:
+                    seen.setdefault(masks, []).append((taken - plain + step) / step)
+    counts = sorted({masks for _, masks in drafters})
+    for width, rate in zip(widths, rates, strict=True):
+        yield Width(width, rate, tuple(median(seen[width, masks]) for masks in counts))
+    yield tuple(median(seen[masks]) for masks in counts)
+
+
+def solve(layers: int, widths: SequenceOf[Width], verify: SequenceOf[float]) -> Curve:
+    """Fit the curves through what was measured. Errors: OptionError for less than two widths."""
+    if len(widths) < 2:
+        raise OptionError(f"{len(widths)} skip width measured; the curve needs at least 2, such as --skip-widths 4,6,8")
+    ordered = sorted(widths, key=lambda width: width.width)
+    shares = np.array([width.width / layers for width in ordered])
+    falls = [_fit_fall(shares, np.array(rates)) for rates in zip(*(w.acceptance for w in ordered), strict=True)]
+    lines = []
+    for times in zip(*(width.passes for width in ordered), strict=True):
+        slope, start = np.polyfit([width.width for width in ordered], times, 1)
+        lines.append((float(start), float(slope)))
+    return Curve(layers, tuple(ordered), tuple(verify), tuple(falls), tuple(lines))
+
+
+def _fit_fall(shares: np.ndarray[Any, Any], rates: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """(p, u) of p (1 - x^u) with the least squared error, p at most 1."""
+    best = (float("inf"), 0.0, 1.0)
+    for power in POWERS:
+        shape = 1 - shares**power
+        top = min(float(rates @ shape / (shape @ shape)), 1.0)
+        best = min(best, (float(((top * shape - rates) ** 2).sum()), top, float(power)))
+    return best[1], best[2]
+
+
+def sweep(
+    target: HFTarget, requests: SequenceOf[Request], choices: SequenceOf[tuple[int, int]], runs: int = 3
+) -> Iterator[Choice]:
+    """Decode for real with every (width, masks), in turns with plain decoding; the speed-up of each by the clock.
+
+    Errors: OptionError when a text differs from the plain one, which must not happen.
+    """
+    plain = NoDrafter(target)
+    drafters = {choice: chain(target, *choice) for choice in choices}
+    ratios: dict[tuple[int, int], list[float]] = {choice: [] for choice in choices}
+    for run in range(-1, runs):
+        base = [decode_seconds(target, plain, request) for request in requests]
+        for choice, drafter in drafters.items():
+            drafted = [decode_seconds(target, drafter, request) for request in requests]
+            if any(one.tokens != other.tokens for (_, one), (_, other) in zip(base, drafted, strict=True)):
+                raise OptionError(f"s3d with {choice} gave another text than plain decoding; see selfdraft verify")
+            if run >= 0:
+                ratios[choice].append(sum(s for s, _ in base) / sum(s for s, _ in drafted))
+    for choice, found in ratios.items():
+        yield Choice(*choice, median(found))
