@@ -319,12 +319,13 @@ def curve(found: Any, output: Any) -> None:
     measured = {(one["width"], one["masks"]): one["speed"] for one in found.get("sweep", ())}
     predicted = {(one["width"], one["masks"]): one["speed"] for one in found["settings"]}
     masks = sorted({count for _, count in predicted})
-    table = Table("blocks skipped", *(counted(count, "mask") for count in masks), title="speed-up over plain decoding")
+    title = "speed-up over plain decoding, predicted" + (" / measured" if measured else "")
+    table = Table("blocks skipped", *(counted(count, "mask") for count in masks), title=title)
     for width in sorted({width for width, _ in predicted}):
         cells = []
         for count in masks:
             real = measured.get((width, count))
-            cells.append(f"{predicted[width, count]:.2f}" + (f" ({real:.2f} measured)" if real else ""))
+            cells.append(f"{predicted[width, count]:.2f}" + (f" / {real:.2f}" if real else ""))
         table.add_row(str(width), *cells)
     out.print(table)
     for one in found["widths"]:

@@ -25,6 +25,7 @@ from selfdraft.tune.layer_skip import decode_seconds
 from selfdraft.tune.speed import expected_by_depth, single_pass_speed
 from selfdraft.types import Budget
 
+Numbers = np.ndarray[Any, Any]
 POWERS = np.geomspace(0.25, 16.0, 60)
 """Exponents that are tried for the curve of acceptance."""
 
@@ -36,6 +37,8 @@ class Width:
     width: int
     acceptance: tuple[float, ...]
     """Of each place, given that all before it were accepted."""
+    tried: tuple[int, ...]
+    """On how many tokens that was measured."""
     passes: tuple[float, ...]
     """passes[m - 1]: a drafting pass with m masks, in plain steps."""
 
@@ -105,8 +108,10 @@ def chain(target: HFTarget, width: int, masks: int) -> S3D:
     )
 
 
-def acceptance(target: HFTarget, requests: SequenceOf[Request], width: int) -> tuple[float, ...]:
-    """Share of accepted tokens at each place, while decoding `requests` for real."""
+def acceptance(
+    target: HFTarget, requests: SequenceOf[Request], width: int
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Share of accepted tokens at each place while decoding `requests` for real, and how many were tried there."""
     masks = len(target.masks_of("s3d"))
     engine = Engine(target, chain(target, width, masks))
     tried, right = [0] * (masks + 1), [0] * (masks + 1)
@@ -117,7 +122,7 @@ def acceptance(target: HFTarget, requests: SequenceOf[Request], width: int) -> t
                 right[place] += place < len(result.path)
     if not tried[0]:
         raise OptionError("the prompts get answers of one token, on which nothing can be measured: give other prompts")
-    return tuple(good / max(count, 1) for good, count in zip(right, tried, strict=True))
+    return tuple(good / max(count, 1) for good, count in zip(right, tried, strict=True)), tuple(tried)
 
 
 def measure(
@@ -127,7 +132,7 @@ def measure(
     rates = []
     for width in widths:
         rates.append(acceptance(target, requests, width))
-        yield Width(width, rates[-1], ())
+        yield Width(width, *rates[-1], ())
     sequence = requests[0]()
     for _ in Engine(target, NoDrafter(target)).generate([sequence]):
         pass
@@ -151,7 +156,7 @@ def measure(
                     seen.setdefault(masks, []).append((taken - plain + step) / step)
     counts = sorted({masks for _, masks in drafters})
     for width, rate in zip(widths, rates, strict=True):
-        yield Width(width, rate, tuple(median(seen[width, masks]) for masks in counts))
+        yield Width(width, *rate, tuple(median(seen[width, masks]) for masks in counts))
     yield tuple(median(seen[masks]) for masks in counts)
 
 
@@ -161,22 +166,30 @@ def solve(layers: int, widths: SequenceOf[Width], verify: SequenceOf[float]) -> 
         raise OptionError(f"{len(widths)} skip width measured; the curve needs at least 2, such as --skip-widths 4,6,8")
     ordered = sorted(widths, key=lambda width: width.width)
     shares = np.array([width.width / layers for width in ordered])
-    falls = [_fit_fall(shares, np.array(rates)) for rates in zip(*(w.acceptance for w in ordered), strict=True)]
+    falls = _fit_falls(
+        shares, *(np.array(found) for found in zip(*((w.acceptance, w.tried) for w in ordered), strict=True))
+    )
     lines = []
     for times in zip(*(width.passes for width in ordered), strict=True):
         slope, start = np.polyfit([width.width for width in ordered], times, 1)
         lines.append((float(start), float(slope)))
-    return Curve(layers, tuple(ordered), tuple(verify), tuple(falls), tuple(lines))
+    return Curve(layers, tuple(ordered), tuple(verify), falls, tuple(lines))
 
 
-def _fit_fall(shares: np.ndarray[Any, Any], rates: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """(p, u) of p (1 - x^u) with the least squared error, p at most 1."""
-    best = (float("inf"), 0.0, 1.0)
+def _fit_falls(shares: Numbers, rates: Numbers, counts: Numbers) -> tuple[tuple[float, float], ...]:
+    """(p, u) of p (1 - x^u) for each place, by least squares; p at most 1, and u is common to all places.
+
+    `shares` [widths]; `rates` and `counts` [widths, places], each rate weighing by its count: the last places are
+    seldom tried, and a power of their own would follow their chance.
+    """
+    best = float("inf"), np.zeros(rates.shape[1]), 1.0
     for power in POWERS:
-        shape = 1 - shares**power
-        top = min(float(rates @ shape / (shape @ shape)), 1.0)
-        best = min(best, (float(((top * shape - rates) ** 2).sum()), top, float(power)))
-    return best[1], best[2]
+        shape = (1 - shares**power)[:, None]
+        tops = np.minimum((counts * rates * shape).sum(0) / np.maximum((counts * shape**2).sum(0), 1e-9), 1.0)
+        error = float((counts * (tops * shape - rates) ** 2).sum())
+        if error < best[0]:
+            best = error, tops, float(power)
+    return tuple((float(top), best[2]) for top in best[1])
 
 
 def sweep(
@@ -186,16 +199,20 @@ def sweep(
 
     Errors: OptionError when a text differs from the plain one, which must not happen.
     """
-    plain = NoDrafter(target)
     drafters = {choice: chain(target, *choice) for choice in choices}
     ratios: dict[tuple[int, int], list[float]] = {choice: [] for choice in choices}
     for run in range(-1, runs):
-        base = [decode_seconds(target, plain, request) for request in requests]
-        for choice, drafter in drafters.items():
-            drafted = [decode_seconds(target, drafter, request) for request in requests]
-            if any(one.tokens != other.tokens for (_, one), (_, other) in zip(base, drafted, strict=True)):
-                raise OptionError(f"s3d with {choice} gave another text than plain decoding; see selfdraft verify")
-            if run >= 0:
-                ratios[choice].append(sum(s for s, _ in base) / sum(s for s, _ in drafted))
-    for choice, found in ratios.items():
-        yield Choice(*choice, median(found))
+        base, drafted = 0.0, dict.fromkeys(choices, 0.0)
+        for request in requests:  # plain and drafted within seconds of each other: what else runs meets them all
+            seconds, wanted = decode_seconds(target, NoDrafter(target), request)
+            base += seconds
+            for choice, drafter in drafters.items():
+                seconds, found = decode_seconds(target, drafter, request)
+                drafted[choice] += seconds
+                if found.tokens != wanted.tokens:
+                    raise OptionError(f"s3d with {choice} gave another text than plain decoding; see selfdraft verify")
+        if run >= 0:
+            for choice, seconds in drafted.items():
+                ratios[choice].append(base / seconds)
+    for choice, found_ratios in ratios.items():
+        yield Choice(*choice, median(found_ratios))
