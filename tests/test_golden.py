@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from selfdraft import drafters
+from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import open_target
 from selfdraft.types import SamplingParams
 from tests import stories
-from tests.models import run
+from tests.models import random_adapters, run
 
 pytestmark = pytest.mark.skipif(
     not stories.FOLDER.is_dir(), reason="../shared/models/stories260K is not on this machine; see tests/stories.py"
 )
 EOS = frozenset({stories.BOS, stories.EOS})
+
+
+def opened(**options: Any) -> HFTarget:
+    model = stories.stories_model()
+    return open_target(model, adapters=random_adapters(model), **options)
 
 
 def test_tokenizer_there_and_back() -> None:
@@ -33,7 +41,7 @@ def test_stock_forward_says_the_golden_text() -> None:
 @pytest.mark.parametrize("exactness", ["bitwise", "token"])
 @pytest.mark.parametrize("drafter", sorted(drafters.NAMES))
 def test_golden_text(drafter: str, exactness: str) -> None:
-    target = open_target(stories.stories_model(), slots=1, exactness=exactness)  # type: ignore[arg-type]
+    target = opened(slots=1, exactness=exactness)
     size = len(stories.encode(stories.GOLDEN)) - 1
     (sequence,) = run(target, drafter, [[stories.BOS]], SamplingParams(max_tokens=size))
     assert stories.decode(sequence.output) == stories.GOLDEN
@@ -41,7 +49,7 @@ def test_golden_text(drafter: str, exactness: str) -> None:
 
 @pytest.mark.parametrize("drafter", sorted(drafters.NAMES))
 def test_long_texts_equal_plain_decoding(drafter: str) -> None:
-    target = open_target(stories.stories_model(), slots=3)
+    target = opened(slots=3)
     prompts = [stories.encode(text) for text in ("Once upon a time", "Tom and the cat", "The big red ball")]
     sampling = SamplingParams(max_tokens=180)
     plain = run(target, "none", prompts, sampling, slots=3, eos=EOS)

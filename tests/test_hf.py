@@ -26,12 +26,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 import selfdraft
 from selfdraft import drafters
 from selfdraft.errors import OptionError, RequestError
-from tests.models import VOCAB, tiny_llama
+from tests.models import VOCAB, random_adapters, tiny_llama
 
 SINGLE = [[3, 4, 5, 6, 7, 3, 4, 5]]
 BATCH = [[3, 4, 5, 6, 7, 3, 4, 5], [9, 8, 9], [*range(10, 30)]]
 PAD = 0
 ENDS = [7, 19, 23, 31]
+ADAPTERS = random_adapters(tiny_llama())
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "eos": {"eos_token_id": ENDS},
@@ -69,7 +70,7 @@ def plain(model: LlamaForCausalLM, rows: list[list[int]], **options: Any) -> Ten
 
 
 def ours(model: LlamaForCausalLM, rows: list[list[int]], drafter: str = "lookup", **options: Any) -> Tensor:
-    return plain(model, rows, custom_generate=selfdraft.generate, drafter=drafter, **options)
+    return plain(model, rows, custom_generate=selfdraft.generate, drafter=drafter, adapters=ADAPTERS, **options)
 
 
 @cache

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from selfdraft import LLM, SamplingParams, drafters
 from selfdraft.errors import OptionError, PromptTooLong, RequestError, SelfdraftError
 from selfdraft.llm import RequestOutput
-from tests.models import VOCAB, tiny_llama
+from tests.models import VOCAB, random_adapters, tiny_llama
 
 TEXTS = ["the dog ran over the hill and the dog sat", "añb 🐕 ran 你好 the", "def add(a, b): return a"]
 WORDS = 300
@@ -60,7 +60,7 @@ def model() -> LlamaForCausalLM:
 
 
 def door(drafter: str = "lookup", **options: Any) -> LLM:
-    return LLM(model(), tokenizer=tokenizer(), drafter=drafter, **options)
+    return LLM(model(), tokenizer=tokenizer(), drafter=drafter, adapters=random_adapters(model()), **options)
 
 
 @cache
@@ -145,11 +145,12 @@ def test_a_stream_adds_up(drafter: str, sampling: SamplingParams) -> None:
         pieces = list(own.stream(text, params))
         (whole,) = own.generate(text, params)
         output = whole.outputs[0]
-        assert "".join(piece.text for piece in pieces) == output.text == own.decode(output.token_ids)
-        assert tuple(token for piece in pieces for token in piece.token_ids) == output.token_ids
-        assert tuple(source for piece in pieces for source in piece.sources) == output.sources
+        last = pieces[-1].output
+        assert (last.text, last.token_ids, last.finish_reason) == (output.text, output.token_ids, output.finish_reason)
+        assert "".join(piece.text for piece in pieces) == last.text == own.decode(last.token_ids)
+        assert tuple(token for piece in pieces for token in piece.token_ids) == last.token_ids
+        assert tuple(source for piece in pieces for source in piece.sources) == last.sources
         assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-        assert pieces[-1].output == output
         assert all(a.output.stats.num_steps < b.output.stats.num_steps for a, b in pairwise(pieces))
 
 
@@ -356,7 +357,7 @@ def test_the_model_is_left_alone(drafter: str) -> None:
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     weights = {name: (value.data_ptr(), value.clone()) for name, value in own.state_dict().items()}
     before, said = facts(), own.generate(ids, **options)
-    LLM(own, tokenizer=tokenizer(), drafter=drafter).generate(TEXTS, GREEDY)
+    LLM(own, tokenizer=tokenizer(), drafter=drafter, adapters=random_adapters(model())).generate(TEXTS, GREEDY)
     assert facts() == before
     assert torch.equal(own.generate(ids, **options), said)
     assert own.state_dict().keys() == weights.keys()

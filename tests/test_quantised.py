@@ -94,7 +94,8 @@ def quantised(folder: Path, kind: str) -> PreTrainedModel:
 
 @cache
 def target_of(folder: Path, kind: str) -> HFTarget:
-    return open_target(quantised(folder, kind), slots=3)
+    model = quantised(folder, kind)
+    return open_target(model, slots=3, adapters=random_adapters(model))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.llm import drafter_of
 from selfdraft.models import load
+from selfdraft.models.masks import MaskAdapter, load_adapters
 from selfdraft.types import LogitsProcessor, SamplingParams, StoppingCriterion
 
 UNSUPPORTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "penalty_alpha")
@@ -44,11 +46,12 @@ def generate(
     generation_config: GenerationConfig | None = None,
     drafter: str | None = None,
     speculative_config: Mapping[str, object] | None = None,
+    adapters: SequenceOf[str | Path | MaskAdapter] = (),
     exactness: Literal["bitwise", "token"] = "token",
     token_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Called by `model.generate`; give `drafter`, `speculative_config`, `token_streamer` to that call.
+    """Called by `model.generate`; give `drafter`, `speculative_config`, `adapters`, `token_streamer` to that call.
 
     `input_ids` [batch, length], left-padded rows marked by `attention_mask`; returns [batch, longest], padded on the
     right. Errors: OptionError for what this decoding cannot honour, RequestError, UnsupportedModel.
@@ -58,7 +61,9 @@ def generate(
     _check(model, config, input_ids, model_kwargs, token_streamer)
     _check_processors(processors)
     name, options = drafter_of(drafter, speculative_config)
-    target = load.open_target(model, slots=min(len(input_ids), 16), exactness=exactness)
+    target = load.open_target(
+        model, slots=min(len(input_ids), 16), exactness=exactness, adapters=load_adapters(adapters, model)
+    )
     engine = Engine(target, build(name, target, options), slots=target.slots)
     mask = model_kwargs.get("attention_mask")
     sequences = []

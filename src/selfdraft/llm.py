@@ -25,7 +25,7 @@ from selfdraft.drafters.layer_skip import read_skip
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.models import load
-from selfdraft.models.masks import find_adapters, load_adapters
+from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
@@ -82,8 +82,8 @@ class LLM:
     `drafter`: a name of `selfdraft.drafters.table()`; `speculative_config` adds its options, and may name it by
     `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain decoding have
     the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes natural shapes.
-    `adapters`: folders that `selfdraft train` wrote, for the drafters s3d and space; those in the checkpoint's own
-    folder (selfdraft_*) are found without being named.
+    `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
+    space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
     Errors: LoadError, OptionError.
     """
 
@@ -95,7 +95,7 @@ class LLM:
         speculative_config: Mapping[str, object] | None = None,
         dtype: str = "auto",
         tokenizer: Tokenizer | None = None,
-        adapters: SequenceOf[str | Path] = (),
+        adapters: SequenceOf[str | Path | MaskAdapter] = (),
         exactness: Literal["bitwise", "token"] = "bitwise",
         max_num_seqs: int = 16,
         max_model_len: int | None = None,

@@ -95,8 +95,8 @@ BUGS = (
     Bug(
         "noise-without-token",
         "core/noise.py",
-        "tokens.to(torch.int64) ^ _signed(key)",
-        "(tokens.to(torch.int64) * 0) ^ _signed(key)",
+        "tokens.to(torch.int64) ^ key",
+        "(tokens.to(torch.int64) * 0) ^ key",
         "the noise is the same for every token",
     ),
     Bug("shared-seed", "core/noise.py", "_mix_int(seed & _MASK)", "_mix_int(seed & 1)", "two requests share a seed"),

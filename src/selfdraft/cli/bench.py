@@ -21,8 +21,9 @@ from selfdraft.cli.options import (
     conditions,
     open_llm,
     parse_config,
+    runnable,
 )
-from selfdraft.errors import MissingMasks, OptionError, RequestError
+from selfdraft.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
     from selfdraft.bench.ledger import Ledger, Row
@@ -88,7 +89,9 @@ def bench(
     draw = painter(pictures)
     with Ledger(output) as ledger:
         llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
-        setting = set_up(llm, model, adapter or [], starters(llm, contenders, drafters), plan)
+        named = drafters not in (None, "all")
+        fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
+        setting = set_up(llm, model, adapter or [], fit, plan)
         rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [contender.label for contender in setting.contenders])
     for reason in setting.skipped:
@@ -193,21 +196,6 @@ def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Pa
     except OSError as error:
         raise OptionError(f"--pictures {folder} cannot be written: {error.strerror}") from error
     return lambda records: pictures.draw(records, folder)
-
-
-def starters(llm: LLM, contenders: Sequence[Contender], drafters: str | None) -> list[Contender]:
-    """Those that this model can run; one that was named and cannot is an error, one of 'all' is left out."""
-    fit = []
-    for contender in contenders:
-        try:
-            llm.engine_for(contender.method, contender.options)
-        except MissingMasks as error:
-            if drafters not in (None, "all") or contender.options:
-                raise
-            show.note(f"left out: {error}")
-            continue
-        fit.append(contender)
-    return fit
 
 
 def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[Contender], plan: Plan) -> Bench:

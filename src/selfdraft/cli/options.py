@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from selfdraft import show
-from selfdraft.errors import OptionError, RequestError
+from selfdraft.errors import MissingMasks, OptionError, RequestError
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
+    from selfdraft.engine.loop import Engine
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
@@ -136,6 +137,20 @@ def drafter_names(wanted: str, against: str) -> list[str]:
     if not names:
         raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(table())}")
     return names
+
+
+def runnable(llm: LLM, method: str, options: Mapping[str, object] | None = None, *, named: bool) -> Engine | None:
+    """The engine of a drafter. Without masks for this model one of 'all' is left out, and said so.
+
+    Errors: MissingMasks when the user named it; OptionError.
+    """
+    try:
+        return llm.engine_for(method, options)
+    except MissingMasks as error:
+        if named:
+            raise
+        show.note(f"left out: {error}")
+        return None
 
 
 def repeatable(llm: LLM, sampling: SamplingParams, seed: int, ids: list[int]) -> Callable[[], Request]:

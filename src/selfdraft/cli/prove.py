@@ -21,6 +21,7 @@ from selfdraft.cli.options import (
     encode_all,
     open_llm,
     repeatable,
+    runnable,
 )
 from selfdraft.errors import OptionError
 
@@ -56,15 +57,18 @@ def verify(
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
     llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
-    engines = {name: llm.engine_for(name) for name in names}
     requests = [
         repeatable(llm, sampling, seed + i, ids) for i, ids in enumerate(encode_all(llm, texts, False, sampling))
     ]
+    engines = {}
+    for name in names:
+        if (engine := runnable(llm, name, named=drafters != "all")) is not None:
+            engines[name] = engine
     report = Report()
-    with show.progress(len(texts) * len(names), quiet=as_json) as advance:
+    with show.progress(len(texts) * len(engines), quiet=as_json) as advance:
         for _ in run(llm.model, reference, engines, requests, report):
             advance()
-    result = {**conditions(llm, model), "against": against, "drafters": names, "prompts": len(texts)}
+    result = {**conditions(llm, model), "against": against, "drafters": list(engines), "prompts": len(texts)}
     result |= {"temperature": temperature, **report.as_dict()}
     if as_json:
         show.document(result)

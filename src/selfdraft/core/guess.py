@@ -58,7 +58,7 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
 
     A sampled request is guessed with the noise that the target will use there: that is what makes them agree.
     """
-    sampling = sequence.sampling
+    sampling, logits = sequence.sampling, logits[: sequence.room]  # no processor is asked about a place behind the end
     if sampling.plain:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         best = wide.topk(min(CANDIDATES, wide.shape[-1]))

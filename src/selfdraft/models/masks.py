@@ -29,6 +29,8 @@ from selfdraft.models import view
 from selfdraft.models.shapes import out_of, width_of
 
 CARD = "selfdraft.json"
+CHECKPOINT = "training.pt"
+"""Beside them while training has not ended."""
 EMBEDDINGS = "masks.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the path of a module."""
@@ -86,7 +88,7 @@ class Gated(nn.Module):
         for number, down, up in self.parts:
             rows = self.gate.rows.get(number)
             if rows is not None:
-                y[:, rows] += (x[:, rows] @ down @ up).to(y.dtype)
+                y[..., rows, :] += (x[..., rows, :] @ down @ up).to(y.dtype)  # some layers (OPT's) see no batch axis
         return y
 
 
@@ -112,7 +114,8 @@ def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate)
 
     changed = along(stock, "")
     if parts:
-        raise LoadError(f"the adapter of {adapters[0].method!r} has a layer {next(iter(parts))!r}, the model has not")
+        path, ((number, _, _), *_) = next(iter(parts.items()))
+        raise LoadError(f"the adapter of {adapters[number].method!r} has a layer {path!r}, the model has not")
     assert isinstance(changed, PreTrainedModel)
     return changed
 
@@ -190,11 +193,11 @@ def _link(path: Path, tensors: Mapping[str, Tensor], hidden: int) -> tuple[Tenso
     return down, up
 
 
-def load_adapters(folders: SequenceOf[str | Path], model: PreTrainedModel) -> list[MaskAdapter]:
-    """The adapters of these folders; of several for one method the first counts. Errors: LoadError."""
+def load_adapters(places: SequenceOf[str | Path | MaskAdapter], model: PreTrainedModel) -> list[MaskAdapter]:
+    """Adapters out of folders, or given as they are; of several for one method the first counts. Errors: LoadError."""
     found: dict[str, MaskAdapter] = {}
-    for folder in folders:
-        adapter = load_adapter(folder, model)
+    for place in places:
+        adapter = place if isinstance(place, MaskAdapter) else load_adapter(place, model)
         found.setdefault(adapter.method, adapter)
     return list(found.values())
 
@@ -250,7 +253,9 @@ def _json(place: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads((place / name).read_text("utf-8"))
     except FileNotFoundError:
-        raise LoadError(f"{place} is no adapter folder: {name} is missing there") from None
+        begun = name == CARD and (place / CHECKPOINT).exists()
+        why = "its training has not ended; run selfdraft train again, with the same options, and it goes on"
+        raise LoadError(f"{place} is no adapter folder: {why if begun else f'{name} is missing there'}") from None
     except (OSError, ValueError) as error:
         raise LoadError(f"{place / name} cannot be read: {error}") from error
     if not isinstance(content, dict):
