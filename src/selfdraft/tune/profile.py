@@ -1,0 +1,204 @@
+"""Measures what a pass costs on this machine, and keeps the answer in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from selfdraft.core.profile import Profile
+from selfdraft.core.rows import pack
+from selfdraft.core.sequence import Sequence, open_sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.errors import OptionError
+from selfdraft.models.adapter import HFTarget
+from selfdraft.tune.costs import Bench, beside_the_pass
+from selfdraft.types import SamplingParams
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of rows that are timed."""
+SHORT, LONG = 32, 1024
+"""Remembered tokens while they are timed; LONG where the context has room for it."""
+SECONDS, LEAST, MOST = 15.0, 3, 25
+"""The rounds take about so long; but there are at least and at most so many of them."""
+BATCH = 4
+"""Sequences of the pass by which the price of a further sequence is measured."""
+
+
+def identity(target: HFTarget) -> dict[str, Any]:
+    """Everything that a profile depends on: model, types, shapes, device, threads, versions."""
+    model = target._view
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else platform.processor()
+    return {
+        "model": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=12).hexdigest(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shapes": str(target.shapes),
+        "device": f"{weight.device.type} {device or platform.machine()} {_cpu_name()}".strip(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "selfdraft": version("selfdraft"),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def cache_folder() -> Path:
+    from platformdirs import user_cache_path
+
+    return Path(user_cache_path("selfdraft")) / "profiles"
+
+
+def place_of(target: HFTarget, folder: Path | None = None) -> Path:
+    """Where the profile of this target is kept."""
+    key = hashlib.blake2b(json.dumps(identity(target), sort_keys=True).encode(), digest_size=12).hexdigest()
+    return (folder or cache_folder()) / f"{key}.json"
+
+
+def load(target: HFTarget, folder: Path | None = None) -> tuple[Profile | None, str]:
+    """(the kept profile or None, a note about a file that cannot be used or '')."""
+    place = place_of(target, folder)
+    try:
+        record = json.loads(place.read_text("utf-8"))
+        if record["identity"] != identity(target):
+            return None, f"{place} is of another model or machine: measuring again"
+        given = record["profile"]
+        lists = {name: tuple(given[name]) for name in ("rows", "seconds", "per_token")}
+        profile = Profile(**lists, per_sequence=float(given["per_sequence"]), host=float(given["host"]))
+        _check(profile)
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        return None, f"{place} cannot be used ({str(error).partition(chr(10))[0]}): measuring again"
+    return profile, ""
+
+
+def _check(profile: Profile) -> None:
+    """Errors: ValueError when the numbers are no profile."""
+    counts = {len(getattr(profile, name)) for name in ("rows", "seconds", "per_token")}
+    numbers = [*profile.rows, *profile.seconds, *profile.per_token, profile.per_sequence, profile.host]
+    if len(counts) != 1 or len(profile.rows) < 2 or list(profile.rows) != sorted(set(profile.rows)):
+        raise ValueError("its lists do not fit together")
+    if not all(isinstance(x, int | float) and 0 <= x < 1e6 for x in numbers) or min(profile.seconds) <= 0:
+        raise ValueError("a number in it is out of range")
+
+
+def save(profile: Profile, target: HFTarget, folder: Path | None = None) -> Path:
+    """Keep a profile. Errors: OptionError when the folder cannot be written; nothing half-written is left."""
+    place = place_of(target, folder)
+    part = place.with_suffix(f".{os.getpid()}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"identity": identity(target), "profile": asdict(profile)}) + "\n", "utf-8")
+        os.replace(part, place)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OptionError(
+            f"the profile {place} cannot be written: {error.strerror}; it is used now and will be measured again"
+        ) from error
+    return place
+
+
+def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Profile]:
+    """Time passes of all numbers of rows; yields the share done, and the profile last.
+
+    Every round times all of them once, so that another user of the machine disturbs all alike; medians count.
+    """
+    most = max(ROWS)
+    long = min(LONG, target.context - most - 2)
+    counts = [rows for rows in ROWS if SHORT + rows + 2 <= target.context]
+    if len(counts) < 2 or long <= SHORT:
+        raise OptionError(f"a context of {target.context} tokens is too short to measure; it needs {SHORT + most + 4}")
+    benches = [_bench(target, size, most) for size in (SHORT, long)]
+    beside = beside_the_pass(target, lambda: _request(target, benches[0].tokens))
+    benches[-1].prefill()  # the short one reads the beginning of the same tokens
+    found: dict[tuple[int, int], list[float]] = {}
+    several: list[float] = []
+    began, done = time.perf_counter(), 0
+    while done < LEAST + 1 or (done < MOST and time.perf_counter() - began < seconds):
+        for number, bench in enumerate(benches):
+            bench.sequence.cached = bench.context
+            for rows in counts:
+                found.setdefault((number, rows), []).append(_time(bench, rows))
+        several.append(_several(target, benches[0]))
+        done += 1
+        yield min(max((time.perf_counter() - began) / seconds, done / MOST), 0.99)
+    times = {kind: median(values[1:]) for kind, values in found.items()}  # the first round warms up
+    yield _profile(counts, times, [bench.context for bench in benches], median(several[1:]), beside)
+
+
+def _profile(
+    counts: list[int], times: dict[tuple[int, int], float], contexts: list[int], several: float, beside: float
+) -> Profile:
+    """Smooth what was measured: a pass never gets cheaper by a row, and a token's price is a line over the rows."""
+    near, far = contexts
+    raw = [(times[1, rows] - times[0, rows]) / (far - near) for rows in counts]
+    slope, start = np.polyfit(counts, raw, 1)
+    per_token = [max(float(start + slope * rows), 0.0) for rows in counts]
+    short = [max(times[0, rows] - price * near, 1e-9) for rows, price in zip(counts, per_token, strict=True)]
+    profile = Profile(tuple(counts), tuple(accumulate(short, max)), tuple(per_token), host=beside)
+    more = max((several - profile.at(BATCH, BATCH * near)) / (BATCH - 1), 0.0)
+    return replace(profile, per_sequence=more)
+
+
+def _request(target: HFTarget, tokens: list[int]) -> Sequence:
+    sampling = SamplingParams(max_tokens=16)
+    return open_sequence(tokens, sampling, seed=0, eos=frozenset(), context=target.context)
+
+
+def _bench(target: HFTarget, size: int, most: int) -> Bench:
+    tokens = [(7 * i + 3) % target.vocab for i in range(size)]
+    return Bench(target, tokens, min(most, size // 2))
+
+
+def _time(bench: Bench, rows: int) -> float:
+    """Seconds of a pass over the last token and a chain of `rows` - 1 candidates."""
+    last = bench.sequence.tokens[-1]
+    chain = Draft.chain([(last + i) % bench.target.vocab for i in range(rows - 1)], "x") if rows > 1 else EMPTY
+    packed = pack([(bench.sequence, 1, chain)])
+    return bench.time(lambda: bench.target.forward(packed))
+
+
+def _several(target: HFTarget, bench: Bench) -> float:
+    """Seconds of a pass with one row for each of BATCH sequences; they all read slot 0."""
+    packed = pack([(bench.sequence, 1, EMPTY)] * BATCH)
+    return bench.time(lambda: target.forward(packed))
+
+
+def profile_of(
+    target: HFTarget, *, folder: Path | None = None, note: Callable[[str], None] = lambda _: None
+) -> Iterator[float | Profile]:
+    """The kept profile, or a new one that is kept from now on: yields shares while measuring, the profile last."""
+    known, why = load(target, folder)
+    if why:
+        note(why)
+    if known is not None:
+        yield known
+        return
+    for part in measure(target):
+        if isinstance(part, Profile):
+            try:
+                save(part, target, folder)
+            except OptionError as error:
+                note(str(error))
+        yield part
