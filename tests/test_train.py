@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from selfdraft import LLM, SamplingParams, cli
+from selfdraft import LLM, SamplingParams
 from selfdraft.errors import OptionError
 from selfdraft.models.masks import CARD, CHECKPOINT, EMBEDDINGS, load_adapter
 from selfdraft.models.student import Student
@@ -34,7 +34,7 @@ from selfdraft.train.settings import Settings
 from selfdraft.train.texts import Text, read_prompts, read_texts, split
 from tests import killing
 from tests.models import VOCAB, tiny_llama
-from tests.test_cli import Done, one_line
+from tests.terminal import Done, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 pytest.importorskip("peft", reason="PEFT is not installed: pip install selfdraft[train]")
@@ -91,16 +91,8 @@ def options(folder: Path, data: Path, *more: object, **changes: object) -> list[
 
 @pytest.fixture
 def selfdraft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs `main` with arguments, errors and exit code included."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["selfdraft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ending:
-            cli.main()
-        code = ending.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    """Runs `selfdraft` with arguments, errors and exit code included."""
+    return partial(typed, monkeypatch, capsys)
 
 
 def names(folder: Path) -> set[str]:
