@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-COLOURS = {"lookup": "green", "suffix": "cyan", "lookahead": "magenta", "layer_skip": "yellow"}
+COLOURS = {
+    "lookup": "green",
+    "suffix": "cyan",
+    "lookahead": "magenta",
+    "layer_skip": "yellow",
+    "s3d": "bright_blue",
+    "space": "bright_green",
+}
 """Colour of accepted draft tokens by source; those of other drafters are blue."""
 
 SAMPLE_PROMPTS = (
