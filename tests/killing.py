@@ -2,8 +2,9 @@
 
     python -m tests.killing FOLDER [--kills 10] [--seed 0] [--stride 1] -- OPTIONS OF selfdraft train
 
-Kills come at random moments (SIGKILL), and once before every single renaming of a file, where a run is most fragile.
-Each run is a fork of one process that has loaded the libraries. Prints what happened as JSON; 0 when all is equal.
+Kills (SIGKILL) come at random moments, and before every `stride`-th renaming of a file, where a run is most fragile.
+Each run is a fork of this process, which has loaded the libraries. Prints what happened as JSON; ends with 1 when a
+file differs or something was left behind. `tests/test_train.py` does the same with a tiny model and fewer kills.
 """
 
 from __future__ import annotations
@@ -15,34 +16,38 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-RESULTS = ("adapter_model.safetensors", "masks.safetensors", "adapter_config.json", "selfdraft.json", "own_texts.jsonl")
 LIBRARIES = ("selfdraft.cli", "selfdraft.llm", "selfdraft.train.run", "selfdraft.train.texts", "peft", "accelerate")
 
 
-def start(options: list[str], output: Path, prepare: Callable[[], object] = lambda: None) -> int:
+def start(options: SequenceOf[str], output: Path, prepare: Callable[[], object] = lambda: None) -> int:
     """The id of a process that runs `selfdraft train` into `output`; what it says goes into a file beside."""
     child = os.fork()
     if child:
         return child
+    code = 1
     try:
-        log = os.open(output.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        sys.stdout = sys.stderr = output.with_suffix(".log").open("a")
         prepare()
         sys.argv = ["selfdraft", "train", "--output", str(output), *options]
         import_module("selfdraft.cli").main()
     except SystemExit as ending:
-        os._exit(int(ending.code or 0))
+        code = int(ending.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(1)
+        sys.stdout.flush()
+        os._exit(code)
 
 
-def wait(child: int) -> bool:
+def ends(child: int) -> bool:
     """True when it ended well, False when it was killed."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
@@ -51,44 +56,64 @@ def wait(child: int) -> bool:
     return True
 
 
-def kill_at_random(options: list[str], folder: Path, kills: int, seconds: float, draw: random.Random) -> list[Path]:
-    """Outputs of trainings that were killed so many times in all; the last one has ended."""
+def kill_at_random(options: SequenceOf[str], folder: Path, kills: int, seconds: float, seed: int) -> list[Path]:
+    """Outputs of trainings that were killed so many times in all; a new one begins where a kill came too late."""
+    draw = random.Random(seed)
     outputs = [folder / "random0"]
     while kills:
         child = start(options, outputs[-1])
         time.sleep(draw.uniform(0.0, seconds))
-        ended, _ = os.waitpid(child, os.WNOHANG)
-        if ended:  # too late: the next kill meets a new training
-            outputs.append(folder / f"random{len(outputs)}")
-            continue
         os.kill(child, signal.SIGKILL)
-        kills -= not wait(child)
-    assert wait(start(options, outputs[-1]))
+        if ends(child):
+            outputs.append(folder / f"random{len(outputs)}")
+        else:
+            kills -= 1
+    assert ends(start(options, outputs[-1]))
     return outputs
 
 
-def kill_at_renamings(options: list[str], folder: Path, stride: int) -> list[Path]:
+def kill_at_renamings(options: SequenceOf[str], folder: Path, stride: int) -> list[Path]:
     """Outputs of trainings of which each was killed before another renaming, and then went on to the end."""
 
-    def armed(number: int) -> None:
+    def arm(left: int) -> None:
         rename = os.replace
-        left = [number]
 
         def replace(source: Path, goal: Path) -> None:
-            if not left[0]:
+            nonlocal left
+            if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
+            left -= 1
             rename(source, goal)
 
         os.replace = replace  # type: ignore[assignment]
 
     outputs: list[Path] = []
-    while True:
-        output = folder / f"renaming{len(outputs)}"
-        if wait(start(options, output, partial(armed, stride * len(outputs)))):
-            return outputs
-        assert wait(start(options, output))
+    while not ends(start(options, output := folder / f"renaming{len(outputs)}", partial(arm, stride * len(outputs)))):
+        assert ends(start(options, output))
         outputs.append(output)
+    return outputs
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def compare(options: SequenceOf[str], folder: Path, *, kills: int, seed: int = 0, stride: int = 1) -> dict[str, Any]:
+    """What was done and which files, by output, are not those of an undisturbed run."""
+    whole = folder / "whole"
+    began = time.perf_counter()
+    assert ends(start(options, whole))
+    seconds = time.perf_counter() - began
+    outputs = kill_at_random(options, folder, kills, seconds, seed)
+    renamed = kill_at_renamings(options, folder, stride)
+    wanted = contents(whole)
+    odd = [
+        f"{output.name}/{name}"
+        for output in (*outputs, *renamed)
+        for name, _ in sorted(contents(output).items() ^ wanted.items())
+    ]
+    report = {"kills": kills, "trainings": len(outputs), "kills_before_renamings": len(renamed)}
+    return report | {"different": odd, "files": [*wanted], "seconds_undisturbed": round(seconds, 2)}
 
 
 def main() -> int:
@@ -102,24 +127,9 @@ def main() -> int:
     for name in LIBRARIES:
         import_module(name)
     import_module("torch").set_num_threads(1)
-    whole = asked.folder / "whole"
-    began = time.perf_counter()
-    assert wait(start(asked.options, whole))
-    seconds = time.perf_counter() - began
-    outputs = kill_at_random(asked.options, asked.folder, asked.kills, seconds, random.Random(asked.seed))
-    renamed = kill_at_renamings(asked.options, asked.folder, asked.stride)
-    wanted = {name: (whole / name).read_bytes() for name in RESULTS if (whole / name).exists()}
-    odd = [
-        f"{output.name}/{name}"
-        for output in (*outputs, *renamed)
-        for name, content in wanted.items()
-        if not (output / name).exists() or (output / name).read_bytes() != content
-    ]
-    left = {file.name for output in (*outputs, *renamed) for file in output.iterdir()} - {*RESULTS}
-    report = {"kills": asked.kills, "trainings": len(outputs), "kills_before_renamings": len(renamed)}
-    report |= {"different": odd, "left": sorted(left), "files": sorted(wanted)}
-    print(json.dumps(report | {"seconds_undisturbed": round(seconds, 2)}))
-    return 1 if odd else 0
+    report = compare(asked.options, asked.folder, kills=asked.kills, seed=asked.seed, stride=asked.stride)
+    print(json.dumps(report))
+    return 1 if report["different"] else 0
 
 
 if __name__ == "__main__":

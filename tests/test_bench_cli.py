@@ -7,33 +7,21 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfdraft import cli
 from selfdraft.bench import measure as measuring
 from selfdraft.bench import run as running
 from selfdraft.core import verify as core_verify
 from selfdraft.core.tree import Draft
 from selfdraft.drafters import table
+from tests.terminal import Done, one_line, typed
 from tests.test_bench_tasks import write_data
 from tests.test_llm import model, tokenizer
 
 MISSING = "/nowhere/at/all"
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> Any:
-        return json.loads(self.out)
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +40,9 @@ def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     cheap = ("--model", folder, "--data-dir", folder / "data", "--max-new-tokens", 8, "--runs", 1, "--threads", 1)
 
     def call(*arguments: object) -> Done:
-        line = [*cheap, "--drafters", "lookup", *arguments]
-        monkeypatch.setattr(sys, "argv", ["selfdraft", "bench", *map(str, line)])
-        with pytest.raises(SystemExit) as ending:
-            cli.main()
-        code = ending.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+        return typed(monkeypatch, capsys, "bench", *cheap, "--drafters", "lookup", *arguments)
 
     return call
-
-
-def one_line(done: Done, words: str) -> None:
-    """Exit code 2 and one line that says what is wrong."""
-    assert (done.code, done.out) == (2, "")
-    assert done.err.count("\n") == 1, done.err
-    assert done.err.startswith("error: ")
-    assert words in done.err
 
 
 RECORD = {

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,12 @@ from selfdraft import LLM, SamplingParams, cli, drafters, show
 from selfdraft.core import verify as core_verify
 from selfdraft.core.tree import Draft
 from selfdraft.llm import Piece
+from tests.terminal import one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
 VERBS = ["generate", "chat", "bench", "verify", "doctor", "train", "tune"]
 MISSING = "/nowhere/at/all"
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> Any:
-        return json.loads(self.out)
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +59,8 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs `main` with arguments, errors and exit code included."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["selfdraft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ending:
-            cli.main()
-        code = ending.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    """Runs `selfdraft` with arguments, errors and exit code included."""
+    return partial(typed, monkeypatch, capsys)
 
 
 def broken_folders(place: Path) -> dict[str, Path]:
@@ -106,16 +88,6 @@ FOLDERS = {
 def test_a_folder_that_cannot_be_loaded(run: Any, tmp_path: Path, name: str) -> None:
     done = run("generate", "hi", "--model", broken_folders(tmp_path)[name])
     one_line(done, FOLDERS[name])
-
-
-def one_line(done: Done, words: str) -> None:
-    """Exit code 2 and one line that says what is wrong."""
-    assert done.code == 2
-    assert done.out == ""
-    assert done.err.count("\n") == 1, done.err
-    assert done.err.startswith("error: ")
-    assert done.err.count("error:") == 1
-    assert words in done.err
 
 
 def config(**options: object) -> list[str]:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from selfdraft.core.exit import ExitThreshold, StepSeconds, ThroughputExit, Verified
 from selfdraft.core.rows import chain_rows, pack
 from selfdraft.core.sequence import Sequence
+from selfdraft.core.skipset import skip_of
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
 from selfdraft.drafters.layer_skip import LayerSkip, choose_skip, read_skip
 from selfdraft.errors import OptionError
+from selfdraft.models import pocket
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import SamplingParams, Skip
@@ -172,6 +174,9 @@ def test_skip_sets() -> None:
         choose_skip(4, None, None, 4)
     with pytest.raises(OptionError, match="confidence_threshold"):
         build("layer_skip", tiny_target(), {"confidence_threshold": 1.5})
+    for no_list in (3, "3"):
+        with pytest.raises(OptionError, match=r"skip_mlp=.* is no list of block numbers"):
+            build("layer_skip", tiny_target(), {"skip_mlp": no_list})
 
 
 def test_published_sets_are_taken() -> None:
@@ -248,6 +253,16 @@ def test_published_file_is_read() -> None:
         read_skip(PUBLISHED, 80)
     with pytest.raises(OptionError, match="the model has blocks 0 to 39"):
         read_skip(f"{PUBLISHED}#llama-2-70b", 40)
+
+
+def test_the_pocket_models_set() -> None:
+    """It came out of a search, whose figures are beside it."""
+    place = Path(pocket.__file__).parent / "selfdraft_skip.json"
+    skip = read_skip(place, 12)
+    (record,) = json.loads(place.read_text()).values()
+    assert skip == skip_of(record)
+    assert record["sets_tried"] >= 1000
+    assert 0 < record["c"] < 1 < record["measured"]
 
 
 def test_the_checkpoints_own_set_comes_first() -> None:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfdraft import LLM, cli
+from selfdraft import LLM
 from selfdraft.drafters.layer_skip import LayerSkip, read_skip
 from selfdraft.errors import OptionError
-from selfdraft.tune.layer_skip import TIMED_TEXTS
+from tests.terminal import Done, typed
 from tests.test_llm import TEXTS, model, tokenizer
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +33,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fo
     def call(*arguments: object) -> Done:
         small = ["--prompts", "prompts.jsonl", "--model", folder, "--dtype", "float32"]
         small += ["--trials", 8, "--max-new-tokens", 12, "--num-speculative-tokens", 3, "--confirm", 0, "--runs", 1]
-        monkeypatch.setattr(sys, "argv", ["selfdraft", "tune", *map(str, [*small, *arguments])])
-        with pytest.raises(SystemExit) as ending:
-            cli.main()
-        code = ending.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+        return typed(monkeypatch, capsys, "tune", *small, *arguments)
 
     return call
 
@@ -78,7 +65,6 @@ def test_a_set_is_found_and_used(tune: Any, folder: Path, tmp_path: Path) -> Non
     rows = json.loads(checked.out)["checks"]
     assert [row["num_speculative_tokens"] for row in rows] == [1, 2]
     assert "predicted" in tune("--check", output.name, "--draft-lengths", "1").out
-    assert TIMED_TEXTS >= 1
 
 
 def test_measured_costs_can_be_given(tune: Any, folder: Path) -> None:
@@ -106,7 +92,10 @@ def test_a_set_in_the_checkpoints_folder_is_taken(folder: Path) -> None:
     ("arguments", "said"),
     [
         (["--trials", 0], "trials=0"),
-        (["--method", "guessing"], "--method 'guessing' cannot be tuned; there are: layer_skip"),
+        (["--method", "guessing"], "'guessing' is not one of 'layer_skip', 's3d', 'lookahead'"),
+        (["--sweep"], "--sweep belongs to --method s3d, not to layer_skip"),
+        (["--adapter", "."], "--adapter belongs to --method s3d"),
+        (["--method", "s3d", "--trials", 1000], "--trials belongs to --method layer_skip, not to s3d"),
         (["--sampler", "dice"], "'dice' is unknown"),
         (["--prompts", "empty.jsonl"], "holds no prompt"),
         (["--output", "nowhere/out.json"], "there is no folder 'nowhere'"),

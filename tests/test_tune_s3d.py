@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from selfdraft import cli
 from selfdraft.core.sequence import open_sequence
 from selfdraft.drafters.s3d import S3D
 from selfdraft.engine.loop import Engine
@@ -19,6 +17,7 @@ from selfdraft.tune import s3d
 from selfdraft.tune.s3d import Curve, Width
 from selfdraft.types import SamplingParams
 from tests.models import tiny_llama, tiny_target
+from tests.terminal import typed
 
 LAYERS, POWER = 12, float(s3d.POWERS[30])
 TOPS = (0.8, 0.6, 0.5)
@@ -113,11 +112,9 @@ def test_from_the_command_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.jsonl").write_text('{"prompt": "def add(a, b):"}')
     small = "tune --method s3d --prompts one.jsonl --max-new-tokens 6 --runs 1 --dtype float32 --sweep --json"
-    monkeypatch.setattr(sys, "argv", ["selfdraft", *small.split()])
-    with pytest.raises(SystemExit) as ending:
-        cli.main()
-    assert not ending.value.code
-    document = json.loads(capsys.readouterr().out)
+    done = typed(monkeypatch, capsys, *small.split())
+    assert done.code == 0, done.err
+    document = done.said
     assert json.loads((tmp_path / "s3d-pocket.json").read_text())["best"] == document["best"]
     settings = {(one["width"], one["masks"]) for one in document["settings"]}
     assert settings == {(one["width"], one["masks"]) for one in document["sweep"]}

@@ -403,6 +403,19 @@ def test_a_full_disk(tmp_path: Path) -> None:
 # files
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """A device such as /dev/full would be gone."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (lambda: write_json(pipe, {}), lambda: Study.create(pipe, LAYERS, {})):
+        with pytest.raises(OptionError, match="pipe is no regular file; give the path of a file"):
+            write()
+    assert [path.name for path in tmp_path.iterdir() if path.is_fifo()] == ["pipe"]
+    with pytest.raises(OptionError, match="cannot be used"):
+        Study(tmp_path / "absent.db", LAYERS)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_sets_live_together_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "sets.json"
     skip = Skip(frozenset({3, 1}), frozenset({0}))

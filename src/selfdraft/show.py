@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-COLOURS = {"lookup": "green", "suffix": "cyan", "lookahead": "magenta", "layer_skip": "yellow"}
+COLOURS = {
+    "lookup": "green",
+    "suffix": "cyan",
+    "lookahead": "magenta",
+    "layer_skip": "yellow",
+    "s3d": "bright_blue",
+    "space": "bright_green",
+}
 """Colour of accepted draft tokens by source; those of other drafters are blue."""
 
 SAMPLE_PROMPTS = (
@@ -202,8 +209,9 @@ def skip_set(record: dict[str, Any], name: str, path: Path) -> None:
     if "measured" in record:
         line += f", measured {record['measured']:.2f}x (c {record['c_measured']:.3f})"
     out.print(f"{line}; {counted(record['sets_tried'], 'set')} tried, {record['positions']} positions each")
-    options = {"method": "layer_skip", "skip_set": f"{path}#{name}"}
+    options: dict[str, Any] = {"method": "layer_skip", "skip_set": f"{path}#{name}"}
     options |= {key: record[key] for key in ("num_speculative_tokens", "confidence_threshold")}
+    options["adaptive"] = False  # so it was predicted and confirmed
     out.print(f"use it: --speculative-config '{json.dumps(options)}'")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -60,6 +60,7 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train mask tokens for s3d or space. The model's own weights stay as they are; a killed run goes on."""
+    from selfdraft.train.output import check_output
     from selfdraft.train.settings import Settings
 
     settings = Settings(
@@ -77,28 +78,37 @@ def train(
         sar_sft=sar_sft,
         seed=seed,
     )
-    if _is_finished(output, settings):
+    check_output(output)
+    card = _finished(output, settings)
+    own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
+    llm = open_llm(model, "none", None, dtype, "token", threads, slots=batch_size if distill else 1)
+    if card is not None:
+        _check_model(llm, card, output)
         return
-    own = _Own(distill_tokens, distill_temperature) if distill else None
-    llm = open_llm(model, "none", None, dtype, "token", threads, slots=batch_size)
     _train(llm, [*data, *(more or ())], own, settings, output, every)
 
 
-def _is_finished(output: Path, settings: Settings) -> bool:
-    """True when this very training has ended before. Errors: OptionError when another one has, or none could end."""
-    from selfdraft.train.output import CHECKPOINT, check_output, finished
+def _finished(output: Path, settings: Settings) -> dict[str, Any] | None:
+    """The card of a training with these settings that has ended before. Errors: OptionError when another one has."""
+    from selfdraft.train.output import finished
     from selfdraft.train.settings import first_change
 
-    check_output(output)
     card = finished(output)
-    if card is None:
-        return False
-    odd = first_change(card.get("settings") or {}, settings.as_dict())
+    odd = None if card is None else first_change(card.get("settings") or {}, settings.as_dict())
     if odd is not None:
         raise OptionError(f"{output} holds a finished adapter that was trained with {odd}; choose another --output")
-    (output / CHECKPOINT).unlink(missing_ok=True)  # left by a kill between the last two files
-    show.note(f"{output} holds this adapter already, finished")
-    return True
+    return card
+
+
+def _check_model(llm: LLM, card: dict[str, Any], output: Path) -> None:
+    """A finished training is left as it is. Errors: OptionError when it was that of another model."""
+    from selfdraft.models.masks import fingerprint
+    from selfdraft.train.output import tidy
+
+    if card.get("model") != fingerprint(llm.model):
+        raise OptionError(f"{output} holds a finished adapter of another model; choose another --output")
+    tidy(output)  # a kill may have come between the last two files
+    show.note(f"{output} holds this adapter already, finished; to train on other data choose another --output")
 
 
 @dataclass(frozen=True)
@@ -107,19 +117,24 @@ class _Own:
 
     most: int
     temperature: float
+    room: int
+    """Most tokens of a prompt; of longer ones the end is kept."""
 
     def __post_init__(self) -> None:
+        if self.room < 8:
+            raise OptionError(f"distill_tokens={self.most} leaves no room for a prompt; give a higher --max-length")
         within("distill_temperature", self.temperature, 0.0, inf, open_low=True)
 
 
 def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, own: _Own) -> None:
     """The model's own continuations of the prompts, written into the output folder as they come."""
     from selfdraft.models.masks import fingerprint
+    from selfdraft.train.output import make_output
     from selfdraft.train.texts import read_prompts, write_own
     from selfdraft.types import SamplingParams
 
-    room = max(8, settings.max_length - own.most)
-    prompts = [ids[-room:] for ids in read_prompts(files, llm.encode, llm.target.vocab)]
+    prompts = [ids[-own.room :] for ids in read_prompts(files, llm.encode, llm.target.vocab)]
+    make_output(output)
     greedy = SamplingParams(max_tokens=own.most)
     sampled = SamplingParams(max_tokens=own.most, temperature=own.temperature)
     origin = {
@@ -149,7 +164,7 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
 
 
 def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, output: Path, every: int) -> None:
-    from selfdraft.train.output import make_output
+    from selfdraft.train.output import MODEL, make_output
     from selfdraft.train.run import accelerator_for, run
     from selfdraft.train.texts import read_texts
 
@@ -162,7 +177,6 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
         )
     accelerator = accelerator_for(llm.model)
     if own is not None:
-        make_output(output)
         if accelerator.is_main_process:
             _own_texts(llm, files, output, settings, own)
         accelerator.wait_for_everyone()
@@ -173,7 +187,9 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
         for progress in run(llm.model, llm.tokenizer, texts, settings, output, accelerator, every=every):
             report(progress)
     if accelerator.is_main_process:
-        show.note(f"the adapter is in {output}: selfdraft generate ... --drafter {settings.recipe} --adapter {output}")
+        use = f"--model {output / MODEL}" if settings.sar_sft else f"--adapter {output}"
+        show.note(f"the adapter is in {output}: selfdraft generate ... --drafter {settings.recipe} {use}")
+    accelerator.end_training()
 
 
 def _widths(text: str | None) -> tuple[int, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,8 +47,6 @@ class Job:
 
     model: str
     output: Path
-    settings: Mapping[str, Any]
-    """Fields of the method's own options."""
     evidence: Path | None
     costs: Path | None
     check: tuple[str, ...]
@@ -57,60 +55,95 @@ class Job:
     quiet: bool
 
 
+Method = Annotated[Literal["layer_skip", "s3d", "lookahead"], typer.Option(help="The drafter to tune.")]
 Prompts = Annotated[
     Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line; some are built in.")
 ]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)]
+Output = Annotated[
+    Path | None, typer.Option(help="Where the result goes. Default: METHOD-MODEL.json here; skip-MODEL.json for a set.")
+]
 Study = Annotated[
-    Path | None, typer.Option(help="The search's memory; a stopped search goes on from it. Default: beside --output.")
+    Path | None,
+    typer.Option(help="layer_skip: the search's memory; a stopped search goes on from it. Default: beside --output."),
 ]
+Trials = Annotated[int, typer.Option(help="layer_skip: sets to try after every sublayer was left out alone.")]
+Sampler = Annotated[str, typer.Option(help="layer_skip: Optuna's sampler: tpe, or gp (needs scipy).")]
+Longest = Annotated[int, typer.Option(help="layer_skip: longest draft to consider.")]
 MaxCost = Annotated[
-    float | None, typer.Option(help="Best agreement among sets of at most this c, instead of best speed.")
+    float | None,
+    typer.Option(
+        help="layer_skip: seek the best agreement among sets of at most this cost, not the best speed. "
+        "0.65: a drafting pass takes 65 % of a full one."
+    ),
 ]
+Confirm = Annotated[int, typer.Option(help="layer_skip: decode for real with so many of the best; 0: with none.")]
 Evidence = Annotated[
-    Path | None, typer.Option(help="Also write all single sublayers, all pairs and the best sets to this file.")
+    Path | None,
+    typer.Option(help="layer_skip: also try all pairs, and write singles, pairs and the best sets to this file."),
 ]
+Costs = Annotated[Path | None, typer.Option(help="layer_skip: a file of an earlier tune; its measured times are used.")]
 Check = Annotated[
-    list[str] | None, typer.Option(help="No search: predict and measure this set, FILE or FILE#NAME; repeatable.")
+    list[str] | None,
+    typer.Option(help="layer_skip: no search; predict and measure this set, FILE or FILE#NAME. May be repeated."),
 ]
+Lengths = Annotated[str, typer.Option(help="layer_skip: draft lengths to --check, with commas between.")]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="s3d: also decode for real with every setting, to check the formula.")
+]
+
+OF_SEARCH = frozenset({"layer_skip"})
+HONOURED = {
+    **dict.fromkeys(("study", "trials", "sampler", "num_speculative_tokens", "max_cost", "confirm"), OF_SEARCH),
+    **dict.fromkeys(("evidence", "costs", "check", "draft_lengths"), OF_SEARCH),
+    "sweep": frozenset({"s3d"}),
+    "adapter": frozenset({"s3d"}),
+    "runs": frozenset({"layer_skip", "s3d"}),
+}
+"""Options that not every method can honour, and the methods that can."""
 
 
 def tune(
-    method: Annotated[str, typer.Option(help="What to tune: layer_skip, s3d, lookahead.")] = "layer_skip",
+    context: typer.Context,
+    method: Method = "layer_skip",
     model: Model = "pocket",
-    adapter: Adapters = None,
     prompts: Prompts = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat", help="Wrap the prompts in the checkpoint's chat template.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Where it goes. Default: METHOD-MODEL.json here, skip-MODEL.json for a set.")
-    ] = None,
-    study: Study = None,
-    trials: Annotated[int, typer.Option(help="Sets to try after the ranking of single sublayers.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Same seed, costs and prompts: same search.")] = 0,
-    sampler: Annotated[str, typer.Option(help="Optuna's sampler: tpe, or gp (needs scipy).")] = "tpe",
+    limit: Limit = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the model's own text for each prompt.")] = 48,
     temperature: Annotated[float, typer.Option(help="The own text is sampled at this; 0 is greedy.")] = 0.0,
-    num_speculative_tokens: Annotated[int, typer.Option(help="Longest draft to consider.")] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, measured times and prompts: same search.")] = 0,
+    output: Output = None,
+    trials: Trials = 1000,
+    num_speculative_tokens: Longest = 8,
     max_cost: MaxCost = None,
-    confirm: Annotated[int, typer.Option(help="Decode for real with so many of the best; 0 trusts the formula.")] = 3,
-    runs: Annotated[int, typer.Option(help="Timed runs of each, in alternation with plain decoding.")] = 3,
+    confirm: Confirm = 3,
+    runs: Annotated[int, typer.Option(help="Timed runs of each prompt, in alternation with plain decoding.")] = 3,
+    study: Study = None,
     evidence: Evidence = None,
-    costs: Annotated[Path | None, typer.Option(help="A file of an earlier tune whose measured times to use.")] = None,
+    costs: Costs = None,
+    sampler: Sampler = "tpe",
     check: Check = None,
-    draft_lengths: Annotated[str, typer.Option(help="Draft lengths to --check, with commas between.")] = "2,4",
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="s3d: also decode for real with every setting, to check the formula.")
-    ] = False,
+    draft_lengths: Lengths = "2,4",
+    adapter: Adapters = None,
+    sweep: Sweep = False,
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search the settings of a method by measurement: which sublayers to leave out, which sizes to look ahead with."""
-    if method not in METHODS:
-        raise OptionError(f"--method {method!r} cannot be tuned; there are: {', '.join(METHODS)}")
+    """Find a drafter's best settings by measurement.
+
+    layer_skip: which sublayers to leave out when drafting, and how long to draft. Writes a skip set. A search that
+    was stopped or killed goes on when the same command is given again.
+
+    s3d: how many blocks to leave out, and with how many masks. Needs --adapter.
+
+    lookahead: the sizes of its window and pool.
+
+    Give prompts like those you will ask. What the figures mean: docs/tune.md.
+    """
+    _refuse_foreign(context, method)
     from selfdraft.bench.prompts import read_prompts
     from selfdraft.tune.layer_skip import Options, Subject
     from selfdraft.tune.study import needs_optuna
@@ -122,14 +155,22 @@ def tune(
     names = ("trials", "seed", "sampler", "max_new_tokens", "temperature", "num_speculative_tokens", "max_cost")
     given = locals()
     settings = {name: given[name] for name in (*names, "confirm", "runs")}
-    settings["study"] = study or output.parent / f"{output.stem}.db"
+    options = Options(study=study or output.parent / f"{output.stem}.db", **settings)
     lengths = _lengths(draft_lengths)
-    job = Job(model, output, settings, evidence, costs, tuple(check or ()), lengths, sweep, as_json)
-    options = Options(**settings)
+    job = Job(model, output, evidence, costs, tuple(check or ()), lengths, sweep, as_json)
     texts = list(PROMPTS[:limit]) if prompts is None else read_prompts(prompts, limit)
     llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
-    ids = encode_all(llm, texts, chat_template, options.sampling)
+    ids = encode_all(llm, texts, chat, options.sampling)
     METHODS[method](llm, Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model)), job, options)
+
+
+def _refuse_foreign(context: typer.Context, method: str) -> None:
+    """Refuse what only another method can honour. Errors: OptionError names the option."""
+    for name, methods in HONOURED.items():
+        source = context.get_parameter_source(name)
+        if method not in methods and source is not None and source.name == "COMMANDLINE":
+            of = " and ".join(f"--method {each}" for each in sorted(methods))
+            raise OptionError(f"--{name.replace('_', '-')} belongs to {of}, not to {method}: leave it out")
 
 
 def _layer_skip(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
@@ -167,7 +208,6 @@ def _lookahead(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     from selfdraft.tune import lookahead
     from selfdraft.tune.skip_sets import check_writable, write_json
 
-    _no_search(job)
     check_writable(job.output)
     requests = [repeatable(llm, options.sampling, options.seed, ids) for ids in map(list, subject.prompts)]
     measure = partial(lookahead.measure, partial(llm.engine_for, "lookahead"), requests)
@@ -195,7 +235,6 @@ def _s3d(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     from selfdraft.tune import s3d
     from selfdraft.tune.skip_sets import check_writable, write_json
 
-    _no_search(job)
     check_writable(job.output)
     widths = s3d.default_widths(llm.target)
     requests = [repeatable(llm, options.sampling, options.seed, ids) for ids in map(list, subject.prompts)]
@@ -219,19 +258,6 @@ def _s3d(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
         show.document({"output": str(job.output), **document})
     else:
         show.curve(document, job.output)
-
-
-def _no_search(job: Job) -> None:
-    """Refuse what only the search of skip sets can honour. Errors: OptionError."""
-    from selfdraft.tune.layer_skip import Options
-
-    of_search = ("trials", "sampler", "num_speculative_tokens", "max_cost", "confirm")
-    given = [f.name for f in fields(Options) if f.name in of_search and job.settings[f.name] != f.default]
-    given += [name for name in ("evidence", "costs", "check") if getattr(job, name)]
-    given += ["study"] * (job.settings["study"] != job.output.with_suffix(".db"))
-    given += ["draft_lengths"] * (job.draft_lengths != (2, 4))
-    if given:
-        raise OptionError(f"--{given[0].replace('_', '-')} belongs to --method layer_skip: leave it out")
 
 
 def _best(tuning: Tuning, options: Options, job: Job) -> dict[str, Any]:

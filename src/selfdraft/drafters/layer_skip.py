@@ -157,6 +157,9 @@ def choose_skip(
         return read_skip(skip_set, layers)
     if attention is None and mlp is None:
         return checked(usual_skip(layers), layers)
+    for name, blocks in (("skip_attention", attention), ("skip_mlp", mlp)):
+        if blocks is not None and (isinstance(blocks, str) or not isinstance(blocks, Iterable)):
+            raise OptionError(f"{name}={blocks!r} is no list of block numbers; give one such as [3, 4]")
     return checked(Skip(frozenset(attention or ()), frozenset(mlp or ())), layers)
 
 

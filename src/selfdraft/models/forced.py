@@ -93,19 +93,21 @@ class Forcing:
         self._tokens = torch.tensor([token for text in texts for token in text.tokens])
         self._owner = torch.tensor([i for i, text in enumerate(texts) for _ in text.tokens])
         self._places = torch.tensor([place for text in texts for place in range(len(text.tokens))])
+        self._starts = [int(i) for i in (self._places == 0).nonzero()[:, 0]]
         self._cache = KVCache(1, len(self._tokens) + chunk)
         self._read()
 
     @torch.inference_mode()
     def _read(self) -> None:
         """Keys and values of all texts by the full model."""
-        starts = [int(i) for i in (self._places == 0).nonzero()[:, 0]]
-        for start, stop in zip(starts, [*starts[1:], len(self._tokens)], strict=True):
-            for first in range(start, stop, self.chunk):
-                rows = torch.arange(first, min(first + self.chunk, stop))
-                keys = torch.arange(int(rows[-1]) + 1)
-                sees = (keys >= start) & (keys <= rows[:, None])
-                self._run(self._view, rows, first, self._places[: len(keys)], sees, answers=[0])
+        for rows in torch.split(torch.arange(len(self._tokens)), self.chunk):
+            groups = []
+            for text in sorted(set(self._owner[rows].tolist())):
+                mine = (self._owner[rows] == text).nonzero()[:, 0]
+                keys = torch.arange(self._starts[text], int(rows[mine[-1]]) + 1)
+                sees = keys <= rows[mine][:, None]
+                groups.append(self._group(mine, keys, self._places[keys], self._places[rows[mine]], sees))
+            self._run(self._view, rows, int(rows[0]), self._places[rows], groups, answers=[0])
 
     @torch.inference_mode()
     def draft(self, skip: Skip, depth: int = 1) -> Forced:
@@ -116,10 +118,7 @@ class Forcing:
 
     def _split(self, depth: int) -> Iterator[Tensor]:
         """Flat places of the bases, as many at a time as fit into a pass."""
-        starts = [0]
-        for text in self.texts:
-            starts.append(starts[-1] + len(text.tokens))
-        flat = [start + base for start, text in zip(starts, self.texts, strict=False) for base in text.bases]
+        flat = [start + base for start, text in zip(self._starts, self.texts, strict=True) for base in text.bases]
         yield from torch.split(torch.tensor(flat), max(1, self.chunk // depth))
 
     def _chunk(self, model: PreTrainedModel, bases: Tensor, depth: int) -> tuple[Tensor, ...]:
@@ -131,17 +130,28 @@ class Forcing:
             self._owner[follower] == self._owner[bases][:, None]
         )
         rows, base = places.flatten(), bases.repeat_interleave(depth)
-        memory = (self._owner == self._owner[base][:, None]) & (torch.arange(count) < base[:, None])
         chain = torch.arange(depth).repeat(len(bases))
-        own = (base == base[:, None]) & (chain <= chain[:, None])
         positions = self._places[base] + chain
-        logits = self._run(
-            model, rows, count, torch.cat([self._places, positions]), torch.cat([memory, own], 1), positions=positions
-        )
+        groups = []
+        for text in sorted(set(self._owner[bases].tolist())):
+            mine = (self._owner[base] == text).nonzero()[:, 0]
+            root, link = base[mine], chain[mine]
+            past = torch.arange(self._starts[text], int(root.max()))
+            own = (root == root[:, None]) & (link <= link[:, None])
+            sees = torch.cat([past < root[:, None], own], 1)
+            keys, at = torch.cat([past, count + mine]), torch.cat([self._places[past], positions[mine]])
+            groups.append(self._group(mine, keys, at, positions[mine], sees))
+        logits = self._run(model, rows, count, positions, groups)
         said = self._say(logits, rows)
         confidence = logits.float().softmax(-1).gather(-1, said[:, None])[:, 0]
         right = (said.view(-1, depth) == self._tokens[follower].to(said.device)).cpu() & known
         return said.view(-1, depth).cpu(), confidence.view(-1, depth).cpu(), right, known
+
+    def _group(self, rows: Tensor, keys: Tensor, places: Tensor, queries: Tensor, sees: Tensor) -> Group:
+        """Rows of one text: they attend to the keys of their own text only, so other texts cost them nothing."""
+        rows, keys, places, queries, sees = (each.to(self._device) for each in (rows, keys, places, queries, sees))
+        write = torch.arange(len(rows), device=self._device)
+        return Group(0, rows, write, rows, keys[None], sees[None], places[None], queries[None])
 
     def _say(self, logits: Tensor, rows: Tensor) -> Tensor:
         """What the drafter would draft at these rows: as `LayerSkip` does, with the text up to there as its path."""
@@ -160,25 +170,18 @@ class Forcing:
         model: PreTrainedModel,
         rows: Tensor,
         base: int,
-        places: Tensor,
-        sees: Tensor,
-        *,
-        positions: Tensor | None = None,
+        positions: Tensor,
+        groups: list[Group],
         answers: SequenceOf[int] | None = None,
     ) -> Tensor:
-        """Logits of one pass over the tokens at flat places `rows`, written behind `base`; `sees` [rows, keys]."""
+        """Logits of one pass over the tokens at flat places `rows`, written behind `base`."""
         device, count = self._device, len(rows)
-        positions = self._places[rows] if positions is None else positions
-        at = torch.arange(count, device=device)
-        group = Group(
-            0, at, at, at, None, sees[None].to(device), places[None].to(device), positions[None].to(device), whole=True
-        )
         output = model(
             input_ids=self._tokens[rows][None].to(device),
             position_ids=positions[None].to(device),
             use_cache=False,
             logits_to_keep=torch.tensor([*range(count)] if answers is None else answers, device=device),
-            selfdraft=Plan(self._cache, (Span(0, base, 0, count, EMPTY, 0),), [group]),
+            selfdraft=Plan(self._cache, (Span(0, base, 0, count, EMPTY, 0),), groups),
         )
         logits: Tensor = output.logits[0]
         return logits

@@ -33,8 +33,8 @@ NAME = "selfdraft_packed"
 class Pack:
     """What one packed pass needs to know; travels to the attention function as a keyword argument.
 
-    `sees` [batch, n, keys] says who may see whom before any window; `places` [batch, keys] and `queries` [batch, n]
-    are positions. With `prefix` the keys are those of the text, then the pass's own.
+    `sees` [batch or 1, n, keys] says who may see whom before any window; `places` [batch, keys] and `queries`
+    [batch, n] are positions. With `prefix` the keys are those of the text, then the pass's own.
     """
 
     sees: Tensor
@@ -108,8 +108,8 @@ class Student(nn.Module):
     `lead`: groups start with a copy of the anchor token, computed in the drafting pass too (S3D); else the anchor's
     own row is the untouched model's (SPACE). `tuned`: the adapter acts on every row and learns the text itself, as in
     SPACE's own fine-tuning. `link`: rank of the map that tells a row which token came before (see `MaskAdapter.link`);
-    0 leaves it out. The same `seed` gives the same start. `base` is frozen by this; its weights are shared, never
-    changed.
+    0 leaves it out. The same `seed` gives the same start. `base` is frozen by this; its weights are shared, and changed
+    by `merged` alone.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class Student(nn.Module):
         save_file(tensors, folder / EMBEDDINGS)
 
     def merged(self) -> PreTrainedModel:
-        """The model with the adapter in its weights, once training has ended."""
+        """The model with the adapter in its weights, once training has ended; `base` itself is changed by this."""
         model = self.model.merge_and_unload() if hasattr(self.model, "peft_config") else self.model
         assert isinstance(model, PreTrainedModel)
         return model
@@ -255,7 +255,7 @@ class Student(nn.Module):
 def _causal(tokens: Tensor) -> Pack:
     count, size = tokens.shape
     places = torch.arange(size, device=tokens.device)
-    return Pack((places <= places[:, None]).expand(count, -1, -1), places.expand(count, -1), places.expand(count, -1))
+    return Pack((places <= places[:, None])[None], places.expand(count, -1), places.expand(count, -1))
 
 
 def linear_names(model: PreTrainedModel, blocks: SequenceOf[int]) -> list[str]:

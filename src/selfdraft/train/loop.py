@@ -8,7 +8,9 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from selfdraft.errors import OptionError
 from selfdraft.models.student import Batch, Student
 from selfdraft.train.settings import Settings, first_change
-from selfdraft.train.texts import Text
+from selfdraft.train.texts import Text, split
 from selfdraft.types import Skip
 
 if TYPE_CHECKING:
@@ -57,43 +59,65 @@ def train(
     """Train to the end of `settings.steps`, from the checkpoint if there is one.
 
     Yields after every step; every `every` steps, and at the end, with held-out acceptance and a checkpoint written.
-    Errors: OptionError when the checkpoint was made with other settings, for another model or out of other texts.
+    Errors: OptionError when the checkpoint was made with other settings, for another model or out of other texts;
+    when the loss is no number, a step does not fit into memory, or the checkpoint cannot be written.
     """
     skips = settings.skips(student.layers)
     ordered = sorted(texts, key=lambda text: len(text.tokens))
-    learned = [text for text in ordered if not text.held_out] or ordered
-    measured = [text for text in ordered if text.held_out] or ordered
+    learned, measured = split(ordered)
     optimizer: Any = torch.optim.AdamW(student.trainable(), betas=(0.9, 0.98), weight_decay=0.0)
     model, optimizer = accelerator.prepare(student, optimizer)
-    origin = {"model": student.fingerprint, "texts": digest(ordered)}
-    step = _resume(checkpoint, student, optimizer, settings, origin)
+    origin = {"model": student.fingerprint, "precision": accelerator.mixed_precision, "texts": digest(ordered)}
+    step, mean = _resume(checkpoint, student, optimizer, settings, origin)
     if step == settings.steps:  # killed after the last step, before its result was written
-        yield Progress(step, 0.0, measure(student, measured, settings, skips[len(skips) // 2], accelerator))
+        yield Progress(step, mean, measure(student, measured, settings, skips[len(skips) // 2], accelerator))
     while step < settings.steps:
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(step)
         skip = skips[step % len(skips)]
         share = (accelerator.process_index, accelerator.num_processes)
         batch = draw(learned, settings, step, skip, accelerator.device, *share)
-        with accelerator.autocast():
-            said, wanted, counts = model(batch)
-            total, weight = weighted_loss(said, wanted, counts, settings.hard_share)
-            # the mean over the rows of all processes: gradients are averaged over them, and their rows differ in number
-            loss = total / accelerator.reduce(weight, "mean").clamp(min=1.0)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(student.trainable(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with _blaming_memory(batch):
+            mean = _learn(model, optimizer, batch, settings, accelerator)
         step += 1
-        mean = float(accelerator.reduce(loss.detach(), "mean"))
         if step % every and step < settings.steps:
             yield Progress(step, mean)
             continue
         acceptance = measure(student, measured, settings, skips[len(skips) // 2], accelerator)
         if accelerator.is_main_process:
-            save(checkpoint, student, optimizer, settings, step, origin)
+            save(checkpoint, student, optimizer, settings, Progress(step, mean), origin)
         accelerator.wait_for_everyone()
         yield Progress(step, mean, acceptance)
+
+
+def _learn(model: Any, optimizer: Any, batch: Batch, settings: Settings, accelerator: Accelerator) -> float:
+    """One step of the optimizer; the loss, over all processes. Errors: OptionError, and nothing is changed then."""
+    with accelerator.autocast():
+        said, wanted, counts = model(batch)
+        total, weight = weighted_loss(said, wanted, counts, settings.hard_share)
+        # the mean over the rows of all processes: gradients are averaged over them, and their rows differ in number
+        loss = total / accelerator.reduce(weight, "mean").clamp(min=1.0)
+    mean = float(accelerator.reduce(loss.detach(), "mean"))
+    if not isfinite(mean):
+        raise OptionError(f"the loss is {mean}: give a lower --learning-rate than {settings.learning_rate}")
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean
+
+
+@contextmanager
+def _blaming_memory(batch: Batch) -> Iterator[None]:
+    """Errors: OptionError when a step does not fit into memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        count, length = batch.tokens.shape
+        what = f"{count} texts of {length} tokens with {batch.anchors.shape[1]} mask groups each"
+        raise OptionError(f"{what} do not fit into memory; lower --groups, --batch-size or --max-length") from error
 
 
 def draw(
@@ -172,12 +196,14 @@ def digest(texts: SequenceOf[Text]) -> str:
 
 
 def save(
-    path: Path, student: Student, optimizer: Any, settings: Settings, step: int, origin: Mapping[str, str]
+    path: Path, student: Student, optimizer: Any, settings: Settings, done: Progress, origin: Mapping[str, str]
 ) -> None:
     """Write beside, then rename: a kill leaves the old checkpoint whole."""
     weights = [p.detach().cpu() for p in student.trainable()]
-    state = {"weights": weights, "optimizer": optimizer.state_dict(), "step": step, "settings": settings.as_dict()}
-    state["origin"] = dict(origin)
+    state = {"weights": weights, "optimizer": optimizer.state_dict(), "settings": settings.as_dict()}
+    state |= {"step": done.step, "loss": done.loss, "origin": dict(origin)}
+    if optimizer.scaler is not None:  # float16
+        state["scaler"] = optimizer.scaler.state_dict()
     part = path.with_suffix(".part")
     try:
         torch.save(state, part)
@@ -185,15 +211,18 @@ def save(
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
         what = str(error).partition("\n")[0]
-        raise OptionError(f"the checkpoint {path} cannot be written: {what}; the last one is whole") from error
+        raise OptionError(f"the checkpoint {path} cannot be written: {what}; the last one, if any, is whole") from error
 
 
-def _resume(path: Path, student: Student, optimizer: Any, settings: Settings, origin: Mapping[str, str]) -> int:
+def _resume(
+    path: Path, student: Student, optimizer: Any, settings: Settings, origin: Mapping[str, str]
+) -> tuple[int, float]:
+    """(steps done, the loss of the last one), from the checkpoint if there is one. Errors: OptionError."""
     if not path.exists():
-        return 0
+        return 0, 0.0
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        made = state["settings"] | state.get("origin", origin)  # old checkpoints do not say
+        made = {**state["settings"], **origin, **state.get("origin", {})}  # old checkpoints do not say all
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError) as error:
         what = str(error).partition("\n")[0]
         raise OptionError(f"{path} cannot be read: {what}; delete it to start again") from error
@@ -204,4 +233,6 @@ def _resume(path: Path, student: Student, optimizer: Any, settings: Settings, or
         for parameter, saved in zip(student.trainable(), state["weights"], strict=True):
             parameter.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    if "scaler" in state:
+        optimizer.scaler.load_state_dict(state["scaler"])
+    return int(state["step"]), float(state.get("loss", 0.0))

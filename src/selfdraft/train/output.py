@@ -12,14 +12,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from selfdraft.errors import OptionError
-from selfdraft.models.masks import CARD, fingerprint
+from selfdraft.models.masks import CARD, CHECKPOINT, fingerprint
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.models.student import Student
 from selfdraft.train.settings import Settings
 
-CHECKPOINT = "training.pt"
 MODEL = "model"
 """Folder of the tuned model inside the output."""
+PART = "unfinished"
+"""Folder in which results are written before they are moved to their places."""
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -33,8 +34,8 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def check_output(folder: Path) -> None:
     """Said before hours of training, and before anything is made: can results be written there? Errors: OptionError."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
         raise OptionError(f"the output {folder} cannot be made: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise OptionError(f"the output {folder} cannot be made: {there} is not writable")
@@ -48,18 +49,32 @@ def make_output(folder: Path) -> None:
         raise OptionError(f"the output {folder} cannot be made: {error.strerror}") from error
 
 
+def tidy(folder: Path) -> None:
+    """Remove what only an unfinished training needs."""
+    shutil.rmtree(folder / PART, ignore_errors=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _readable(folder: Path) -> None:
+    """Files as readable as any others that are made here: safetensors writes for its owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
 def write_model(folder: Path, model: Model, tokenizer: Tokenizer | None) -> None:
     """The tuned model into `folder`/MODEL, whole or not at all. Errors: OptionError."""
-    part = folder / "unfinished"
+    part = folder / PART
     shutil.rmtree(part, ignore_errors=True)
     try:
         model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
+        _readable(part)
         shutil.rmtree(folder / MODEL, ignore_errors=True)
         os.replace(part, folder / MODEL)
     except (OSError, SafetensorError) as error:
-        raise OptionError(f"the model cannot be written into {folder}: {error}") from error
+        raise OptionError(f"the model cannot be written into {folder}: {error}; the checkpoint stays") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -69,18 +84,19 @@ def write_adapter(
 ) -> None:
     """Adapter, mask embeddings and card into `folder`; the card goes last, so without it a folder is unfinished.
 
-    Errors: OptionError when they cannot be written; then nothing of them is left.
+    Errors: OptionError when they cannot be written; then nothing half-written is left.
     """
-    part = folder / "unfinished"
+    part = folder / PART
     shutil.rmtree(part, ignore_errors=True)
     card = {"method": settings.recipe, "model": fingerprint(model), "settings": settings.as_dict(), **facts}
     try:
         part.mkdir(parents=True)
         student.save(part)
+        _readable(part)
         (part / CARD).write_text(json.dumps(card, indent=1) + "\n", "utf-8")
         for path in sorted(part.iterdir(), key=lambda path: path.name == CARD):
             os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
-        raise OptionError(f"the adapter cannot be written into {folder}: {error}") from error
+        raise OptionError(f"the adapter cannot be written into {folder}: {error}; the checkpoint stays") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfdraft.errors import OptionError
+from selfdraft.models.masks import CHECKPOINT
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.models.student import Student, linear_names
 from selfdraft.train.loop import Progress, train
-from selfdraft.train.output import CHECKPOINT, write_adapter, write_model
+from selfdraft.train.output import MODEL, tidy, write_adapter, write_model
 from selfdraft.train.settings import Settings
-from selfdraft.train.texts import Text
+from selfdraft.train.texts import Text, split
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,14 +31,19 @@ def accelerator_for(model: Model) -> Accelerator:
     except ImportError as error:
         raise OptionError("training needs accelerate and PEFT: pip install 'selfdraft[train]'") from error
     weight = next(p for p in model.parameters() if p.is_floating_point())
-    mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(str(weight.dtype).removeprefix("torch."), "no")
-    cpu = weight.device.type == "cpu"
-    if cpu and mixed == "fp16":
-        raise OptionError("float16 cannot be trained on a CPU; use --dtype bfloat16 or float32")
+    dtype = str(weight.dtype).removeprefix("torch.")
+    mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
     # every step of S3D leaves out other blocks; and while one process writes the target's texts, the others wait
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[unused, patience])
+    try:
+        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused, patience])
+    except ValueError as error:  # not on this device; or this process has trained in another precision before
+        why = str(error).partition("\n")[0]
+        raise OptionError(f"{dtype} cannot be trained here: {why}") from error
+    if mixed == "fp16" and accelerator.device.type == "cpu":
+        raise OptionError("float16 cannot be trained on a CPU; use --dtype bfloat16 or float32")
+    return accelerator
 
 
 def make_student(model: Model, settings: Settings) -> Student:
@@ -73,7 +79,10 @@ def run(
     *,
     every: int = 100,
 ) -> Iterator[Progress]:
-    """Train, or go on training, and write the adapter into `output`. Yields after every step. Errors: OptionError."""
+    """Train, or go on training, and write the adapter into `output`. Yields after every step. Errors: OptionError.
+
+    `model` moves to the accelerator's device; with `sar_sft` it is the tuned model afterwards.
+    """
     model.to(accelerator.device)
     student = make_student(model, settings)
     last = Progress(settings.steps, 0.0)
@@ -81,8 +90,10 @@ def run(
         yield last
     if not accelerator.is_main_process:
         return
+    measured = split(texts)[1]
     facts: dict[str, object] = {
         "held_out_acceptance": [round(share, 4) for share in last.acceptance],
+        "held_out_texts": len(measured) if len(measured) < len(texts) else 0,
         "advice": {"skip_widths": [len(skip.mlp) for skip in settings.skips(student.layers) if skip]},
         "texts": len(texts),
         "tokens": sum(len(text.tokens) for text in texts),
@@ -90,5 +101,6 @@ def run(
     if settings.sar_sft:
         model = student.merged()
         write_model(output, model, tokenizer)
+        write_adapter(output / MODEL / f"selfdraft_{settings.recipe}", student, model, settings, facts)
     write_adapter(output, student, model, settings, facts)
-    (output / CHECKPOINT).unlink(missing_ok=True)
+    tidy(output)

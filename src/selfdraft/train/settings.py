@@ -45,8 +45,10 @@ class Settings:
         within("masks", self.masks, 1, 32)
         within("rank", self.rank, 0, 1024)
         within("link", self.link, 0, 1024)
-        for name in ("steps", "batch_size", "groups"):
-            within(name, getattr(self, name), 1, 2**31)
+        within("steps", self.steps, 1, 2**31)
+        within("batch_size", self.batch_size, 1, 2**16)
+        within("groups", self.groups, 1, 2**12)
+        within("seed", self.seed, 0, 2**32)
         within("learning_rate", self.learning_rate, 0.0, 1.0, open_low=True)
         within("max_length", self.max_length, 16, 2**20)
         within("hard_share", self.hard_share, 0.0, 1.0)

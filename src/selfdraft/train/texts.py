@@ -19,6 +19,8 @@ from selfdraft.train.settings import first_change
 Encode = Callable[[str], list[int]]
 RECORDS = (".jsonl", ".json", ".gz")
 """Endings of files with records; all others are plain text."""
+SHORTEST = 8
+"""Fewest tokens of a text, and of an answer that is learned without its prompt."""
 ANSWERS = ("completion", "response", "output", "answer", "canonical_solution", "code")
 """Where a record keeps what follows its prompt, in the order they are looked for."""
 
@@ -31,9 +33,21 @@ class Text:
     start: int = 0
 
     @property
-    def held_out(self) -> bool:
-        """One text in fifty, chosen by a hash of its tokens: never trained on, only measured on."""
-        return hashlib.sha256(json.dumps(self.tokens).encode()).digest()[0] < 256 // 50
+    def lot(self) -> bytes:
+        """A hash of the tokens: equal texts draw the same lot."""
+        return hashlib.sha256(json.dumps(self.tokens).encode()).digest()
+
+
+def split(texts: SequenceOf[Text]) -> tuple[list[Text], list[Text]]:
+    """(texts to learn from, texts to measure on), in their order, chosen by lot: one text in fifty is held out.
+
+    At least one is; a single text is both.
+    """
+    lots = [text.lot for text in texts]
+    lowest = min(lots)
+    out = [lot[0] < 256 // 50 or lot == lowest for lot in lots]
+    held = [text for text, chosen in zip(texts, out, strict=True) if chosen]
+    return [text for text, chosen in zip(texts, out, strict=True) if not chosen] or held, held
 
 
 def read_texts(paths: SequenceOf[Path], encode: Encode, most: int, vocab: int | None = None) -> list[Text]:
@@ -44,7 +58,7 @@ def read_texts(paths: SequenceOf[Path], encode: Encode, most: int, vocab: int | 
     """
     texts = [text for path in paths for whole in _file(path, encode, vocab) for text in _pieces(whole, most)]
     if not texts:
-        raise RequestError(f"{', '.join(map(str, paths))}: no text of at least 8 tokens in there")
+        raise RequestError(f"{', '.join(map(str, paths))}: no text of at least {SHORTEST} tokens in there")
     return texts
 
 
@@ -52,6 +66,8 @@ def read_prompts(paths: SequenceOf[Path], encode: Encode, vocab: int | None = No
     """Prompts, as tokens, that the target shall continue. Errors: RequestError names the file and the line."""
     prompts = []
     for path in paths:
+        if path.suffix not in RECORDS:
+            raise RequestError(f"{path}: prompts to go on from must be records ({', '.join(RECORDS)}), not plain text")
         for place, record in read_records(path):
             prompt = _tokens(record, "prompt_token_ids", place, vocab) or encode(turns_of(record, place)[0])
             if prompt:
@@ -95,8 +111,11 @@ def _check_origin(path: Path, origin: Mapping[str, object]) -> None:
     if odd is not None:
         raise OptionError(f"{path} was made with {odd}; go on with the same options, or choose another --output")
     part = beside.with_suffix(".part")
-    part.write_text(json.dumps(origin) + "\n", "utf-8")
-    os.replace(part, beside)
+    try:
+        part.write_text(json.dumps(origin) + "\n", "utf-8")
+        os.replace(part, beside)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _append_own(
@@ -147,11 +166,16 @@ def _file(path: Path, encode: Encode, vocab: int | None) -> Iterator[Text]:
 
 
 def _pieces(text: Text, most: int) -> Iterator[Text]:
-    """Cuts of at most `most` tokens; of a prompt that is too long its end is kept."""
-    for first in range(max(0, text.start - most // 2), len(text.tokens), most):
+    """Cuts of at most `most` tokens; of a prompt that leaves no room for its answer the end is kept.
+
+    An answer of a few tokens has no room for mask groups: there they hang under the prompt, too.
+    """
+    begin = 0 if len(text.tokens) <= most else max(0, text.start - most // 2)
+    for first in range(begin, len(text.tokens), most):
         tokens = text.tokens[first : first + most]
-        if len(tokens) >= 8:
-            yield Text(tokens, max(text.start - first, 0))
+        start = max(text.start - first, 0)
+        if len(tokens) >= SHORTEST:
+            yield Text(tokens, start if len(tokens) - start >= SHORTEST else 0)
 
 
 def _read(path: Path) -> str:

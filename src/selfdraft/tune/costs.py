@@ -141,20 +141,21 @@ def measure_costs(target: HFTarget, tokens: SequenceOf[int], request: Request, m
     chains = [Draft.chain([(last + i) % target.vocab for i in range(size)], "x") for size in range(most + 1)]
     watch, row = SublayerClock(target), chain_rows([(0, bench.context, last)])
     half = Skip(frozenset(range(target.layers // 2, target.layers)))
-    drafter = fixed(target, half, LINKS)
+    watched = _Watched(target)
+    drafter = fixed(cast(HFTarget, watched), half, LINKS)
     passes: list[list[float]] = []
     shares: dict[str, list[list[float]]] = {"attention": [], "mlp": [], "block": []}
     links: list[float] = []
     for run in range(-2, runs):
+        watched.seconds = 0.0
         drafting = bench.time(lambda: bench.draft_with(drafter, LINKS))
-        alone = sum(bench.time(lambda: target.forward(row, half)) for _ in range(LINKS))
         bench.step()  # takes what the drafting passes left, so that the next ones are whole
         turn = [_forward_seconds(bench, chain) for chain in chains]
         times = watch.measure(row)
         if run < 0:  # warm-up
             continue
         passes.append(turn)
-        links.append(max(drafting - alone, 0.0) / LINKS)
+        links.append((drafting - watched.seconds) / LINKS)
         for kind, found in shares.items():
             found.append([seconds / times.whole for seconds in getattr(times, kind)])
     one = median(turn[0] for turn in passes)
@@ -188,19 +189,19 @@ def beside_the_pass(target: HFTarget, request: Request) -> float:
     for _ in Engine(seen, NoDrafter(seen)).generate([request()]):
         ended = watched.now()
         if began is not None:
-            beside.append(ended - began - watched.forward_seconds)
-        began = ended
+            beside.append(ended - began - watched.seconds)
+        began, watched.seconds = ended, 0.0
     if not beside:
         raise OptionError("the prompts get answers of one token, on which nothing can be timed: give other prompts")
     return max(median(beside), 0.0)
 
 
 class _Watched:
-    """The target, and how long its last forward pass took."""
+    """The target, and how long its forward passes took."""
 
     def __init__(self, target: HFTarget) -> None:
         self.target, self.now = target, clock_of(target)
-        self.forward_seconds = 0.0
+        self.seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.target, name)
@@ -208,7 +209,7 @@ class _Watched:
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
         began = self.now()
         logits = self.target.forward(rows, skip)
-        self.forward_seconds = self.now() - began
+        self.seconds += self.now() - began
         return logits
 
 

@@ -111,13 +111,19 @@ def chain(target: HFTarget, width: int, masks: int) -> S3D:
 def acceptance(
     target: HFTarget, requests: SequenceOf[Request], width: int
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Share of accepted tokens at each place while decoding `requests` for real, and how many were tried there."""
+    """Share of accepted tokens at each place while decoding `requests` for real, and how many steps came that far.
+
+    A place that could not be drafted (the request or an attention length ends there) counts as not accepted, for it
+    brings nothing; so E of these shares is what a step really brings.
+    """
     masks = len(target.masks_of("s3d"))
     engine = Engine(target, chain(target, width, masks))
     tried, right = [0] * (masks + 1), [0] * (masks + 1)
     for request in requests:
-        for _, result in engine.generate([request()]):
-            for place in range(min(result.draft.candidates, len(result.path) + 1)):
+        for sequence, result in engine.generate([request()]):
+            if sequence.written == len(result.tokens):
+                continue  # the prefill
+            for place in range(min(masks, len(result.path)) + 1):
                 tried[place] += 1
                 right[place] += place < len(result.path)
     if not tried[0]:

@@ -30,6 +30,7 @@ def save_set(path: Path, name: str, record: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a document, lists of numbers on one line each. Errors: OptionError; then the old file is as it was."""
+    check_writable(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(_pretty(value) + "\n", "utf-8")
@@ -43,9 +44,10 @@ def write_json(path: Path, value: Any) -> None:
 def check_writable(path: Path) -> None:
     """Errors: OptionError when nothing can be written there; asked before hours of work, not after."""
     folder = path.parent
-    if path.is_dir() or not folder.is_dir():
-        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {str(folder)!r}"
-        raise OptionError(f"{path} {what}; give the path of a file")
+    if not folder.is_dir():
+        raise OptionError(f"{path} cannot be written: there is no folder {str(folder)!r}; give the path of a file")
+    if path.exists() and not path.is_file():  # moving a file onto a device would take its place
+        raise OptionError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the path of a file")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise OptionError(f"{path} cannot be written: permission denied; give another place")
 

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from selfdraft.errors import OptionError
+from selfdraft.tune.skip_sets import check_writable
 from selfdraft.types import Skip
 
 NAME = "layer_skip"
@@ -81,6 +82,7 @@ class Study:
     @classmethod
     def create(cls, path: Path, layers: int, setup: Mapping[str, Any]) -> Study:
         """A new study; its file appears only when `setup` is in it."""
+        check_writable(path)
         beside = path.with_name(path.name + ".new")
         optuna = needs_optuna()
         with blaming(path):
@@ -134,7 +136,8 @@ class Study:
 
 def _check_is_study(path: Path) -> None:
     """Asked before Optuna opens the file, for it would put its tables into any file. Errors: sqlite3.Error."""
-    with closing(sqlite3.connect(path)) as connection:
+    place = f"{path.absolute().as_uri()}?mode=rw"  # never make an empty file
+    with closing(sqlite3.connect(place, uri=True)) as connection:
         if not connection.execute("SELECT 1 FROM studies WHERE study_name = ?", (NAME,)).fetchone():
             raise sqlite3.OperationalError("no such study")
 

@@ -1,0 +1,44 @@
+"""The command line as a user meets it: what was typed, and what came back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from selfdraft import cli
+
+
+@dataclass(frozen=True)
+class Done:
+    """Exit code, standard output and standard error of one command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> Any:
+        return json.loads(self.out)
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> Done:
+    """Runs `selfdraft` with arguments in this process, errors and exit code included."""
+    monkeypatch.setattr(sys, "argv", ["selfdraft", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    code = ending.value.code
+    return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+
+def one_line(done: Done, words: str) -> None:
+    """Exit code 2 and one line that says what is wrong."""
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.count("\n") == 1, done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("error:") == 1
+    assert words in done.err
