@@ -121,11 +121,18 @@ def time_of(times: Mapping[int, float], rows: int) -> float:
 
 
 def open_drafter(name: str, options: Mapping[str, object] | None = None) -> Drafter:
-    """The drafter `name`, without a model. Errors: OptionError when it needs one; as `drafters.build`."""
-    if getattr(find(name, options or {}), "reads", None) != "tokens":
+    """The drafter `name`, without a model; options that make it read logits are off unless they are given.
+
+    Errors: OptionError when drafter or options need a model; as `drafters.build`.
+    """
+    factory, wanted = find(name, options or {}), dict(options or {})
+    if getattr(factory, "reads", None) != "tokens":
         able = ", ".join(known for known, factory in table().items() if getattr(factory, "reads", None) == "tokens")
         raise OptionError(f"drafter {name!r} reads what the model says; a log holds tokens only. Replay takes: {able}")
-    return build(name, LogTarget(), options)
+    for option in getattr(factory, "logit_options", ()):
+        if wanted.setdefault(option, False):
+            raise OptionError(f"{option} of drafter {name!r} reads logits; a log holds tokens only: leave it out")
+    return build(name, LogTarget(), wanted)
 
 
 def check_times(times: Mapping[int, float]) -> None:
