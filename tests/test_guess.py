@@ -46,8 +46,8 @@ def stated(_depth: int, _rank: int, raw: float) -> float:
 def tree_of(chances: Chances, budget: Budget, price: float = 0.0) -> Draft:
     """Token 10 * depth + rank has `chances[depth - 1][rank]`, whatever stands before it."""
     guesses = [Guess(tuple(10 * (i + 1) + rank for rank in range(len(each))), each) for i, each in enumerate(chances)]
-    depth = min(budget.depth, len(chances))
-    return expand(guesses[0], lambda depth, _: guesses[depth], stated, Budget(budget.nodes, depth, 8), price, "x")
+    room = Budget(budget.nodes, min(budget.depth, len(chances)), 8)
+    return expand(guesses[0], lambda depth, token, node, parent: guesses[depth], stated, room, price, "x")
 
 
 def paths_of(draft: Draft) -> list[tuple[int, ...]]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from selfdraft.cli import app
 from selfdraft.core.adapt import Acceptance, Mean, StepTime
+from selfdraft.core.answers import Answers, likeliest
 from selfdraft.core.intervals import Intervals, intervals
 from selfdraft.core.noise import gumbel, gumbel_rows
 from selfdraft.core.sequence import Sequence, open_sequence
@@ -31,13 +32,11 @@ from selfdraft.drafters.lookahead import (
     TEXT,
     TRIAL,
     WINDOW,
-    Answers,
     Guess,
     Lookahead,
     Pool,
     Sizes,
     Window,
-    likeliest,
     trie,
     window_parents,
 )

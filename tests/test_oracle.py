@@ -33,7 +33,7 @@ from selfdraft.protocols import Drafter, Target
 from selfdraft.types import Budget, SamplingParams, Skip
 from tests.models import VOCAB, random_adapters, tiny_llama
 
-OPTIONS: dict[str, dict[str, object]] = {"lookup": {"num_speculative_tokens": 6}}
+OPTIONS: dict[str, dict[str, object]] = {"lookup": {"num_speculative_tokens": 6}, "merged": {"memory": 300}}
 """Options of a drafter under test; a drafter that is not named runs with its defaults."""
 
 MASKS = 7

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from selfdraft.bench.log import entry
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.text import TextStream
 from selfdraft.drafters import build, find
@@ -260,6 +261,12 @@ class LLM:
             )
             for i in range(sampling.n)
         ]
+
+    def logged(self, prompt: SequenceOf[int], output: SequenceOf[int], sampling: SamplingParams) -> dict[str, object]:
+        """A line of a token log, as `selfdraft replay` reads it."""
+        (sequence,) = self.requests(prompt, replace(sampling, n=1))
+        limit, ends = sequence.limit, sequence.ends
+        return entry(prompt, output, self.target, limit=limit, ends=ends, chunk=self.engine.chunk)
 
     def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Token ids of the bad words, as they are written at the start of a text and after a space."""

@@ -254,6 +254,21 @@ def scaling(document: dict[str, Any], path: Path) -> None:
     out.print(f"written to {path}; use it: --speculative-config '{options}'")
 
 
+def replayed(record: dict[str, Any]) -> None:
+    """What a replay counted."""
+    out.print(
+        f"{record['drafter']}, at most {counted(record['max_nodes'], 'node')}: "
+        f"{record['tokens_per_forward']:.3f} tokens per forward, {record['rows_per_step']:.1f} rows a step "
+        f"({counted(record['requests'], 'request')}, {counted(record['num_output_tokens'], 'token')}, "
+        f"{counted(record['num_steps'], 'step')})"
+    )
+    shares = [f"{depth}: {100 * share:.1f}" for depth, share in enumerate(record["acceptance_by_depth"][:16], 1)]
+    out.print(f"steps that accepted to depth, %: {', '.join(shares) or 'none'}")
+    out.print(f"drafter's own time: {record['host_us_median']:.0f} us a step (median)")
+    if "projected_speedup" in record:
+        out.print(f"projected speed-up over plain decoding: {record['projected_speedup']:.2f}x")
+
+
 def document(value: Any) -> None:
     write(json.dumps(value, ensure_ascii=False) + "\n")
 

@@ -60,6 +60,11 @@ class SamplingParams:
     """Independent answers per prompt; answer i uses seed + i."""
     logprobs: int | None = None
     """Report log-probabilities of the raw logits: the chosen token's and the N likeliest."""
+    prediction: str | tuple[int, ...] = ()
+    """What the answer is expected to resemble, as text (the front door encodes it) or token ids.
+
+    A guess for the drafters `prediction` and `merged`, like OpenAI's predicted outputs; it never changes the text.
+    """
     logits_processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
 
@@ -71,6 +76,8 @@ class SamplingParams:
         object.__setattr__(self, "bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if not isinstance(self.prediction, str):
+            object.__setattr__(self, "prediction", tuple(self.prediction))
         self._check()
 
     def _check(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from selfdraft import show
-from selfdraft.cli import answer, bench, prove, train, tune
+from selfdraft.cli import answer, bench, prove, replay, train, tune
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -18,7 +18,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Decode several tokens per forward pass with no second model. The text is exactly what it would have been.",
 )
-for verb in (answer.generate, answer.chat, bench.bench, prove.verify, prove.doctor, train.train, tune.tune):
+VERBS = (
+    answer.generate,
+    answer.chat,
+    bench.bench,
+    replay.replay,
+    prove.verify,
+    prove.doctor,
+    train.train,
+    tune.tune,
+)
+for verb in VERBS:
     app.command()(verb)
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -14,6 +14,7 @@ from selfdraft.cli.options import (
     Config,
     Dtype,
     Exact,
+    Log,
     MaxNew,
     Model,
     Threads,
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
+PromptFile = Annotated[
+    Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
+]
+InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
+Comparing = Annotated[
+    bool, typer.Option("--compare", help="Also decode plainly here and say how much faster drafting was.")
+]
+
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; leave it out with --prompts.")] = None,
@@ -35,13 +44,9 @@ def generate(
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: lookup.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
-    ] = None,
+    prompts: PromptFile = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts of the file.", min=1)] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")
-    ] = False,
+    chat_template: InTemplate = False,
     max_new_tokens: MaxNew = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -56,13 +61,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = None,
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also decode plainly here and say how much faster drafting was.")
-    ] = False,
+    compare: Comparing = False,
+    log: Log = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
+    from selfdraft.bench.log import append, check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(
@@ -80,10 +85,13 @@ def generate(
         seed=seed,
     )
     texts = gather(prompt, prompts, limit)
+    check_log(log)
     llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter)
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
+        if log is not None:
+            append(log, llm.logged(ids, results[-1]["token_ids"], sampling))
     if as_json:
         show.document({**conditions(llm, model), "drafter": llm.drafter_name, "results": results})
 

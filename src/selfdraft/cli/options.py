@@ -36,6 +36,9 @@ Adapters = Annotated[
     typer.Option("--adapter", help="Mask tokens for s3d or space: a folder of 'selfdraft train'. May be repeated."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default when not given.", min=1)]
+Log = Annotated[
+    Path | None, typer.Option(help="Append the tokens of every answer to this jsonl file; 'replay' reads it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 

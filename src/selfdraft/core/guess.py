@@ -79,7 +79,7 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
 
 def expand(
     first: Guess,
-    after: Callable[[int, int], Guess],
+    after: Callable[[int, int, int, int], Guess],
     chance: Callable[[int, int, float], float],
     budget: Budget,
     price: float,
@@ -87,8 +87,8 @@ def expand(
 ) -> Draft:
     """The tree whose nodes are at least as likely as `price`, within the budget, the likeliest first.
 
-    `first` are the guesses for depth 1, `after(depth, token)` those behind a token of that depth. `chance(depth, rank,
-    raw)` calibrates what the drafter says; scores of the draft are the raw ones.
+    `first` are the guesses for depth 1, `after(depth, token, node, parent)` those behind `node`, whose token has that
+    depth. `chance(depth, rank, raw)` calibrates what the drafter says; scores of the draft are the raw ones.
     """
     tokens: list[int] = []
     parents: list[int] = []
@@ -114,7 +114,7 @@ def expand(
         reached[node] = -likely
         push(parent, depth, rank + 1)
         if depth < budget.depth and len(tokens) < budget.nodes:
-            guesses[node] = after(depth, guess.tokens[rank])
+            guesses[node] = after(depth, guess.tokens[rank], node, parent)
             push(node, depth + 1, 0)
     return Draft(tuple(tokens), tuple(parents), (source,) * len(tokens), len(tokens), tuple(scores))
 
@@ -194,10 +194,10 @@ class Guesser:
         if room.depth <= 0 or room.nodes <= 0:
             return EMPTY
 
-        def after(depth: int, token: int) -> Guess:
+        def after(depth: int, token: int, node: int, parent: int) -> Guess:
             return said[depth].after(token, link, self.branches)
 
-        return expand(after(0, known), after, self.calibration.chance, room, self.pace.price, source)
+        return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, self.pace.price, source)
 
     def observe(self, results: SequenceOf[Result], seconds: float) -> None:
         """Learn from a step that took `seconds` from the end of drafting on. Prefills would be counted as dear rows."""

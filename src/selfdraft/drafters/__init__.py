@@ -7,10 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
+from selfdraft.drafters.context import Context
 from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.drafters.lookahead import Lookahead
 from selfdraft.drafters.lookup import Lookup
+from selfdraft.drafters.merged import Merged
 from selfdraft.drafters.none import NoDrafter
+from selfdraft.drafters.prediction import Prediction
+from selfdraft.drafters.recycling import Recycling
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
 from selfdraft.drafters.suffix import Suffix
@@ -23,10 +27,14 @@ NAMES: dict[str, Factory] = {
     "none": NoDrafter,
     "lookup": Lookup,
     "suffix": Suffix,
+    "context": Context,
+    "recycling": Recycling,
+    "prediction": Prediction,
     "lookahead": Lookahead,
     "layer_skip": LayerSkip,
     "s3d": S3D,
     "space": Space,
+    "merged": Merged,
 }
 
 ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}

@@ -20,21 +20,20 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from selfdraft.core.adapt import TRUSTED, Acceptance, Mean, StepTime
-from selfdraft.core.noise import gumbel, gumbel_rows
+from selfdraft.core.answers import Answers, likeliest
+from selfdraft.core.noise import gumbel_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
-from selfdraft.types import Budget, SamplingParams, within
+from selfdraft.types import Budget, within
 
 SOURCE = "lookahead"
 PROMPT, TEXT, WINDOW, ANSWERS = "prompt", "text", "window", "answers"
 """Where a guess comes from: an n-gram of the prompt, of the output, of the window, or runners-up of answered rows."""
 CONTEXT = 4
 """Tokens before its key by which a tuple is ranked."""
-RUNNERS_UP = 64
-"""Likeliest tokens that are looked at after a row."""
 BRANCHES = 3
 """Branches out of runners-up under the last token."""
 
@@ -170,47 +169,6 @@ def window_parents(width: int, height: int) -> list[int]:
     """Parents of a window's probes, as `Draft.with_probes` counts them; probe l * width + i - 1 is cell (l, i)."""
     first = list(range(ROOT, width - 2))  # level 0 without cell (0, 0), which is ROOT
     return first + [probe - width for probe in range(width - 1, width * height - 1)]
-
-
-class Answers:
-    """The likeliest tokens after each token when the model was last asked there, in the text, a branch or the window.
-
-    A sampled request's noise is known in advance, so the likeliest guess at a place is what these scores and that
-    noise choose there. Idea: Token Recycling (arXiv 2408.08696), with the noise of the place added.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, Tensor, bool]] = {}
-
-    def learn(self, token: int, scores: Tensor, ids: Tensor, probe: bool) -> None:
-        """Scores [k] after temperature and their token ids, best first; `probe`: the window asked there."""
-        self._known[token] = (scores, ids, probe)
-
-    def guess(self, token: int, sequence: Sequence, position: int, count: int) -> tuple[list[int], bool]:
-        """The `count` likeliest tokens at `position` behind `token`, best first, and whether the window knew them."""
-        if token not in self._known:
-            return [], False
-        scores, ids, probe = self._known[token]
-        if not sequence.sampling.greedy:
-            ids = ids[(scores + gumbel(sequence.seed, position, ids)).topk(min(count, len(ids))).indices]
-        return ids[:count].tolist(), probe
-
-
-def likeliest(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Likeliest tokens of rows [n, vocab]: scores after temperature and truncation, and ids, both [n, k] on the CPU.
-
-    Penalties and processors are left out, and what top-p keeps is judged by these tokens alone: they are only guesses.
-    """
-    best = logits.topk(min(RUNNERS_UP, logits.shape[-1]))
-    scores, ids = best.values.double().cpu(), best.indices.cpu()
-    if sampling.greedy:
-        return scores, ids
-    scores = (scores - scores[:, :1]) / max(sampling.temperature, 1e-300)
-    chances = scores.softmax(-1)
-    outside = (chances.cumsum(-1) - chances >= sampling.top_p) | (chances < sampling.min_p * chances[:, :1])
-    if sampling.top_k:
-        outside[:, sampling.top_k :] = True
-    return scores.masked_fill(outside, float("-inf")), ids
 
 
 @dataclass(frozen=True, slots=True)

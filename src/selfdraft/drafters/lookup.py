@@ -44,6 +44,8 @@ class NgramIndex:
 class Lookup:
     """A chain copied from the request's own text: the longest match wins, of equals the latest."""
 
+    reads = "tokens"
+
     def __init__(
         self,
         target: Target,

@@ -14,6 +14,8 @@ from selfdraft.types import Budget
 class NoDrafter:
     """Every step emits one token."""
 
+    reads = "tokens"
+
     def __init__(self, target: Target) -> None:
         pass
 

@@ -91,6 +91,8 @@ class SuffixAutomaton:
 class Suffix:
     """A chain of at most `factor` x match length tokens, copied from behind the longest earlier match."""
 
+    reads = "tokens"
+
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 32, suffix_min: int = 1, factor: float = 4.0
     ) -> None:

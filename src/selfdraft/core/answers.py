@@ -1,0 +1,75 @@
+"""What the model itself thought likely after a token, kept as guesses for the next time that token comes.
+
+Source: Token Recycling (arXiv 2408.08696), section 3; the noise of a sampled request is added here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selfdraft.core.noise import gumbel
+from selfdraft.core.sequence import Sequence
+from selfdraft.types import SamplingParams
+
+RUNNERS_UP = 64
+"""Likeliest tokens that are looked at after a row."""
+BLOCK = 128
+"""Logits of which only the largest is looked at first."""
+
+
+class Answers:
+    """The likeliest tokens after each token when the model was last asked there, in the text, a branch or the window.
+
+    A sampled request's noise is known in advance, so the likeliest guess at a place is what these scores and that
+    noise choose there. Idea: Token Recycling (arXiv 2408.08696), with the noise of the place added.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor, bool]] = {}
+
+    def learn(self, token: int, scores: Tensor, ids: Tensor, probe: bool) -> None:
+        """Scores [k] after temperature and their token ids, best first; `probe`: the window asked there."""
+        self._known[token] = (scores, ids, probe)
+
+    def guess(self, token: int, sequence: Sequence, position: int, count: int) -> tuple[list[int], bool]:
+        """The `count` likeliest tokens at `position` behind `token`, best first, and whether the window knew them."""
+        if token not in self._known:
+            return [], False
+        scores, ids, probe = self._known[token]
+        if not sequence.sampling.greedy:
+            ids = ids[(scores + gumbel(sequence.seed, position, ids)).topk(min(count, len(ids))).indices]
+        return ids[:count].tolist(), probe
+
+
+def likeliest(logits: Tensor, sampling: SamplingParams, most: int = RUNNERS_UP) -> tuple[Tensor, Tensor]:
+    """Likeliest tokens of rows [n, vocab]: scores after temperature and truncation, and ids, both [n, k] on the CPU.
+
+    Penalties and processors are left out, and what top-p keeps is judged by these tokens alone: they are only guesses.
+    """
+    values, indices = topk(logits, most)
+    scores, ids = values.double().cpu(), indices.cpu()
+    if sampling.greedy:
+        return scores, ids
+    scores = (scores - scores[:, :1]) / max(sampling.temperature, 1e-300)
+    chances = scores.softmax(-1)
+    outside = (chances.cumsum(-1) - chances >= sampling.top_p) | (chances < sampling.min_p * chances[:, :1])
+    if sampling.top_k:
+        outside[:, sampling.top_k :] = True
+    return scores.masked_fill(outside, float("-inf")), ids
+
+
+def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [n, vocab], values and ids [n, k], largest first; all of a smaller vocabulary.
+
+    A row's k largest lie in the k blocks whose maxima are largest, so most of a wide row is read only once.
+    """
+    rows, vocab = logits.shape
+    if vocab <= 2 * BLOCK * k:
+        best = logits.topk(min(k, vocab))
+        return best.values, best.indices
+    padded = torch.nn.functional.pad(logits, (0, -vocab % BLOCK), value=float("-inf"))
+    blocks = padded.view(rows, -1, BLOCK)
+    which = blocks.amax(-1).topk(k).indices
+    inside = blocks.gather(1, which[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
+    return inside.values, which.gather(1, inside.indices // BLOCK) * BLOCK + inside.indices % BLOCK

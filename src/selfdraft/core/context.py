@@ -1,0 +1,151 @@
+"""What followed the last one to six tokens before: a context tree that grows with a text, constant time per token.
+
+The tree holds every n-gram of at most ORDER + 1 tokens that occurred twice or more; an n-gram that occurred once is
+only the place where it ended, so that a token costs a few dictionary entries and most of the text costs none.
+Sources: prediction by partial matching (Cleary and Witten 1984) for contexts of several orders; SuffixDecoding
+(arXiv 2411.04975) for frequency-weighted trees over request and earlier outputs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+ORDER = 6
+"""Longest context."""
+WIDEST = 8
+"""Continuations of one context that are looked at: the most frequent ones and the latest."""
+ENOUGH = 6
+"""Continuations of all orders together behind which no shorter context is asked."""
+BREAK = -1
+"""Stands between the outputs of a memory; no token."""
+SHARES = (0.03, 0.06, 0.12, 0.25, 0.5, 0.8, 0.95)
+"""Classes of a continuation's share among all that followed a context."""
+_STEPS = 256
+_CLASS = [sum(step / _STEPS >= share for share in SHARES) for step in range(_STEPS + 1)]
+_KINDS = 2 * (len(SHARES) + 3)
+KINDS = _KINDS * (ORDER + 1)
+"""Kinds of evidence: order of the context, share of the continuation, and whether it was the latest."""
+
+
+class Node:
+    """An n-gram that occurred at least twice, as a context of what follows it."""
+
+    __slots__ = ("after", "best", "last", "ranked", "seen", "total")
+
+    def __init__(self, after: dict[int, Node | int], total: int, last: int) -> None:
+        self.after = after
+        """Token -> the n-gram with it: a node, or, while that occurred only once, the place behind its end."""
+        self.seen = 2
+        """Occurrences."""
+        self.total = total
+        """Occurrences that something followed."""
+        self.last = last
+        """Place of the token that followed latest."""
+        self.best: list[int] = []
+        """The most frequent continuations when `total` was `ranked`."""
+        self.ranked = 0
+
+
+State = list[Node | int]
+"""The contexts at one place by order, shortest first; at most one unique occurrence, and then as the last."""
+
+
+class ContextTree:
+    """Counts of all n-grams of a growing text. `text[i]` is the token at place i."""
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self.text: list[int] = []
+        self.state: State = []
+        """The contexts at the end of the text."""
+        self._root = Node({}, 0, 0)
+        for token in tokens:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """Read the next token: one dictionary entry for each context of the end."""
+        text, place = self.text, len(self.text)
+        text.append(token)
+        longer: State = []
+        for node in (self._root, *self.state):
+            if not isinstance(node, Node):
+                continue
+            node.total += 1
+            node.last = place
+            child = node.after.get(token)
+            if child is None:
+                node.after[token] = place + 1
+                continue
+            if isinstance(child, Node):
+                child.seen += 1
+            else:  # the second occurrence: what followed the first is a continuation
+                follower = text[child]
+                known = follower != BREAK
+                child = node.after[token] = Node({follower: child + 1} if known else {}, int(known), child)
+            longer.append(child)
+        self.state = longer[:ORDER]
+
+    def separate(self) -> None:
+        """End a text here: no n-gram reaches over this place."""
+        self.text.append(BREAK)
+        self.state = []
+
+    def step(self, state: State, token: int) -> State:
+        """The contexts one token on; empty when the token is new."""
+        child = self._root.after.get(token)
+        if child is None:
+            return []
+        found: State = [child]
+        if not isinstance(child, Node):
+            return found
+        for node in state[: ORDER - 1]:
+            if isinstance(node, Node):
+                child = node.after.get(token)
+                if child is None:
+                    break
+                found.append(child)
+                if isinstance(child, Node):
+                    continue
+            elif node < len(self.text) and self.text[node] == token:
+                found.append(node + 1)
+            break
+        return found
+
+    def guess(self, state: State) -> list[tuple[int, int]]:
+        """(token, kind) for what may follow: each token once, by the longest context that it followed."""
+        text, found = self.text, dict[int, int]()
+        base = len(state) * _KINDS
+        for node in reversed(state):
+            if not isinstance(node, Node):
+                if node < len(text) and text[node] != BREAK:
+                    found[text[node]] = base
+                base -= _KINDS
+                continue
+            after, total, latest = node.after, node.total, text[node.last]
+            for token in after if len(after) <= WIDEST else self._most(node, latest):
+                if token not in found:
+                    child = after[token]
+                    seen = child.seen if isinstance(child, Node) else 1
+                    size = _CLASS[_STEPS * seen // total] if seen < total else len(SHARES) + (seen > 1)
+                    found[token] = base + 2 * size + 2 + (token == latest)
+            if len(found) >= ENOUGH:
+                break
+            base -= _KINDS
+        return list(found.items())
+
+    def latest(self, state: State) -> int:
+        """Place behind the latest earlier occurrence of the longest context."""
+        node = state[-1]
+        return node.last if isinstance(node, Node) else node
+
+    def _most(self, node: Node, latest: int) -> list[int]:
+        """The most frequent continuations, ranked anew whenever the node has grown by an eighth, and the latest."""
+        if 8 * node.total >= 9 * node.ranked:
+            after = node.after
+
+            def seen(token: int) -> int:
+                child = after[token]
+                return child.seen if isinstance(child, Node) else 1
+
+            node.best, node.ranked = heapq.nlargest(WIDEST, after, key=seen), node.total
+        return node.best if latest in node.best else [*node.best, latest]

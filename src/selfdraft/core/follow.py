@@ -1,0 +1,86 @@
+"""Following a text that is repeated: where the copy stands, how long it has been right, and where it goes on after a
+difference.
+
+The longest match is a pointer that moves on with the text; when it breaks, the longest context says where to go on
+(the match model of context-mixing compressors). Unlike n-gram lookup, an alignment outlives a difference: behind a
+changed, added or dropped token it stays in the neighbourhood. That is what edits of a given text need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from selfdraft.core.context import BREAK, ContextTree, State
+
+LONGEST = 32
+"""Tokens that are compared backwards when a match is new."""
+LENGTHS = (1, 2, 3, 4, 5, 7, 10, 16, 32, 64, 128)
+"""Classes of match lengths begin here."""
+_CLASS = [sum(length >= start for start in LENGTHS) for length in range(LENGTHS[-1] + 1)]
+MATCHES = len(LENGTHS) + 1
+WINDOW = 10
+"""How far behind a difference the text is looked for."""
+PATIENCE = 16
+"""Differences on a row after which an alignment is given up."""
+RUN = 12
+MISSES = 8
+ALIGNED = 2 * (RUN + 1) * (MISSES + 1)
+"""Kinds of evidence of an alignment: tokens right since the last difference, recent differences, first or second."""
+
+
+@dataclass(slots=True)
+class Match:
+    """The longest match of the end of a text in the text of a tree: `length` tokens, the copy goes on at `place`."""
+
+    tree: ContextTree
+    place: int = 0
+    length: int = 0
+
+    def push(self, text: list[int], state: State) -> None:
+        """`text` got a token; `state` are the contexts of its end in the tree."""
+        told = self.tree.text
+        if self.length and self.place < len(told) and told[self.place] == text[-1]:
+            self.place += 1
+            self.length += 1
+        else:
+            self.length = 0
+        if self.length < len(state):
+            self.place, self.length = self.tree.latest(state), len(state)
+            most = min(LONGEST, len(text), self.place)
+            while self.length < most and told[self.place - self.length - 1] == text[-self.length - 1]:
+                self.length += 1
+
+
+def kind_of_match(length: int) -> int:
+    """The class of a match length."""
+    return _CLASS[length] if length < len(_CLASS) else MATCHES - 1
+
+
+class Aligned(NamedTuple):
+    """A place in a told text: `run` tokens were right since the last of the recent `misses`."""
+
+    place: int
+    run: int = 0
+    misses: int = 0
+
+    @property
+    def kind(self) -> int:
+        return min(self.run, RUN) * (MISSES + 1) + min(self.misses, MISSES)
+
+
+def realign(told: list[int], at: Aligned, token: int) -> Aligned | None:
+    """Where the told text goes on behind `token`: there if it agrees, else behind the next such token near by, else
+    at the same place. None after too many differences."""
+    place = at.place
+    if place < len(told) and told[place] == token:
+        misses = 0 if at.run >= 30 else at.misses - 1 if at.run >= 4 and at.misses else at.misses
+        return Aligned(place + 1, at.run + 1, misses)
+    if at.misses >= PATIENCE:
+        return None
+    for ahead in range(place + 1, min(place + WINDOW, len(told))):
+        if told[ahead] == token:
+            return Aligned(ahead + 1, 1, at.misses + 1)
+        if told[ahead] == BREAK:
+            break
+    return Aligned(place, 0, at.misses + 1)

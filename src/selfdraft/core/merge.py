@@ -1,0 +1,216 @@
+"""One tree from many sources: what they say is weighed by how often it came true, duplicates are one node.
+
+Two stages of counting, both on line. First each source alone: how often guesses of one kind of evidence (match length,
+own score) and depth came true; that puts the kind on a scale of LEVELS. Then all together: how often a token came true
+for which the sources stand at these levels, at that depth. A verified token scores every guess of every source at its
+place, whether it was run or not. Sources: calibration over recorded requests makes merging pay; credit without
+exploration is "Not-a-Bandit" (HedgeSpec, ICLR 2026).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from selfdraft.core.adapt import Mean
+from selfdraft.core.guess import Guess, expand
+from selfdraft.core.sources import Source, Told
+from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.types import Budget
+
+STEPS = (0.015, 0.06, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.985)
+LEVELS = len(STEPS) + 1
+"""A source stands at level 1 to LEVELS; 0 is silence."""
+MIDDLES = (0.0, *((low + high) / 2 for low, high in zip((0.0, *STEPS), (*STEPS, 1.0), strict=True)))
+"""The chance that a level stands for."""
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Classes of depths begin here, behind class 0, the first depth."""
+CLASSES = len(DEPTHS) + 1
+_CLASS = [bisect(DEPTHS, depth) for depth in range(DEPTHS[-1] + 1)]
+TOGETHER = [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+"""The coarser class of a depth for all sources together: each alone knows the depth already."""
+_COARSE = TOGETHER[-1] + 1
+_CHANCE = itemgetter(1)
+UNKNOWN = 0.06
+"""Chance of a kind of evidence that was never seen."""
+PRIOR, FADE = 4.0, 0.998
+FLOOR = 0.002
+"""A node less likely than this is not worth its row, however cheap rows are."""
+
+
+class Counts:
+    """How often one source's guesses of each kind and depth came true."""
+
+    def __init__(self, kinds: int, unit: int) -> None:
+        self.unit = unit
+        """What one level counts in the key of a joint cell."""
+        first = unit * (1 + bisect(STEPS, UNKNOWN))
+        self.levels = [first] * (kinds * CLASSES)
+        """Level of kind * CLASSES + depth class, times the unit."""
+        self._means: dict[int, Mean] = {}
+
+    def observe(self, kind: int, depth: int, right: float) -> None:
+        """Book a guess. A depth that was never seen stands where the next shallower one does."""
+        cell = kind * CLASSES + depth
+        mean = self._means.get(cell)
+        if mean is None:
+            above = next((self._means[c] for c in range(cell, cell - depth - 1, -1) if c in self._means), None)
+            mean = self._means[cell] = Mean(above.value if above else UNKNOWN, PRIOR, FADE)
+        mean.observe(right)
+        level = self.unit * (1 + bisect(STEPS, mean.value))
+        if level != self.levels[cell]:
+            self.levels[cell] = level
+            for deeper in range(cell + 1, (kind + 1) * CLASSES):
+                if deeper in self._means:
+                    break
+                self.levels[deeper] = level
+
+
+class Credit:
+    """What the evidence of all sources together is worth. Outlives the requests; knows no token."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counts] = {}
+        self._cells: dict[int, Mean] = {}
+        self._chances: dict[int, float] = {}
+        self._names: dict[int, str] = {}
+
+    def counts_of(self, source: Source) -> Counts:
+        """The counts of a source by its name; the same for all requests."""
+        found = self.counts.get(source.name)
+        if found is None:
+            unit = _COARSE * (LEVELS + 1) ** len(self.counts)
+            found = self.counts[source.name] = Counts(source.kinds, unit)
+        return found
+
+    def chance(self, key: int) -> float:
+        """How likely a token is whose sources stand at the levels of `key`."""
+        known = self._chances.get(key)
+        if known is None:
+            known = self._chances[key] = max(MIDDLES[level] for level in self._levels(key))
+            self._cells[key] = Mean(known, PRIOR, FADE)
+        return known
+
+    def ranked(self, keys: Mapping[int, int]) -> Guess:
+        """Tokens by their chance, the likeliest first; of equals the one that was named first."""
+        known, chance = self._chances, self.chance
+        pairs = [(token, known[key] if key in known else chance(key)) for token, key in keys.items()]
+        pairs.sort(key=_CHANCE, reverse=True)
+        return Guess(tuple([token for token, _ in pairs]), tuple([value for _, value in pairs]))
+
+    def observe(self, key: int, right: float) -> None:
+        """Book a token that was guessed."""
+        self.chance(key)  # places behind the draft may hold a key that was never asked
+        mean = self._cells[key]
+        mean.observe(right)
+        self._chances[key] = mean.value
+
+    def names(self, key: int) -> str:
+        """The sources that speak for a token, joined by '+'."""
+        known = self._names.get(key)
+        if known is None:
+            pairs = zip(self.counts, self._levels(key), strict=False)
+            known = self._names[key] = "+".join(name for name, level in pairs if level)
+        return known
+
+    @staticmethod
+    def _levels(key: int) -> list[int]:
+        key //= _COARSE
+        found = []
+        while key:
+            key, level = divmod(key, LEVELS + 1)
+            found.append(level)
+        return found
+
+
+class Place(NamedTuple):
+    """A place of the tree, or of the text, whose guesses were asked for."""
+
+    states: list[Any]
+    depth: int
+    """Its class."""
+    told: list[Told]
+    """What each source said."""
+    keys: dict[int, int]
+    """Token -> key of its joint cell."""
+
+
+class Merger:
+    """The sources of one request, and its tree."""
+
+    def __init__(self, sources: SequenceOf[Source], credit: Credit) -> None:
+        self.sources, self.credit = sources, credit
+        self._counts = [credit.counts_of(source) for source in sources]
+        self._steps = [source.step for source in sources]
+        self._asks = [(source.guess, counts.levels) for source, counts in zip(sources, self._counts, strict=True)]
+        self._places: dict[int, Place] = {}
+        """What was said at ROOT and at nodes of the draft."""
+        self._draft = EMPTY
+
+    def tree(self, budget: Budget, price: float) -> Draft:
+        """The tree whose nodes are at least as likely as `price`, within the budget. Its scores are chances."""
+        self._places, self._draft = {}, EMPTY
+        if budget.depth <= 0 or budget.nodes <= 0:
+            return EMPTY
+        places, credit = self._places, self.credit
+
+        def after(depth: int, token: int, node: int, parent: int) -> Guess:
+            place = places[node] = self._after(places[parent], token, depth)
+            return credit.ranked(place.keys)
+
+        first = places[ROOT] = self._here()
+        draft = expand(credit.ranked(first.keys), after, believe, budget, max(price, FLOOR), "")
+        names = [credit.names(places[p].keys[t]) for t, p in zip(draft.tokens, draft.parents, strict=True)]
+        self._draft = replace(draft, sources=tuple(names))
+        return self._draft
+
+    def score(self, tokens: SequenceOf[int]) -> None:
+        """The text went on with `tokens`: book what every source said at each of these places, run or not.
+
+        To be called before the sources read the tokens.
+        """
+        place = self._places.get(ROOT) or self._here()
+        node: int | None = ROOT
+        children = self._draft.children()
+        for depth, token in enumerate(tokens, 1):
+            self._book(place, token)
+            if depth < len(tokens):
+                node = children.get((node, token)) if node is not None else None
+                known = self._places.get(node) if node is not None else None
+                place = known or self._after(place, token, depth)
+        self._places, self._draft = {}, EMPTY
+
+    def _book(self, place: Place, token: int) -> None:
+        for guessed, key in place.keys.items():
+            self.credit.observe(key, float(guessed == token))
+        for counts, told in zip(self._counts, place.told, strict=True):
+            for guessed, kind in told:
+                counts.observe(kind, place.depth, float(guessed == token))
+
+    def _here(self) -> Place:
+        return self._place([source.state for source in self.sources], 0)
+
+    def _after(self, place: Place, token: int, depth: int) -> Place:
+        states = [step(s, token) if s else None for step, s in zip(self._steps, place.states, strict=True)]
+        return self._place(states, _CLASS[depth] if depth < len(_CLASS) else CLASSES - 1)
+
+    def _place(self, states: list[Any], depth: int) -> Place:
+        """Ask every source; the key of a token sums up the levels of all that named it."""
+        keys: dict[int, int] = {}
+        said: list[Told] = []
+        base = TOGETHER[depth]
+        for (guess, levels), state in zip(self._asks, states, strict=True):
+            told = guess(state) if state else ()
+            said.append(told)
+            for token, kind in told:
+                keys[token] = keys.get(token, base) + levels[kind * CLASSES + depth]
+        return Place(states, depth, said, keys)
+
+
+def believe(depth: int, rank: int, raw: float) -> float:
+    """Chances of `Credit` are measured already."""
+    return raw

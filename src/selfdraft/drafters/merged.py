@@ -1,0 +1,40 @@
+"""One tree from all sources that cost no pass: the request's own text, earlier outputs, a prediction, the runners-up.
+
+Duplicates are one node that keeps all its sources; how likely a node is follows from what it took to be right so far
+(`core/merge.py`); nodes are added best first until the next one is not worth its row.
+"""
+
+from __future__ import annotations
+
+from selfdraft.core.drafting import Drafting, Sources
+from selfdraft.core.memory import Memory
+from selfdraft.errors import OptionError
+from selfdraft.protocols import Target
+
+
+class Merged(Drafting):
+    """Candidates: the best tree over everything that is known without a pass.
+
+    `memory`: earlier outputs are remembered, at most so many tokens; 0 remembers nothing. It is this drafter's alone.
+    `recycling`: the model's runners-up at every row that was run are guesses, too.
+    """
+
+    reads = "tokens"
+    predicts = True
+    logit_options = ("recycling",)
+    """Options that make it read logits."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        num_speculative_tokens: int = 64,
+        memory: int = 0,
+        recycling: bool = True,
+        min_probability: float | None = None,
+    ) -> None:
+        if not isinstance(recycling, bool):
+            raise OptionError(f"recycling={recycling!r} is neither True nor False")
+        sources = Sources(request=True, prediction=True, recycling=recycling)
+        past = Memory(memory) if memory else None
+        super().__init__(sources, num_speculative_tokens, min_probability, past)
