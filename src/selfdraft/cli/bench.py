@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +24,8 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.errors import OptionError, RequestError
+from selfdraft.cli.peers import Patience, PeerConfigs, Peers, Pythons, invited, started
+from selfdraft.errors import OptionError, PromptTooLong, RequestError
 
 if TYPE_CHECKING:
     from selfdraft.bench.ledger import Ledger, Row
@@ -57,6 +59,10 @@ def bench(
     adapter: Adapters = None,
     drafters: Names = None,
     speculative_config: Configs = None,
+    peers: Peers = None,
+    peer_config: PeerConfigs = None,
+    peer_python: Pythons = None,
+    peer_timeout: Patience = 900.0,
     data_dir: DataDir = None,
     limit: Limit = None,
     max_new_tokens: MaxNew = 128,
@@ -77,7 +83,7 @@ def bench(
 ) -> None:
     """Measure drafters on the field's tasks.
 
-    Speed against plain decoding, scores, memory; exit code 1 if a text differs.
+    Speed against plain decoding and other engines, scores, memory; exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
     from selfdraft.types import SamplingParams
@@ -85,6 +91,8 @@ def bench(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
     contenders = field_of(drafters, speculative_config or [])
+    taken = [contender.label for contender in contenders]
+    guests = invited(peers, peer_config or [], peer_python or [], taken=taken, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     with Ledger(output) as ledger:
@@ -92,7 +100,13 @@ def bench(
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
         setting = set_up(llm, model, adapter or [], fit, plan)
-        rows = measure_all(setting, items, ledger, quiet=as_json)
+        longest = longest_of(setting, items, llm.target.context)
+        with started(guests, llm, model, longest, peer_timeout) as setting.peers:
+            setting.contenders = [
+                *fit,
+                *(guest.contender for guest in guests if guest.contender.label in setting.peers),
+            ]
+            rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [contender.label for contender in setting.contenders])
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
@@ -104,7 +118,7 @@ def bench(
         show.document(records)
     else:
         show.evaluation(records, output)
-    raise typer.Exit(0 if all(record["texts_equal"] for record in records) else 1)
+    raise typer.Exit(0 if all(record["texts_equal"] for record in records if record["peer"] is None) else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +247,18 @@ def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[C
         samples=plan.samples,
         all_turns=plan.all_turns,
     )
+
+
+def longest_of(setting: Bench, items: Mapping[str, Sequence[Item]], context: int) -> int:
+    """Positions that the longest prompt and its answer take: what other engines have to make room for."""
+    if setting.all_turns:
+        return context
+    most = 0
+    for item in (item for questions in items.values() for item in questions):
+        with suppress(PromptTooLong):
+            request = setting.open(item.turns[:1], (), 0)
+            most = max(most, request.prompt_length + request.sampling.max_tokens)
+    return min(max(most, 64), context)
 
 
 def identity(model: str, llm: LLM, adapters: Sequence[Path]) -> str:
