@@ -178,12 +178,13 @@ def peers(records: SequenceOf[Record]) -> Figure:
                 colour, kind = PALETTE[0], "selfdraft, drafted"
             axes.barh(y, speed, 0.82, color=colour, label=kind)
             said = f"{speed:.0f}" + ("" if label == plain else f"   {ratio:.2f}x" if ratio else "   texts differ")
+            said += f"   {record['peer']}" if record.get("peer") else ""
             axes.text(speed + best * 0.01, y, said, va="center", color=INK, fontsize=7.5)
             ticks[y] = label
         top += len(found) + 2
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.set_ylim(max(ticks) + 0.8, -1.4)
-    axes.set_xlim(0, best * 1.15)
+    axes.set_xlim(0, best * 1.4)  # the figures stand right of the bars
     axes.set_xlabel("tokens per second   (x: against our plain decoding; the same number of tokens everywhere)")
     axes.grid(axis="x", color="#E3E3E3", linewidth=0.7)
     _legend(figure, [axes])

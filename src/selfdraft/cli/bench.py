@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,8 +23,8 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Patience, PeerConfigs, Peers, Pythons, invited, started
-from selfdraft.errors import OptionError, PromptTooLong, RequestError
+from selfdraft.cli.peers import Patience, PeerConfigs, Peers, Pythons, invited, joined
+from selfdraft.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
     from selfdraft.bench.ledger import Ledger, Row
@@ -77,7 +76,7 @@ def bench(
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     output: Output = None,
-    pictures: Annotated[Path | None, typer.Option(help="A folder for three pictures (PNG).")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -91,8 +90,7 @@ def bench(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
     contenders = field_of(drafters, speculative_config or [])
-    taken = [contender.label for contender in contenders]
-    guests = invited(peers, peer_config or [], peer_python or [], taken=taken, greedy=sampling.greedy)
+    guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     with Ledger(output) as ledger:
@@ -100,12 +98,7 @@ def bench(
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
         setting = set_up(llm, model, adapter or [], fit, plan)
-        longest = longest_of(setting, items, llm.target.context)
-        with started(guests, llm, model, longest, peer_timeout) as setting.peers:
-            setting.contenders = [
-                *fit,
-                *(guest.contender for guest in guests if guest.contender.label in setting.peers),
-            ]
+        with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [contender.label for contender in setting.contenders])
     for reason in setting.skipped:
@@ -114,10 +107,7 @@ def bench(
         raise RequestError(f"nothing was measured: none of the prompts fits into the context of {llm.target.context}")
     for path in draw(records):  # before the table: whoever reads that may leave early
         show.note(f"wrote {path}")
-    if as_json:
-        show.document(records)
-    else:
-        show.evaluation(records, output)
+    show.document(records) if as_json else show.evaluation(records, output)
     raise typer.Exit(0 if all(record["texts_equal"] for record in records if record["peer"] is None) else 1)
 
 
@@ -247,18 +237,6 @@ def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[C
         samples=plan.samples,
         all_turns=plan.all_turns,
     )
-
-
-def longest_of(setting: Bench, items: Mapping[str, Sequence[Item]], context: int) -> int:
-    """Positions that the longest prompt and its answer take: what other engines have to make room for."""
-    if setting.all_turns:
-        return context
-    most = 0
-    for item in (item for questions in items.values() for item in questions):
-        with suppress(PromptTooLong):
-            request = setting.open(item.turns[:1], (), 0)
-            most = max(most, request.prompt_length + request.sampling.max_tokens)
-    return min(max(most, 64), context)
 
 
 def identity(model: str, llm: LLM, adapters: Sequence[Path]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +13,12 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import parse_config
-from selfdraft.errors import OptionError, PeerError
+from selfdraft.errors import OptionError, PeerError, PromptTooLong
 
 if TYPE_CHECKING:
     from selfdraft.bench.peers import Kind, Peer
-    from selfdraft.bench.run import Contender
+    from selfdraft.bench.run import Bench, Contender
+    from selfdraft.bench.tasks import Item
     from selfdraft.llm import LLM
 
 Peers = Annotated[
@@ -47,17 +48,14 @@ class Guest:
 
 
 def invited(
-    names: str | None, configs: Sequence[str], pythons: Sequence[str], *, taken: Sequence[str], greedy: bool
+    names: str | None, configs: Sequence[str], pythons: Sequence[str], drafters: Sequence[Contender], *, greedy: bool
 ) -> list[Guest]:
-    """The peers that were asked for and are here, looked up before a model is loaded.
-
-    `taken`: labels of the drafters. Errors: OptionError.
-    """
+    """The peers that were asked for and are here, looked up before a model is loaded. Errors: OptionError."""
     from selfdraft.bench.peers import PACKAGES, PEERS, local
     from selfdraft.bench.run import Contender
 
     wanted = _wanted(names, configs)
-    twice = next((label for label in wanted if label in taken), None)
+    twice = next((label for label in wanted if label in [one.label for one in drafters]), None)
     if twice is not None:
         raise OptionError(f'a drafter and a peer are called {twice!r}; give the --peer-config another "name"')
     homes = _homes(pythons)
@@ -137,10 +135,13 @@ def _homes(pythons: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def started(guests: Sequence[Guest], llm: LLM, model: str, context: int, patience: float) -> Iterator[dict[str, Peer]]:
-    """The peers by label, loaded one after another; at the end they are closed. Errors: PeerError."""
+def joined(
+    setting: Bench, guests: Sequence[Guest], llm: LLM, model: str, items: Mapping[str, Sequence[Item]], patience: float
+) -> Iterator[None]:
+    """The guests become contenders, loaded one after another; at the end they are closed. Errors: PeerError."""
     running: dict[str, Peer] = {}
     try:
+        context = _longest(setting, items, llm.target.context) if guests else 0
         for guest in guests:
             label = guest.contender.label
             try:
@@ -150,10 +151,24 @@ def started(guests: Sequence[Guest], llm: LLM, model: str, context: int, patienc
                 if guest.named:
                     raise
                 show.note(f"left out: {error}")
-        yield running
+        setting.peers = running
+        setting.contenders = [*setting.contenders, *(g.contender for g in guests if g.contender.label in running)]
+        yield
     finally:
         for peer in running.values():
             peer.close()
+
+
+def _longest(setting: Bench, items: Mapping[str, Sequence[Item]], context: int) -> int:
+    """Positions that the longest prompt and its answer take: what other engines have to make room for."""
+    if setting.all_turns:
+        return context
+    most = 64
+    for item in (item for questions in items.values() for item in questions):
+        with suppress(PromptTooLong):
+            request = setting.open(item.turns[:1], (), 0)
+            most = max(most, request.prompt_length + request.sampling.max_tokens)
+    return min(most, context)
 
 
 def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) -> Peer:

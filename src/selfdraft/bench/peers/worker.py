@@ -35,7 +35,8 @@ class LlamaCpp:
         draft = None
         if settings["options"]:
             draft = import_module("llama_cpp.llama_speculative").LlamaPromptLookupDecoding(**settings["options"])
-        cache = llama.GGML_TYPE_F32 if settings["dtype"] == "float32" else llama.GGML_TYPE_F16
+        names = {"float32": "GGML_TYPE_F32", "float16": "GGML_TYPE_F16", "bfloat16": "GGML_TYPE_BF16"}
+        cache = getattr(llama, names[settings["dtype"]])
         self.model = llama.Llama(
             settings["model"],
             n_ctx=settings["context"],
@@ -44,6 +45,7 @@ class LlamaCpp:
             n_gpu_layers=-1 if settings["device"] == "cuda" else 0,
             type_k=cache,
             type_v=cache,
+            flash_attn=True,  # off by default there, and slower
             draft_model=draft,
             logits_all=draft is not None,  # or its buffer of scores ends with the first batch
             verbose=False,
