@@ -7,6 +7,7 @@ SelfdraftError
 ├── RequestError          one request is wrong; nothing else is touched
 │   └── PromptTooLong     the prompt does not fit into the context
 ├── OptionError           an option is unknown, out of range, or belongs to another method
+├── PeerError             another engine, run for comparison, failed or cannot take this checkpoint
 └── EngineError           a fault inside a step (NaN logits, no room); the engine stays usable
 """
 
@@ -39,6 +40,10 @@ class PromptTooLong(RequestError):
 
 class OptionError(SelfdraftError, ValueError):
     """An option is unknown, out of range, or belongs to another method."""
+
+
+class PeerError(SelfdraftError):
+    """Another engine, run for comparison, failed or cannot take this checkpoint."""
 
 
 class EngineError(SelfdraftError, RuntimeError):

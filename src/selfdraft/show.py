@@ -167,24 +167,40 @@ def evaluation(records: SequenceOf[dict[str, Any]], output: Path | None) -> None
         rows = [record for record in records if record["task"] == task]
         out.print(Text(f"\n{task}", style="bold"), _summary(rows[0]))
         table = Table(box=None, pad_edge=False)
-        table.add_column("drafter", width=12, overflow="fold")
+        wide = max([12, *(len(row["drafter"]) for row in rows if row["peer"] is not None)])
+        table.add_column("drafter", width=wide, overflow="fold")
         for head in FIGURES:
             table.add_column(head, justify="right", no_wrap=True, min_width=len(head))
         for record in rows:
             table.add_row(record["drafter"], *_figures_of(record))
         out.print(table)
+    peers = {record["drafter"]: record for record in records if record["peer"] is not None}
+    if peers:
+        out.print(f"\nother engines, as many tokens each: {', '.join(_engine(peer) for peer in peers.values())}")
     load = max(record["load_average_max"] for record in records)
     out.print(f"\nload average up to {load:.1f}" + (f"; rows in {output}" if output is not None else ""))
-    if not all(record["texts_equal"] for record in records):
+    if not all(record["texts_equal"] for record in records if record["peer"] is None):
         err.print(Text("some texts DIFFER from plain decoding: no speed-up is given there", style="bold red"))
+
+
+def _engine(peer: dict[str, Any]) -> str:
+    """A peer with its package and options."""
+    options = "".join(f", {name} {value}" for name, value in peer["options"].items())
+    return f"{peer['drafter']} ({peer['peer']}{options})"
 
 
 def _figures_of(record: dict[str, Any]) -> list[str]:
     plain = record["drafter"] == "none"
     ratios = (record["speedup_vs_plain"], record["decode_speedup_vs_plain"])
-    return [
+    speed = [
         f"{record['tokens_per_second']:.1f}",
         *("" if plain else f"{ratio:.2f}x" if ratio else "-" for ratio in ratios),
+    ]
+    if record["peer"] is not None:
+        same = "yes" if record["texts_equal"] else f"{100 * record['equal_tokens'] / record['tokens']:.0f} %"
+        return [*speed, "", "", "", "", same]
+    return [
+        *speed,
         f"{record['tokens_per_pass']:.2f}",
         "" if plain else f"{100 * record['draft_acceptance_rate']:.0f} %",
         f"{record['extra_bytes'] / 2**20:.1f}",

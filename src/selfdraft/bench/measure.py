@@ -13,11 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from selfdraft.bench.peers import Peer
 from selfdraft.bench.record import first_difference
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.engine.loop import Engine
+from selfdraft.errors import PeerError
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, Stats
 
@@ -62,7 +64,8 @@ class Measured:
 
     takes: list[Take]
     """The timed runs; the one of the split is not among them."""
-    split: Split
+    split: Split | None
+    """None of a peer: nobody looks inside."""
     working_bytes: int | None
     """Peak memory of the run of the split beyond what was there before it; None where it cannot be read."""
     equal: bool
@@ -77,13 +80,20 @@ class Measured:
 
 
 def measure(
-    engines: Mapping[str, Engine], request: Request, runs: int, gauge: Gauge, settle: Callable[[], None]
+    engines: Mapping[str, Engine],
+    request: Request,
+    runs: int,
+    gauge: Gauge,
+    settle: Callable[[], None],
+    peers: Mapping[str, Peer] | None = None,
 ) -> dict[str, Measured]:
     """Run a request through all engines: once to split its time and warm up, then `runs` rounds with clean clocks.
 
     The first engine is the yardstick (plain decoding). Every second round goes backwards, so that none of them
-    always runs after the same neighbour. `settle` waits for the accelerator.
+    always runs after the same neighbour. `settle` waits for the accelerator. Peers write as many tokens as the first
+    engine did, whatever ends a text there. Errors: PeerError.
     """
+    peers = peers or {}
     found: dict[str, Measured] = {}
     plain: Take | None = None
     for name, engine in engines.items():
@@ -93,9 +103,15 @@ def measure(
         found[name] = Measured([], split, gauge.stop(), True, None)
         _compare(found[name], taken, plain)
     assert plain is not None
+    for name, peer in peers.items():
+        found[name] = Measured([], None, None, True, None)
+        _compare(found[name], take_peer(name, peer, request(), plain), plain)
     for number in range(runs):
-        for name in list(engines)[:: -1 if number % 2 else 1]:
-            taken = take(engines[name], request(), settle)
+        for name in [*engines, *peers][:: -1 if number % 2 else 1]:
+            if name in engines:
+                taken = take(engines[name], request(), settle)
+            else:
+                taken = take_peer(name, peers[name], request(), plain)
             found[name].takes.append(taken)
             _compare(found[name], taken, plain)
     return found
@@ -124,6 +140,14 @@ def take(
     seconds = time.perf_counter() - began
     text = sequence.stream.text if sequence.stream is not None else ""
     return Take(tuple(sequence.output), text, sequence.finish_reason, sequence.stats, seconds, first or seconds)
+
+
+def take_peer(name: str, peer: Peer, sequence: Sequence, plain: Take) -> Take:
+    """One run of another engine, on its own clock, as long as a plain run. Errors: PeerError."""
+    said = peer.answer(sequence.tokens, len(plain.tokens))
+    if len(said.tokens) != len(plain.tokens):
+        raise PeerError(f"peer {name}: it wrote {len(said.tokens)} tokens where {len(plain.tokens)} were asked for")
+    return Take(said.tokens, "", plain.finish_reason, Stats(), said.seconds, said.first_token_seconds)
 
 
 def take_apart(engine: Engine, sequence: Sequence, settle: Callable[[], None]) -> tuple[Take, Split]:

@@ -1,4 +1,4 @@
-"""Three pictures of a bench: speed-up by task, acceptance by position, and where the time goes."""
+"""Pictures of a bench: speed-up by task, acceptance by position, where the time goes, and other engines beside ours."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ MEANINGS = {
     "drafting": "drafting",
     "rest": "host (rows, walk, text)",
 }
+OTHERS = "#B8C4CE"
 INK, FAINT = "#222222", "#6B6B6B"
 WIDE = 3
 """Panels beside one another."""
@@ -38,8 +39,14 @@ def need_matplotlib() -> None:
 
 
 def draw(records: SequenceOf[Record], folder: Path) -> list[Path]:
-    """Write speedup.png, acceptance.png and time.png; returns their paths. Errors: RequestError."""
-    made = {"speedup.png": speedup(records), "acceptance.png": acceptance(records), "time.png": time_split(records)}
+    """Write speedup.png, acceptance.png and time.png, with peers also peers.png; returns their paths.
+
+    Errors: RequestError.
+    """
+    own = [record for record in records if record.get("peer") is None]
+    made = {"speedup.png": speedup(own), "acceptance.png": acceptance(own), "time.png": time_split(own)}
+    if len(own) < len(records):
+        made["peers.png"] = peers(records)
     return [_save(figure, folder / name) for name, figure in made.items()]
 
 
@@ -145,6 +152,41 @@ def time_split(records: SequenceOf[Record]) -> Figure:
     axes.set_ylim(max(ticks) + 0.8, -1.4)
     axes.set_xlim(0, 100)
     axes.set_xlabel("per cent of the time of all answers")
+    _legend(figure, [axes])
+    _foot(figure, records)
+    return figure
+
+
+def peers(records: SequenceOf[Record]) -> Figure:
+    """Bars of tokens per second by task: plain decoding, our drafters, and other engines."""
+    tasks, labels = _names(records, "task"), _names(records, "drafter")
+    plain, *drafters = _names([record for record in records if record.get("peer") is None], "drafter")
+    rows = len(records) + 2 * len(tasks)
+    figure, (axes,) = _canvas(1, 9.0, 1.9 + 0.24 * rows, "Tokens per second, other engines beside ours")
+    ticks: dict[float, str] = {}
+    top = 0
+    best = max(record["tokens_per_second"] for record in records)
+    for task in tasks:
+        found = [record for label in labels if (record := _one(records, task, label)) is not None]
+        axes.text(0, top - 0.9, task, color=INK, fontsize=9, fontweight="bold", va="center")
+        for y, record in enumerate(found, top):
+            speed, label, ratio = record["tokens_per_second"], record["drafter"], record["speedup_vs_plain"]
+            colour, kind = OTHERS, "other engines"
+            if label == plain:
+                colour, kind = INK, "selfdraft, plain"
+            elif label in drafters:
+                colour, kind = PALETTE[0], "selfdraft, drafted"
+            axes.barh(y, speed, 0.82, color=colour, label=kind)
+            said = f"{speed:.0f}" + ("" if label == plain else f"   {ratio:.2f}x" if ratio else "   texts differ")
+            said += f"   {record['peer']}" if record.get("peer") else ""
+            axes.text(speed + best * 0.01, y, said, va="center", color=INK, fontsize=7.5)
+            ticks[y] = label
+        top += len(found) + 2
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.set_ylim(max(ticks) + 0.8, -1.4)
+    axes.set_xlim(0, best * 1.4)  # the figures stand right of the bars
+    axes.set_xlabel("tokens per second   (x: against our plain decoding; the same number of tokens everywhere)")
+    axes.grid(axis="x", color="#E3E3E3", linewidth=0.7)
     _legend(figure, [axes])
     _foot(figure, records)
     return figure

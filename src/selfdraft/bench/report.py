@@ -14,12 +14,19 @@ from selfdraft.types import Stats
 Record = dict[str, Any]
 KS = (1, 10, 100)
 """Of pass@k, where there are so many samples; and the number of samples itself."""
+INSIDE = (
+    *("tokens_per_pass", "draft_acceptance_rate", "acceptance_by_position", "draft_tokens_per_pass"),
+    *("draft_passes_per_token", "time_split", "host_ms_per_step"),
+    *("weights_bytes", "cache_bytes", "working_bytes", "extra_bytes", "peak_bytes", "memory_vs_plain"),
+)
+"""Figures that are only known of our own engine."""
 
 
 def records(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored: str = "") -> list[Record]:
-    """One record for each drafter (plain first), and the same for each group of a task that was run whole.
+    """One record for each drafter (plain first) and peer, and the same for each group of a task that was run whole.
 
-    `rows` hold every drafter of every prompt. `unscored` says why the task has no score.
+    `rows` hold every drafter of every prompt. `unscored` says why the task has no score. A peer wrote as many tokens
+    as plain decoding, so its speed is compared even where rounding made its text another one.
     """
     made = _of_part(name, rows, labels, unscored)
     groups = list(dict.fromkeys(row["group"] for row in rows))
@@ -38,12 +45,13 @@ def _of_part(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored
     scores = scores_of(plain)
     made = []
     for label, own in by_label.items():
-        equal = all(row["texts_equal"] for row in own)
-        record = {"task": name, "drafter": label, "options": own[0]["options"], "prompts": len(own)}
-        record |= _speed(own, equal) | _acceptance(own) | _memory(own, plain)
+        equal, peer = all(row["texts_equal"] for row in own), own[0].get("peer")
+        record = {"task": name, "drafter": label, "peer": peer, "options": own[0]["options"], "prompts": len(own)}
+        record |= _speed(own, comparable=equal or peer is not None) | _equality(own)
+        record |= dict.fromkeys(INSIDE) if peer is not None else _acceptance(own) | _memory(own, plain)
         ratio, memory = record["speedup_vs_plain"], record["memory_vs_plain"]
         record["speed_memory_ratio"] = round(ratio / memory, 4) if ratio and memory else None
-        record["scores"] = scores if equal else None
+        record["scores"] = scores if equal and peer is None else None
         record["unscored"] = "" if scores else unscored
         record["load_average_max"] = max(row["load_average"] for row in own)
         record["conditions"] = own[0]["conditions"]
@@ -51,7 +59,7 @@ def _of_part(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored
     return made
 
 
-def _speed(rows: SequenceOf[Row], equal: bool) -> Record:
+def _speed(rows: SequenceOf[Row], *, comparable: bool) -> Record:
     """Times add up over the prompts, so a long answer weighs more than a short one."""
     tokens = sum(row["tokens"] for row in rows)
     seconds, plain = _sum(rows, "seconds"), _sum(rows, "plain_seconds")
@@ -63,14 +71,24 @@ def _speed(rows: SequenceOf[Row], equal: bool) -> Record:
         "tokens": tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(tokens / seconds, 3),
-        "plain_tokens_per_second": round(tokens / plain, 3) if equal else None,
-        "speedup_vs_plain": round(plain / seconds, 4) if equal else None,
-        "speedup_lowest": round(min(each), 4) if equal else None,
-        "speedup_highest": round(max(each), 4) if equal else None,
+        "plain_tokens_per_second": round(tokens / plain, 3) if comparable else None,
+        "speedup_vs_plain": round(plain / seconds, 4) if comparable else None,
+        "speedup_lowest": round(min(each), 4) if comparable else None,
+        "speedup_highest": round(max(each), 4) if comparable else None,
         "decode_tokens_per_second": round(late / decoding, 3) if late and decoding > 0 else None,
-        "decode_speedup_vs_plain": round(plain_decoding / decoding, 4) if equal and late and decoding > 0 else None,
+        "decode_speedup_vs_plain": round(plain_decoding / decoding, 4)
+        if comparable and late and decoding > 0
+        else None,
         "first_token_seconds": round(_sum(rows, "first_token_seconds") / len(rows), 4),
-        "texts_equal": equal,
+    }
+
+
+def _equality(rows: SequenceOf[Row]) -> Record:
+    """`equal_tokens`: those before the first difference of each text, out of `tokens`."""
+    firsts = [(row.get("first_difference"), row["tokens"]) for row in rows]
+    return {
+        "texts_equal": all(row["texts_equal"] for row in rows),
+        "equal_tokens": sum(tokens if first is None else first for first, tokens in firsts),
         "prompts_different": [row["key"] for row in rows if not row["texts_equal"]],
     }
 

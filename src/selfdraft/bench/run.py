@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from selfdraft.bench.ledger import Ledger, Row
 from selfdraft.bench.measure import Gauge, Measured, Request, measure, take
+from selfdraft.bench.peers import Peer
 from selfdraft.bench.tasks import Item
 from selfdraft.core.sequence import Sequence
 from selfdraft.engine.loop import Engine
@@ -24,11 +25,13 @@ SAMPLES_APART = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A drafter with its options, under the name it has in the results."""
+    """A drafter or peer with its options, under the name it has in the results."""
 
     label: str
     method: str
     options: Mapping[str, object] = field(default_factory=dict)
+    edition: str | None = None
+    """Of a peer: the package and its version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Bench:
     engines: Callable[[SequenceOf[Contender]], dict[str, Engine]]
     open: Callable[[SequenceOf[str], tuple[str, ...], int], Sequence]
     contenders: SequenceOf[Contender]
+    """Plain decoding first, peers last."""
     conditions: Mapping[str, object]
     footprint: Footprint
     gauge: Gauge
@@ -61,6 +65,8 @@ class Bench:
     seed: int = 0
     samples: int = 1
     all_turns: bool = False
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    """Other engines by label, loaded."""
     skipped: list[str] = field(default_factory=list)
     """What was left out, and why."""
     measured: int = 0
@@ -72,7 +78,7 @@ def run(bench: Bench, name: str, items: SequenceOf[Item], ledger: Ledger) -> Ite
 
     Prompt i (of its group) is sampled with seed + i. An item that does not fit into the context is skipped.
     """
-    engines = bench.engines(bench.contenders)
+    engines = bench.engines([contender for contender in bench.contenders if contender.edition is None])
     warm = False
     counts: dict[str, int] = {}
     for item in items:
@@ -131,6 +137,8 @@ class Question:
         """A hash of everything that can change this row."""
         facts = [self.bench.conditions, contender.method, contender.options, self.history, self.item.stop, self.seed]
         facts += [self.bench.runs, self.bench.samples]
+        if contender.edition is not None:
+            facts.append(contender.edition)
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
     def known(self, contender: Contender, ledger: Ledger) -> Row | None:
@@ -145,8 +153,10 @@ class Question:
         if not missing:
             return
         plain = self.bench.contenders[0].label
-        running = {label: engines[label] for label in dict.fromkeys([plain, *(c.label for c in missing)])}
-        found = measure(running, self.request(), self.bench.runs, self.bench.gauge, self.bench.settle)
+        labels = dict.fromkeys([plain, *(c.label for c in missing)])
+        running = {label: engines[label] for label in labels if label in engines}
+        peers = {label: self.bench.peers[label] for label in labels if label in self.bench.peers}
+        found = measure(running, self.request(), self.bench.runs, self.bench.gauge, self.bench.settle, peers)
         texts = self._more_samples(running, found)
         for contender in missing:
             row = self._row(contender, found[contender.label], found[plain])
@@ -168,14 +178,13 @@ class Question:
         return texts
 
     def _row(self, contender: Contender, own: Measured, plain: Measured) -> Row:
-        best, bench = own.median, self.bench
-        memory = {"weights": bench.footprint.weights, "cache": bench.footprint.cache(), "working": own.working_bytes}
-        memory["adapter"] = bench.footprint.adapters.get(contender.method, 0)
+        best = own.median
         return {
             "task": self.task,
             "group": self.item.group,
             "key": self.key,
             "drafter": contender.label,
+            "peer": contender.edition,
             "fingerprint": self.fingerprint(contender),
             "options": dict(contender.options),
             "seed": self.seed,
@@ -188,10 +197,16 @@ class Question:
             "plain_seconds": plain.median.seconds,
             "plain_first_token_seconds": plain.median.first_token_seconds,
             "all_seconds": [run.seconds for run in own.takes],
-            "stats": best.stats.as_dict(),
-            "split": asdict(own.split),
-            "memory": memory,
+            **(self._inside(contender, own) if contender.edition is None else {}),
             "load_average": round(os.getloadavg()[0], 2),
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "conditions": dict(bench.conditions),
+            "conditions": dict(self.bench.conditions),
         }
+
+    def _inside(self, contender: Contender, own: Measured) -> Row:
+        """What is only known of our own engine: counts, where the time went, memory."""
+        assert own.split is not None
+        footprint = self.bench.footprint
+        memory = {"weights": footprint.weights, "cache": footprint.cache(), "working": own.working_bytes}
+        memory["adapter"] = footprint.adapters.get(contender.method, 0)
+        return {"stats": own.median.stats.as_dict(), "split": asdict(own.split), "memory": memory}

@@ -23,6 +23,7 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
+from selfdraft.cli.peers import Patience, PeerConfigs, Peers, Pythons, invited, joined
 from selfdraft.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ def bench(
     adapter: Adapters = None,
     drafters: Names = None,
     speculative_config: Configs = None,
+    peers: Peers = None,
+    peer_config: PeerConfigs = None,
+    peer_python: Pythons = None,
+    peer_timeout: Patience = 900.0,
     data_dir: DataDir = None,
     limit: Limit = None,
     max_new_tokens: MaxNew = 128,
@@ -71,13 +76,13 @@ def bench(
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     output: Output = None,
-    pictures: Annotated[Path | None, typer.Option(help="A folder for three pictures (PNG).")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure drafters on the field's tasks.
 
-    Speed against plain decoding, scores, memory; exit code 1 if a text differs.
+    Speed against plain decoding and other engines, scores, memory; exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
     from selfdraft.types import SamplingParams
@@ -85,6 +90,7 @@ def bench(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
     contenders = field_of(drafters, speculative_config or [])
+    guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     with Ledger(output) as ledger:
@@ -92,7 +98,8 @@ def bench(
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
         setting = set_up(llm, model, adapter or [], fit, plan)
-        rows = measure_all(setting, items, ledger, quiet=as_json)
+        with joined(setting, guests, llm, model, items, peer_timeout):
+            rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [contender.label for contender in setting.contenders])
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
@@ -100,11 +107,8 @@ def bench(
         raise RequestError(f"nothing was measured: none of the prompts fits into the context of {llm.target.context}")
     for path in draw(records):  # before the table: whoever reads that may leave early
         show.note(f"wrote {path}")
-    if as_json:
-        show.document(records)
-    else:
-        show.evaluation(records, output)
-    raise typer.Exit(0 if all(record["texts_equal"] for record in records) else 1)
+    show.document(records) if as_json else show.evaluation(records, output)
+    raise typer.Exit(0 if all(record["texts_equal"] for record in records if record["peer"] is None) else 1)
 
 
 @dataclass(frozen=True, slots=True)

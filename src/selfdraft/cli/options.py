@@ -76,15 +76,15 @@ def open_llm(
         )
 
 
-def parse_config(config: str | None) -> dict[str, object] | None:
+def parse_config(config: str | None, option: str = "--speculative-config") -> dict[str, object] | None:
     if config is None:
         return None
     try:
         options = json.loads(config)
     except json.JSONDecodeError as error:
-        raise OptionError(f"--speculative-config is not JSON: {error.msg} at column {error.colno}") from error
+        raise OptionError(f"{option} is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(options, dict):
-        raise OptionError(f"--speculative-config must be a JSON object, not {config!r}")
+        raise OptionError(f"{option} must be a JSON object, not {config!r}")
     return options
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 Model: TypeAlias = PreTrainedModel
@@ -35,6 +39,54 @@ def greedy(model: Model, prompt: SequenceOf[int], most: int, ends: frozenset[int
     )
     new: list[int] = text[0, len(prompt) :].tolist()
     return new
+
+
+class _Noticing:
+    """Takes what `generate` streams: the prompt first, then what each step added."""
+
+    def __init__(self, notice: Callable[[], None]) -> None:
+        self._notice, self._prompt = notice, True
+
+    def put(self, tokens: Tensor) -> None:
+        if not self._prompt:
+            self._notice()
+        self._prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+@torch.inference_mode()
+def decode(
+    model: Model, prompt: SequenceOf[int], count: int, options: Mapping[str, int], notice: Callable[[], None]
+) -> list[int]:
+    """`count` greedy tokens of `model.generate`, whatever ends a text; `notice` is called when a step is done.
+
+    `options` are generate's own: those of prompt lookup.
+    """
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    ends = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = None  # what stands here counts where a call says None
+    try:
+        text = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=_Noticing(notice),
+            **options,
+        )
+    finally:
+        model.generation_config.eos_token_id = ends
+    new: list[int] = text[0, len(prompt) :].tolist()
+    return new
+
+
+def folder_of(name: str | Path) -> Path:
+    """The folder of a checkpoint that was loaded by this name: itself, or the hub's copy on this machine."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else Path(str(cached_file(str(name), "config.json"))).parent
 
 
 @torch.inference_mode()
