@@ -7,6 +7,7 @@ SelfdraftError
 ├── RequestError          one request is wrong; nothing else is touched
 │   └── PromptTooLong     the prompt does not fit into the context
 ├── OptionError           an option is unknown, out of range, or belongs to another method
+├── RunnerUnavailable     the fast runner cannot be used here for this model; the plain one can
 └── EngineError           a fault inside a step (NaN logits, no room); the engine stays usable
 """
 
@@ -39,6 +40,10 @@ class PromptTooLong(RequestError):
 
 class OptionError(SelfdraftError, ValueError):
     """An option is unknown, out of range, or belongs to another method."""
+
+
+class RunnerUnavailable(SelfdraftError):
+    """The fast runner cannot be used on this machine or for this model."""
 
 
 class EngineError(SelfdraftError, RuntimeError):
