@@ -23,7 +23,7 @@ namespace {
 
 typedef int64_t word;
 typedef float v16 __attribute__((vector_size(64)));
-typedef uint32_t u16x32 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
 
 struct bf16 {
@@ -57,14 +57,19 @@ inline v16 load16(const float *p) {
 inline v16 load16(const bf16 *p) {
   h16 h;
   memcpy(&h, p, 32);
-  u16x32 w = __builtin_convertvector(h, u16x32) << 16;
+  u32x16 w = __builtin_convertvector(h, u32x16) << 16;
   v16 v;
   memcpy(&v, &w, 64);
   return v;
 }
 inline void store16(v16 v, float *p) { memcpy(p, &v, 64); }
 inline void store16(v16 v, bf16 *p) {
-  for (int i = 0; i < 16; i++) narrow(v[i], p[i]);
+  u32x16 bits;
+  memcpy(&bits, &v, 64);
+  u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, odd = (bits >> 16) | 0x40;
+  u32x16 is_nan = (u32x16)((bits & 0x7fffffff) > 0x7f800000);
+  h16 h = __builtin_convertvector((odd & is_nan) | (rounded & ~is_nan), h16);
+  memcpy(p, &h, 32);
 }
 template <class T> inline v16 load_part(const T *p, word count) {
   T part[16] = {};
@@ -160,34 +165,31 @@ template <> struct Lanes<bf16> {
 };
 #endif
 
-// acc[m * R + r] += w[r] . x[m] over `size` numbers; `ahead` numbers further the next weights are fetched.
-template <class T, int R, int M, bool FETCH>
-inline void dots(const T *const *w, const T *const *x, word size, v16 *acc, word ahead) {
+// acc[m * R + r] += w[r] . x[m] over `size` numbers; meanwhile `F` rows of weights to come are fetched.
+template <class T, int R, int M, int F>
+inline __attribute__((always_inline)) void dots(const T *const *w, const T *const *x, word size, v16 *acc,
+                                                const T *const *next) {
   typedef Lanes<T> L;
-  v16 sum[R * M];
-#pragma GCC unroll 16
-  for (int i = 0; i < R * M; i++) sum[i] = acc[i];
   word k = 0;
   for (; k + L::step <= size; k += L::step) {
     typename L::part part[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      part[r] = L::whole(w[r] + k);
-      if (FETCH) __builtin_prefetch(w[r] + k + ahead);
-    }
+    for (int r = 0; r < R; r++) part[r] = L::whole(w[r] + k);
+#pragma GCC unroll 16
+    for (int f = 0; f < F; f++) __builtin_prefetch(next[f] + k);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       typename L::part row = L::whole(x[m] + k);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; r++) sum[m * R + r] = L::add(sum[m * R + r], part[r], row);
+      for (int r = 0; r < R; r++) acc[m * R + r] = L::add(acc[m * R + r], part[r], row);
     }
   }
   if (k < size)
-    for (int m = 0; m < M; m++)
-      for (int r = 0; r < R; r++)
-        sum[m * R + r] = L::add(sum[m * R + r], L::rest(w[r] + k, size - k), L::rest(x[m] + k, size - k));
 #pragma GCC unroll 16
-  for (int i = 0; i < R * M; i++) acc[i] = sum[i];
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+        acc[m * R + r] = L::add(acc[m * R + r], L::rest(w[r] + k, size - k), L::rest(x[m] + k, size - k));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -268,37 +270,50 @@ inline void share(word count, word unit, int thread, int threads, word &from, wo
 constexpr word CHUNK = 64;     // rows that go through a block of weights together
 constexpr word INNER = 16384;  // bytes of weights that stay close while they do
 
+// Sums of R outputs for M rows, narrowed and put where they belong; only `wide` outputs and `tall` rows are real.
 template <class T, int R, int M>
+inline void finish(const v16 *acc, const v16 &shift, char *Y, word y_row, word n, word wide, word tall) {
+  T said[16];
+  store16(totals(acc) + shift, said);
+  if (wide == R && tall == M) {
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) memcpy((T *)(Y + i * y_row) + n, said + i * R, R * sizeof(T));
+  } else
+    for (word i = 0; i < tall; i++) memcpy((T *)(Y + i * y_row) + n, said + i * R, wide * sizeof(T));
+}
+
+// Outputs from .. to of at most CHUNK rows. F rows of the next weights are fetched with every group of rows.
+template <class T, int R, int M, int F>
 void products(const T *W, const char *X, word x_row, char *Y, word y_row, const T *bias, word K, word from, word to,
               word rows) {
-  constexpr int ALL = 16;
-  const word inner = rows <= M ? K : INNER / word(sizeof(T)) / R;
-  v16 acc[(CHUNK + M - 1) / M][ALL];
+  const word groups = (rows + M - 1) / M, inner = groups == 1 ? K : INNER / word(sizeof(T)) / R;
+  v16 left[CHUNK / M + 1][16];
   for (word n = from; n < to; n += R) {
-    const T *w[R];
-    for (int r = 0; r < R; r++) w[r] = W + std::min(n + r, to - 1) * K;
-    word groups = (rows + M - 1) / M;
-    memset(acc, 0, groups * sizeof acc[0]);
+    const T *w[R], *next[R];
+    const word wide = std::min<word>(R, to - n);
+    for (int r = 0; r < R; r++) {
+      w[r] = W + std::min(n + r, to - 1) * K;
+      next[r] = W + std::min(n + R + r, to - 1) * K;
+    }
+    v16 shift = {};
+    if (bias)
+      for (int i = 0; i < M; i++)
+        for (word r = 0; r < wide; r++) shift[i * R + r] = widen(bias[n + r]);
     for (word k = 0; k < K; k += inner) {
-      const T *part[R];
-      for (int r = 0; r < R; r++) part[r] = w[r] + k;
-      word size = std::min(inner, K - k);
+      const word size = std::min(inner, K - k);
       for (word g = 0; g < groups; g++) {
         const T *x[M];
         for (int i = 0; i < M; i++) x[i] = (const T *)(X + std::min(g * M + i, rows - 1) * x_row) + k;
-        if (g == 0) dots<T, R, M, true>(part, x, size, acc[g], R * K);
-        else dots<T, R, M, false>(part, x, size, acc[g], 0);
+        v16 acc[16] = {};
+        if (k)
+          for (int i = 0; i < 16; i++) acc[i] = left[g][i];
+        if (g * F < R) dots<T, R, M, F>(w, x, size, acc, next + g * F);
+        else dots<T, R, M, 0>(w, x, size, acc, next);
+        if (k + inner < K)
+          for (int i = 0; i < 16; i++) left[g][i] = acc[i];
+        else finish<T, R, M>(acc, shift, Y + g * M * y_row, y_row, n, wide, std::min<word>(M, rows - g * M));
       }
-    }
-    word wide = std::min<word>(R, to - n);
-    for (word g = 0; g < groups; g++) {
-      float sums[16];
-      store16(totals(acc[g]), sums);
-      for (word i = 0; i < M && g * M + i < rows; i++) {
-        T *y = (T *)(Y + (g * M + i) * y_row) + n;
-        for (word r = 0; r < wide; r++)
-          narrow(sums[i * R + r] + (bias ? widen(bias[n + r]) : 0.0f), y[r]);
-      }
+      for (int r = 0; r < R; r++) w[r] += size, next[r] += size;
     }
   }
 }
@@ -309,7 +324,8 @@ template <class T> void linear(const Pass &pass, const Instr &op, word rows, wor
   char *Y = at(pass, op.out, 0, 0);
   for (word r = 0; r < rows; r += CHUNK) {
     word count = std::min(CHUNK, rows - r);
-    auto go = count == 1 ? products<T, 16, 1> : count == 2 ? products<T, 8, 2> : products<T, 4, 4>;
+    auto go = count == 1 ? products<T, 16, 1, 16> : count == 2 ? products<T, 8, 2, 8>
+      : count > 4 && count <= 8 && op.more[3] > 1024 ? products<T, 4, 4, 2> : products<T, 4, 4, 4>;
     go(W, X + r * op.a.row, op.a.row, Y + r * op.out.row, op.out.row, bias, op.more[3], from, to, count);
   }
 }
@@ -360,13 +376,13 @@ void score(const T *keys, word wide, const T *q, word q_step, word shared, const
     for (word s = 0; s < shared; s++) {
       const T *x = q + s * q_step;
       v16 acc[16] = {};
-      dots<T, 16, 1, false>(k, &x, wide, acc, 0);
-      v16 said = totals(acc) * scale;
+      dots<T, 16, 1, 0>(k, &x, wide, acc, nullptr);
       float *to = scores + s * stride + g;
-      for (int i = 0; i < 16; i++) {
-        float value = cap > 0.0f ? cap * tanh_(said[i] / cap) : said[i];
-        to[i] = g + i < first || g + i >= length ? -INFINITY : value;
-      }
+      store16(totals(acc) * scale, to);
+      if (cap > 0.0f)
+        for (int i = 0; i < 16; i++) to[i] = cap * tanh_(to[i] / cap);
+      for (word j = g; j < first; j++) scores[s * stride + j] = -INFINITY;
+      for (word j = std::max(g, length); j < g + 16; j++) scores[s * stride + j] = -INFINITY;
     }
   }
 }
@@ -374,38 +390,52 @@ void score(const T *keys, word wide, const T *q, word q_step, word shared, const
 // Scores to weights that sum to one over the places, and the sink if there is one.
 inline void soften(float *scores, word first, word length, const float *sink) {
   word from = first & ~word(15), to = (length + 15) & ~word(15);
-  float most = sink ? *sink : -INFINITY;
-  for (word j = from; j < to; j++) most = std::max(most, scores[j]);
+  float most = sink ? *sink : -INFINITY, lanes[16];
+  for (int i = 0; i < 16; i++) lanes[i] = scores[from + i];
+  for (word j = from + 16; j < to; j += 16)
+    for (int i = 0; i < 16; i++) lanes[i] = std::max(lanes[i], scores[j + i]);
+  for (int i = 0; i < 16; i++) most = std::max(most, lanes[i]);
   v16 sums = {};
   for (word j = from; j < to; j += 16) {
-    float part[16];
-    for (int i = 0; i < 16; i++) part[i] = scores[j + i] == -INFINITY ? 0.0f : exp_(scores[j + i] - most);
-    memcpy(scores + j, part, 64);
+    float *part = scores + j;
+    for (int i = 0; i < 16; i++) part[i] = part[i] == -INFINITY ? 0.0f : exp_(part[i] - most);
     sums += load16(part);
   }
   float scale = 1.0f / (total(sums) + (sink ? exp_(*sink - most) : 0.0f));
   for (word j = from; j < to; j++) scores[j] *= scale;
 }
 
-// Q query heads times D * 16 numbers of the values, summed over the places in order.
+// Q query heads times D * 16 numbers of the values, summed over even and odd places apart, then together.
 template <class T, int Q, int D>
 void mix(const T *values, word deep, const float *weights, word stride, const word *extras, word seen, word first,
          word length, T *out, word out_step) {
-  v16 sum[Q][D] = {};
-  for (word j = first; j < length; j++) {
+  v16 sum[2][Q][D] = {};
+  auto add = [&](word j, v16 (*to)[D]) {
     const T *v = values + (j < seen ? j : extras[j - seen]) * deep;
     v16 part[D];
 #pragma GCC unroll 4
     for (int d = 0; d < D; d++) part[d] = load16(v + 16 * d);
 #pragma GCC unroll 4
-    for (int s = 0; s < Q; s++) {
-      float weight = weights[s * stride + j];
+    for (int s = 0; s < Q; s++)
 #pragma GCC unroll 4
-      for (int d = 0; d < D; d++) sum[s][d] += weight * part[d];
-    }
+      for (int d = 0; d < D; d++) to[s][d] += weights[s * stride + j] * part[d];
+  };
+  word j = first;
+  if (j & 1 && j < length) add(j++, sum[1]);
+  for (; j + 2 <= length; j += 2) {
+    add(j, sum[0]);
+    add(j + 1, sum[1]);
   }
+  if (j < length) add(j, sum[0]);
   for (int s = 0; s < Q; s++)
-    for (int d = 0; d < D; d++) store16(sum[s][d], out + s * out_step + 16 * d);
+    for (int d = 0; d < D; d++) store16(sum[0][s][d] + sum[1][s][d], out + s * out_step + 16 * d);
+}
+
+template <class T, int D>
+void mix(word together, const T *values, word deep, const float *weights, word stride, const word *extras, word seen,
+         word first, word length, T *out) {
+  auto go = together == 4 ? mix<T, 4, D> : together == 3 ? mix<T, 3, D> : together == 2 ? mix<T, 2, D> : mix<T, 1, D>;
+  go(values, deep, weights, stride, extras, seen, first, length, out, deep);
 }
 
 // The same for what is left when neither heads nor width come in fours.
@@ -436,21 +466,16 @@ template <class T> void attend(const Pass &pass, const Instr &op, word row, word
   for (word s = 0; s < shared; s++)
     soften(scores.data() + s * stride, first, length, sinks ? sinks + head * shared + s : nullptr);
   T *out = (T *)at(pass, op.out, row, 0) + head * shared * deep;
-  for (word s = 0; s < shared;) {
-    word together = shared - s >= 4 ? 4 : shared - s >= 2 ? 2 : 1;
+  for (word s = 0; s < shared; s += 4) {
+    word together = std::min<word>(4, shared - s), d = 0;
     const float *weights = scores.data() + s * stride;
-    word d = 0;
-    for (; d + 64 <= deep; d += 64) {
-      auto go = together == 4 ? mix<T, 4, 4> : together == 2 ? mix<T, 2, 4> : mix<T, 1, 4>;
-      go(values + d, deep, weights, stride, extras, seen, first, length, out + s * deep + d, deep);
-    }
-    for (; d + 16 <= deep; d += 16) {
-      auto go = together == 4 ? mix<T, 4, 1> : together == 2 ? mix<T, 2, 1> : mix<T, 1, 1>;
-      go(values + d, deep, weights, stride, extras, seen, first, length, out + s * deep + d, deep);
-    }
+    T *to = out + s * deep;
+    for (; d + 32 <= deep; d += 32)
+      mix<T, 2>(together, values + d, deep, weights, stride, extras, seen, first, length, to + d);
+    for (; d + 16 <= deep; d += 16)
+      mix<T, 1>(together, values + d, deep, weights, stride, extras, seen, first, length, to + d);
     for (word i = 0; i < together && d < deep; i++)
-      mix_rest(values + d, deep, deep - d, weights + i * stride, extras, seen, first, length, out + (s + i) * deep + d);
-    s += together;
+      mix_rest(values + d, deep, deep - d, weights + i * stride, extras, seen, first, length, to + i * deep + d);
   }
 }
 
@@ -487,8 +512,12 @@ inline const float *fetch(const char *p, word type, word step, word count, float
   } else if (type == BF16) {
     const bf16 *x = (const bf16 *)p;
     if (step == 0) std::fill(room, room + count, widen(*x));
-    else if (step == 1) for (word i = 0; i < count; i++) room[i] = widen(x[i]);
-    else for (word i = 0; i < count; i++) room[i] = widen(x[i * step]);
+    else {
+      word i = 0;
+      if (step == 1)
+        for (; i + 16 <= count; i += 16) store16(load16(x + i), room + i);
+      for (; i < count; i++) room[i] = widen(x[i * step]);
+    }
   } else {
     const word *x = (const word *)p;
     for (word i = 0; i < count; i++) room[i] = float(x[i * step]);
@@ -505,8 +534,10 @@ inline void put(const float *from, char *p, word type, word step, word count) {
     for (word i = 0; i < count; i++) ((word *)p)[i * step] = word(from[i]);
   } else {
     bf16 *y = (bf16 *)p;
-    if (step == 1) for (word i = 0; i < count; i++) narrow(from[i], y[i]);
-    else for (word i = 0; i < count; i++) narrow(from[i], y[i * step]);
+    word i = 0;
+    if (step == 1)
+      for (; i + 16 <= count; i += 16) store16(load16(from + i), y + i);
+    for (; i < count; i++) narrow(from[i], y[i * step]);
   }
 }
 

@@ -19,7 +19,10 @@ from selfdraft.errors import RunnerUnavailable
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
 PATIENCE = 300
 """Seconds that the compiler may take."""
 
