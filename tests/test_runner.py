@@ -20,7 +20,10 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import open_target
 from selfdraft.models.shapes import NATURAL
 from selfdraft.types import SamplingParams, Skip
-from tests.models import VOCAB, random_adapters, tiny_llama
+from tests.models import VOCAB, random_adapters, run, tiny_llama
+from tests.test_families import FAMILIES, NEW, generated
+from tests.test_families import build as build_family
+from tests.test_families import prompts as family_prompts
 from tests.test_oracle import MIXED, OPTIONS, WAYS, Way, decode, prompts
 
 
@@ -43,9 +46,14 @@ def fast_target(dtype: torch.dtype, slots: int = 1) -> HFTarget:
 
 
 @cache
+def quiet_target(dtype: str) -> HFTarget:
+    return fast_target(TYPES[dtype])
+
+
+@cache
 def plain_text(index: int, sampling: str, dtype: str) -> list[int]:
     """What the fast runner says without a drafter, alone."""
-    target = fast_target(TYPES[dtype])
+    target = quiet_target(dtype)
     return decode(target, build("none", target), [(index, sampling)], ALONE)[0].output
 
 
@@ -137,6 +145,21 @@ def test_it_is_promised_and_holds(dtype: torch.dtype) -> None:
 
     found = trial(target, build("none", target), [request], str(dtype), str(target.shapes))
     assert (found.tokens_equal, found.rows_bitwise_equal) == (found.tokens, found.rows) == (90, 90)
+
+
+DENSE = [name for name, family in FAMILIES.items() if not family.experts]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_families(name: str) -> None:
+    """The stock modules of every family can be traced, and say what `generate` says; float32."""
+    family = FAMILIES[name]
+    model = build_family(family.config, family.options, family.model, torch.float32)
+    target = open_target(model, slots=2, adapters=random_adapters(model), runner="fast")
+    assert target.exactness.level == "bitwise"
+    for drafter in ("lookup", "layer_skip", "space"):
+        texts = run(target, drafter, family_prompts(), SamplingParams(max_tokens=NEW), slots=2)
+        assert [sequence.output for sequence in texts] == generated(name), drafter
 
 
 class Odd(nn.Linear):

@@ -134,6 +134,7 @@ class _Writer:
             "embedding.default": self._embedding,
             "index.Tensor": self._index,
             "cat.default": self._cat,
+            "stack.default": self._stack,
             "native_layer_norm.default": self._layer_norm,
             "_to_copy.default": self._to_copy,
             "gelu.default": self._gelu,
@@ -325,6 +326,13 @@ class _Writer:
             self._write(COPY, Value(out.buffer, out.layout.narrow(dim, start, size)), part)
             start += size
         return out
+
+    def _stack(self, example: Tensor, parts: SequenceOf[Value | Tensor], dim: int = 0) -> Value:
+        wide = [
+            Value(part.buffer, part.layout.unsqueeze(dim)) if isinstance(part, Value) else part.unsqueeze(dim)
+            for part in parts
+        ]
+        return self._cat(example, wide, dim)
 
     def _reduce(self, code: int, example: Tensor, x: Value, dims: SequenceOf[int], *_: Any, **__: Any) -> Value:
         if [dim % x.layout.ndim for dim in dims] != [x.layout.ndim - 1]:
