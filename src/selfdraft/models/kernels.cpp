@@ -227,25 +227,27 @@ struct Pass {
   const word *strides;                                // per layer: elements from slot to slot and head to head, K and V
 };
 
-struct Barrier {
-  std::atomic<int> waiting{0}, round{0};
-  void wait(int threads) {
-    if (threads == 1) return;
-    int mine = round.load(std::memory_order_relaxed);
-    if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      waiting.store(0, std::memory_order_relaxed);
-      round.store(mine + 1, std::memory_order_release);
-      return;
+// How far a step is. Whoever comes takes the next part; a step is over when its parts are done, not when all threads
+// have been there: one that the machine has put aside holds nobody up, and finds its steps done.
+struct alignas(64) Progress {
+  std::atomic<word> next{0}, done{0};
+
+  template <class Part> void run(word parts, const Part &part) {
+    for (word mine; next.load(std::memory_order_relaxed) < parts
+                    && (mine = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+      part(mine);
+      done.fetch_add(1, std::memory_order_release);
     }
-    for (int spins = 0; round.load(std::memory_order_acquire) == mine; spins++) {
+    for (int spins = 0; done.load(std::memory_order_acquire) < parts; spins++) {
+      if (spins > 4096) sched_yield();
 #if defined(__x86_64__)
-      if (spins < 4096) __builtin_ia32_pause();
-      else
+      else __builtin_ia32_pause();
 #endif
-        if (spins > 4096) sched_yield();
     }
   }
 };
+
+constexpr word PART = 32768, PARTS = 8;
 
 inline char *at(const Pass &pass, const Arg &arg, word row, int thread) {
   switch (arg.place) {
@@ -257,11 +259,17 @@ inline char *at(const Pass &pass, const Arg &arg, word row, int thread) {
   }
 }
 
-// Part `thread` of `count` things in equal parts of multiples of `unit`.
-inline void share(word count, word unit, int thread, int threads, word &from, word &to) {
+// Part `mine` of `count` things in `parts` equal parts of multiples of `unit`.
+inline void share(word count, word unit, word mine, word parts, word &from, word &to) {
   word units = (count + unit - 1) / unit;
-  from = std::min(count, units * thread / threads * unit);
-  to = std::min(count, units * (thread + 1) / threads * unit);
+  from = std::min(count, units * mine / parts * unit);
+  to = std::min(count, units * (mine + 1) / parts * unit);
+}
+
+// Into how many parts to cut work of `cost` bytes read: enough to go round, none so small that taking it costs more.
+inline word cut(word cost, word most, word threads) {
+  if (threads == 1) return 1;
+  return std::max<word>(1, std::min({cost / PART, most, PARTS * threads}));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -330,21 +338,27 @@ template <class T> void linear(const Pass &pass, const Instr &op, word rows, wor
   }
 }
 
+inline word padded(const Instr &op) { return (op.more[2] + 15) / 16 * 16; }
+
 // Layers of one step read the same rows; their outputs are shared out as if they were one.
-void linears(const Pass &pass, const Instr *ops, word count, word rows, int thread, int threads) {
-  word all = 0, from, to;
-  for (word i = 0; i < count; i++) all += (ops[i].more[2] + 15) / 16 * 16;
-  share(all, 16, thread, threads, from, to);
-  for (word i = 0; i < count; i++) {
-    word wide = ops[i].more[2], padded = (wide + 15) / 16 * 16;
-    word first = std::max<word>(0, from), last = std::min(wide, to);
-    if (first < last) {
-      if (ops[i].a.type == BF16) linear<bf16>(pass, ops[i], rows, first, last);
-      else linear<float>(pass, ops[i], rows, first, last);
+void linears(const Pass &pass, const Instr *ops, word count, word rows, Progress &progress) {
+  word all = 0;
+  for (word i = 0; i < count; i++) all += padded(ops[i]);
+  word cost = all * ops[0].more[3] * (ops[0].a.type == BF16 ? 2 : 4) * ((rows + 3) / 4);
+  word parts = cut(cost, all / 16, pass.threads);
+  progress.run(parts, [&](word mine) {
+    word from, to;
+    share(all, 16, mine, parts, from, to);
+    for (word i = 0; i < count; i++) {
+      word first = std::max<word>(0, from), last = std::min(ops[i].more[2], to);
+      if (first < last) {
+        if (ops[i].a.type == BF16) linear<bf16>(pass, ops[i], rows, first, last);
+        else linear<float>(pass, ops[i], rows, first, last);
+      }
+      from -= padded(ops[i]);
+      to -= padded(ops[i]);
     }
-    from -= padded;
-    to -= padded;
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -479,15 +493,20 @@ template <class T> void attend(const Pass &pass, const Instr &op, word row, word
   }
 }
 
-template <class T> void attention(const Pass &pass, const Instr &op, Barrier &barrier, int thread, int threads) {
-  word from, to;
-  share(pass.rows, 1, thread, threads, from, to);
-  for (word row = from; row < to; row++) remember<T>(pass, op, row);
-  barrier.wait(threads);
+template <class T> void attention(const Pass &pass, const Instr &op, Progress *progress) {
+  word keyed = op.more[3], units = pass.rows * keyed, from, to;
+  word parts = cut(pass.rows * PART / 8, pass.rows, pass.threads);
+  progress[0].run(parts, [&](word mine) {
+    share(pass.rows, 1, mine, parts, from, to);
+    for (word row = from; row < to; row++) remember<T>(pass, op, row);
+  });
   static thread_local std::vector<float> scores;
-  word keyed = op.more[3];
-  share(pass.rows * keyed, 1, thread, threads, from, to);
-  for (word unit = from; unit < to; unit++) attend<T>(pass, op, unit % pass.rows, unit / pass.rows, scores);
+  word longest = *std::max_element(pass.position, pass.position + pass.rows) + 1;
+  parts = cut(units * longest * (op.more[4] + op.more[5]) * word(sizeof(T)), units, pass.threads);
+  progress[1].run(parts, [&](word mine) {
+    share(units, 1, mine, parts, from, to);
+    for (word unit = from; unit < to; unit++) attend<T>(pass, op, unit % pass.rows, unit / pass.rows, scores);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -715,26 +734,29 @@ word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 
 
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
-  Barrier barrier;
+  std::vector<Progress> progress(2 * count); // an attention has two stages
 #pragma omp parallel num_threads(pass.threads)
   {
-    int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int thread = omp_get_thread_num();
     for (word s = 0; s < count; s++) {
       const Step &step = steps[s];
       const Instr *ops = instrs + step.first;
-      word rows = step.answers ? pass.answers : pass.rows;
+      const word rows = step.answers ? pass.answers : pass.rows;
+      Progress *mine = &progress[2 * s];
       if (!rows) continue;
-      if (step.kind == LINEAR) linears(pass, ops, step.count, rows, thread, threads);
+      if (step.kind == LINEAR) linears(pass, ops, step.count, rows, *mine);
       else if (step.kind == ATTEND) {
-        if (ops->a.type == BF16) attention<bf16>(pass, *ops, barrier, thread, threads);
-        else attention<float>(pass, *ops, barrier, thread, threads);
+        if (ops->a.type == BF16) attention<bf16>(pass, *ops, mine);
+        else attention<float>(pass, *ops, mine);
       } else {
-        word from, to;
-        share(rows, 1, thread, threads, from, to);
-        for (word row = from; row < to; row++)
-          for (word i = 0; i < step.count; i++) glue(pass, ops[i], row, thread);
+        const word parts = cut(rows * step.count * PART / 16, rows, pass.threads);
+        mine->run(parts, [&](word part) {
+          word from, to;
+          share(rows, 1, part, parts, from, to);
+          for (word row = from; row < to; row++)
+            for (word i = 0; i < step.count; i++) glue(pass, ops[i], row, thread);
+        });
       }
-      barrier.wait(threads);
     }
   }
 }
