@@ -25,10 +25,10 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.drafters import build
 from selfdraft.engine.loop import Engine
+from selfdraft.llm import POCKET
 from selfdraft.models import stock
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import load_model, open_target
-from selfdraft.llm import POCKET
 from selfdraft.types import SamplingParams
 
 SHAPES = {
@@ -96,7 +96,7 @@ def measure(name: str, model: PreTrainedModel, tokens: int, runs: int, speed: fl
     fast = open_target(model, slots=1, runner="fast")
     opened = time.perf_counter() - began
     targets = {"plain": open_target(model, slots=1, runner="plain"), "fast": fast}
-    print(f"\n{name}: {read / 1e6:.0f} MB read for a token, at least {bound:.2f} ms; the fast path opened in {opened:.1f} s")
+    print(f"\n{name}: {read / 1e6:.0f} MB for a token: {bound:.2f} ms or more; the fast path opened in {opened:.1f} s")
     prompt = torch.randint(0, fast.vocab, (PREFIX,), generator=torch.Generator().manual_seed(1)).tolist()
     ways: dict[str, Callable[[], list[int]]] = {
         "transformers": lambda: stock.greedy(model, prompt, tokens, frozenset()),

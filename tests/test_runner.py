@@ -166,7 +166,8 @@ class Odd(nn.Linear):
     """A layer with an operation that no tape has."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.special.bessel_j0(x).sum(-1, keepdim=True)
+        odd: Tensor = super().forward(x) + torch.special.bessel_j0(x).sum(-1, keepdim=True)
+        return odd
 
 
 def test_what_cannot_be_traced_runs_plainly() -> None:

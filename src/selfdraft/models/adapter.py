@@ -17,8 +17,8 @@ from selfdraft.errors import OptionError
 from selfdraft.models import view
 from selfdraft.models.attention import NAME, Plan, attend, make_plan
 from selfdraft.models.masks import Gate, MaskAdapter, gate_rows, gated, linked
-from selfdraft.models.runner import Runner
 from selfdraft.models.reuse import EarlyStates, unknown_part
+from selfdraft.models.runner import Runner
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import Skip
 

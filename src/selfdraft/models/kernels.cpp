@@ -710,6 +710,12 @@ void gated(const Pass &pass, const Instr &op, word row, char *out, const char *a
   put(y, out, op.out.type, 1, deep);
 }
 
+// A row of a table: more = {table, bytes of a row, rows}. What is not in it becomes NaN, which nobody takes for an answer.
+void embed(const Instr &op, char *out, word id) {
+  if (0 <= id && id < op.more[2]) memcpy(out, (const char *)op.more[0] + id * op.more[1], op.more[1]);
+  else memset(out, 0xff, op.more[1]);
+}
+
 void glue(const Pass &pass, const Instr &op, word row, int thread) {
   char *out = at(pass, op.out, row, thread);
   const char *a = at(pass, op.a, row, thread), *b = at(pass, op.b, row, thread), *c = at(pass, op.c, row, thread);
@@ -719,7 +725,7 @@ void glue(const Pass &pass, const Instr &op, word row, int thread) {
   case SUM:
   case MEAN:
   case AMAX: return reduce(op, out, a);
-  case EMBED: memcpy(out, (const char *)op.more[0] + *(const word *)a * op.more[1], op.more[1]); return;
+  case EMBED: return embed(op, out, *(const word *)a);
   case PICK: memcpy(out, at(pass, op.a, *(const word *)b, 0), op.more[1]); return;
   case GATED: return gated(pass, op, row, out, a, b);
   default: pointwise(op, out, a, b);

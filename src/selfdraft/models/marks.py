@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("selfdraft", "DEF")  # torch's own table of operations: adds names, changes none
+# torch's own table of operations: adds names, changes none
+_LIBRARY: Any = torch.library.Library("selfdraft", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, int layer, int window, float scale, float cap, Tensor? sinks) -> Tensor"
 )
 _LIBRARY.define("gated(Tensor y, Tensor x, Tensor down, Tensor up, int number) -> Tensor")
 
 
-@torch.library.register_fake("selfdraft::attend", lib=_LIBRARY)
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, layer: int, window: int, scale: float, cap: float, sinks: Tensor | None
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-@torch.library.register_fake("selfdraft::gated", lib=_LIBRARY)
 def _gated(y: Tensor, x: Tensor, down: Tensor, up: Tensor, number: int) -> Tensor:
     return torch.empty_like(y)
+
+
+torch.library.register_fake("selfdraft::attend", _attend, lib=_LIBRARY)
+torch.library.register_fake("selfdraft::gated", _gated, lib=_LIBRARY)
 
 
 @dataclass(eq=False, slots=True)

@@ -1,4 +1,4 @@
-"""The compiled half of a tape: `kernels.cpp`, built by the machine's own C++ compiler once and kept in the user's cache.
+"""The compiled half of a tape: `kernels.cpp`, built by the machine's own C++ compiler once and kept for the user.
 
 Nothing is built when the package is installed, so that it stays one wheel for every machine. Without a compiler the
 plain path runs, and says so.

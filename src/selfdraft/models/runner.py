@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class Runner:
         if weight.device.type != "cpu":
             raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {weight.device}")
         self._library = native.library()
+        self._library.selfdraft_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
         sizes = [self._library.selfdraft_sizes(which) for which in range(3)]
         assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels.cpp and tape.py disagree"
         self.cache = cache
@@ -53,6 +55,8 @@ class Runner:
         self._traced: dict[tuple[int, bool, bool], tuple[PreTrainedModel, Traced]] = {}
         self._memory = np.empty(0, np.uint8)
         self._strips: tuple[tuple[int, int], Words] | None = None
+        self._pass = Pass()
+        self._address = ctypes.addressof(self._pass)
 
     def tape(self, model: PreTrainedModel, *, embedded: bool = False, resuming: bool = False) -> Traced:
         """The tape of a view, traced when it is first asked for. Errors: RunnerUnavailable."""
@@ -72,55 +76,38 @@ class Runner:
         gates: Mapping[int, slice | Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [answers, vocab], and the hidden states [rows, hidden] that the view notes, if it does."""
-        count, answers = len(rows), len(rows.answers)
-        logits = torch.empty(answers, traced.vocab, dtype=self.dtype)
-        noted = torch.empty(count, traced.notes, dtype=self.dtype) if traced.notes else None
-        asked = torch.tensor(rows.answers, dtype=torch.int64)
-        slots = np.zeros(Slot.GATES + self._adapters, np.int64)
-        given = {Slot.TOKENS: rows.tokens, Slot.POSITIONS: rows.positions, Slot.ASKED: asked, Slot.LOGITS: logits}
-        given |= {Slot.EMBEDS: embeds, Slot.ENTERING: hidden, Slot.HIDDEN: noted}
-        held = {slot: tensor.contiguous() for slot, tensor in given.items() if tensor is not None}
-        for slot, tensor in held.items():
-            slots[slot] = tensor.data_ptr()
-        open_ = np.zeros((self._adapters, count), np.int64)
-        for number, acting in (gates or {}).items():
-            open_[number, acting.numpy() if isinstance(acting, Tensor) else acting] = 1
-        slots[Slot.GATES :] = [line.ctypes.data for line in open_]
+        logits = torch.empty(len(rows.answers), traced.vocab, dtype=self.dtype)
+        noted = torch.empty(len(rows), traced.notes, dtype=self.dtype) if traced.notes else None
+        slots: list[Tensor | None] = [None] * (Slot.GATES + self._adapters)
+        slots[Slot.TOKENS], slots[Slot.POSITIONS] = rows.tokens, rows.positions
+        slots[Slot.LOGITS], slots[Slot.HIDDEN] = logits, noted
+        slots[Slot.EMBEDS] = None if embeds is None else embeds.contiguous()
+        slots[Slot.ENTERING] = None if hidden is None else hidden.contiguous()
+        for number in range(self._adapters if gates else 0):
+            gate = slots[Slot.GATES + number] = torch.zeros(len(rows), dtype=torch.int64)
+            if gates and number in gates:
+                gate[gates[number]] = 1
         self._call(traced, rows, slots)
         return logits, noted
 
-    def _call(self, traced: Traced, rows: Rows, slots: Words) -> None:
-        tape, threads = traced.tape, torch.get_num_threads()
-        arena = self._room(tape.arena * max(len(rows), len(rows.answers)) + threads * tape.scratch)
+    def _call(self, traced: Traced, rows: Rows, slots: list[Tensor | None]) -> None:
+        tape, threads, count = traced.tape, torch.get_num_threads(), len(rows)
         strips = self._open(traced)
         paths, extras = _paths(rows)
-        layers = strips.shape[1]
-        told = Pass(
-            rows=len(rows),
-            answers=len(rows.answers),
-            threads=threads,
-            layers=layers,
-            arena=arena,
-            scratch=arena + tape.arena * max(len(rows), len(rows.answers)),
-            scratch_bytes=tape.scratch,
-            slots=slots.ctypes.data,
-            slot=paths[0].ctypes.data,
-            place=paths[1].ctypes.data,
-            seen=paths[2].ctypes.data,
-            extra=paths[3].ctypes.data,
-            position=paths[4].ctypes.data,
-            extras=extras.ctypes.data,
-            keys=strips[0].ctypes.data,
-            values=strips[1].ctypes.data,
-            strides=strips[2:].ctypes.data,
-        )
-        steps, instrs = tape.steps, tape.instrs
-        self._library.selfdraft_run(
-            ctypes.c_void_p(steps.ctypes.data),
-            ctypes.c_int64(len(steps)),
-            ctypes.c_void_p(instrs.ctypes.data),
-            ctypes.byref(told),
-        )
+        # everything that changes from pass to pass on one sheet: one array is quicker to make than many
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
+        sheet = np.array([*addresses, *rows.answers, *extras, *chain.from_iterable(paths)], np.int64)
+        start = sheet.ctypes.data
+        addresses_of = start + 8 * len(slots)
+        sheet[Slot.ASKED] = addresses_of
+        lines = addresses_of + 8 * (len(rows.answers) + len(extras))
+        told, size = self._pass, tape.arena * max(count, len(rows.answers))
+        told.rows, told.answers, told.threads, told.layers = count, len(rows.answers), threads, strips.shape[1]
+        told.arena = self._room(size + threads * tape.scratch)
+        told.scratch, told.scratch_bytes, told.slots = told.arena + size, tape.scratch, start
+        told.extras = addresses_of + 8 * len(rows.answers)
+        told.slot, told.place, told.seen, told.extra, told.position = (lines + 8 * count * i for i in range(5))
+        self._library.selfdraft_run(tape.steps.ctypes.data, len(tape.steps), tape.instrs.ctypes.data, self._address)
 
     def _room(self, size: int) -> int:
         """Address of `size` bytes on a cache line, the same from pass to pass while they suffice."""
@@ -130,10 +117,10 @@ class Runner:
 
     def _open(self, traced: Traced) -> Words:
         """Addresses of all strips, and how far slots and heads are apart in them."""
-        for layer, (heads, wide, deep) in traced.heads.items():
-            self.cache.open(layer, heads, wide, deep, self._like)
-        state = self.cache.places, len(self.cache.keys)
+        state = self.cache.places, id(traced)
         if self._strips is None or self._strips[0] != state:
+            for layer, (heads, wide, deep) in traced.heads.items():
+                self.cache.open(layer, heads, wide, deep, self._like)
             layers = max(self.cache.keys) + 1
             table = np.zeros((6, layers), np.int64)
             strides = np.zeros((layers, 4), np.int64)
@@ -142,32 +129,35 @@ class Runner:
                 table[:2, layer] = keys.data_ptr(), values.data_ptr()
                 strides[layer] = (*keys.stride()[:2], *values.stride()[:2])
             table[2:] = strides.reshape(4, layers)
+            told = self._pass
+            told.keys, told.values, told.strides = (table[row:].ctypes.data for row in range(3))
             self._strips = (state, table)
         return self._strips[1]
 
 
-def _paths(rows: Rows) -> tuple[Words, Words]:
+def _paths(rows: Rows) -> tuple[list[list[int]], list[int]]:
     """Per row: slot, own place, how many first places it sees, where its list of further places begins, position.
 
     And the lists. Nodes of a draft's leading chain stand in order, so what is seen of them is a prefix.
     """
-    paths = np.zeros((5, len(rows)), np.int64)
-    paths[4] = rows.positions.numpy()
+    slots: list[int] = []
+    places: list[int] = []
+    seen: list[int] = []
+    extra: list[int] = [0] * len(rows)
     extras: list[int] = []
     for span in rows.spans:
-        mine = slice(span.start, span.start + span.size)
-        paths[0, mine] = span.slot
-        paths[1, mine] = np.arange(span.base, span.base + span.size)
-        paths[2, mine] = np.arange(span.base + 1, span.base + span.size + 1)
-        first, chain, parents = span.base + span.pending, _chained(span), span.draft.parents
+        slots += [span.slot] * span.size
+        places += range(span.base, span.base + span.size)
+        seen += range(span.base + 1, span.base + span.size + 1)
+        first, parents = span.base + span.pending, span.draft.parents
         trails: dict[int, tuple[int, list[int]]] = {}
-        for node in range(chain, len(parents)):
-            seen, trail = trails.get(parents[node], (first + parents[node] + 1, []))
-            trails[node] = seen, [*trail, first + node]
-            paths[2, span.start + span.pending + node] = seen
-            paths[3, span.start + span.pending + node] = len(extras)
+        for node in range(_chained(span), len(parents)):
+            prefix, trail = trails.get(parents[node], (first + parents[node] + 1, []))
+            trails[node] = prefix, [*trail, first + node]
+            row = span.start + span.pending + node
+            seen[row], extra[row] = prefix, len(extras)
             extras += trails[node][1]
-    return paths, np.array(extras or [0], np.int64)
+    return [slots, places, seen, extra, rows.positions.tolist()], extras
 
 
 def _chained(span: Span) -> int:

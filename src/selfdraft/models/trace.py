@@ -46,7 +46,19 @@ REDUCING = {"sum.dim_IntList": 64, "mean.dim": 65, "amax.default": 66}
 LAYER_NORM, RMS_NORM, EMBED, PICK, GATED = range(80, 85)
 """The codes of kernels.cpp."""
 VIEWS = frozenset(
-    {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select"}
+    {
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "slice",
+        "select",
+    }
     | {"split", "split_with_sizes", "unbind", "alias", "detach", "unfold", "narrow", "chunk"}
 )
 SAME = frozenset({"clone", "contiguous", "lift_fresh_copy", "lift_fresh", "dropout"})
@@ -58,6 +70,10 @@ class Value:
 
     buffer: Buffer
     layout: Tensor
+
+    @property
+    def offset(self) -> int:
+        return int(self.layout.storage_offset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +108,7 @@ def trace(model: PreTrainedModel, *, embedded: bool, resuming: bool) -> Traced:
         recorder.hidden = entering if resuming else None
         recorder.calls.clear()
         start = {"inputs_embeds": embeds} if embedded else {"input_ids": tokens}
-        said = model(
-            **start, position_ids=positions, use_cache=False, logits_to_keep=wanted, selfdraft=recorder
-        ).logits
+        said = model(**start, position_ids=positions, use_cache=False, logits_to_keep=wanted, selfdraft=recorder).logits
         noted = None if resuming else recorder.hidden
         return [said] if noted is None else [said, noted]
 
@@ -127,7 +141,7 @@ class _Writer:
         self.instrs: list[Instr] = []
         self.heads: dict[int, tuple[int, int, int]] = {}
         self.known: dict[torch.fx.Node, Any] = {}
-        self.direct = {
+        self.direct: dict[str, Callable[..., Any]] = {
             "mm.default": self._mm,
             "addmm.default": self._addmm,
             "bmm.default": self._bmm,
@@ -175,15 +189,15 @@ class _Writer:
         return value
 
     def _call(self, node: torch.fx.Node) -> Any:
-        args = torch.fx.node.map_arg(node.args, self.known.__getitem__)
-        kwargs = torch.fx.node.map_arg(node.kwargs, self.known.__getitem__)
-        if node.target is operator.getitem:
+        args: Any = torch.fx.node.map_arg(node.args, self.known.__getitem__)
+        kwargs: Any = torch.fx.node.map_arg(node.kwargs, self.known.__getitem__)
+        target: Any = node.target
+        if target is operator.getitem:
             return args[0][args[1]]
-        name = str(node.target)
+        name = str(target)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        assert callable(node.target)
         if not any(isinstance(leaf, Value) for leaf in leaves):
-            return node.target(*args, **kwargs)  # made of constants alone
+            return target(*args, **kwargs)  # made of constants alone
         if name == "selfdraft.attend.default":
             return self._attend(*args)
         if name == "selfdraft.gated.default":
@@ -193,7 +207,7 @@ class _Writer:
             family = short.partition(".")[0]
             example = node.meta["val"]
             if family in VIEWS:
-                return self._view(node.target, args, kwargs)
+                return self._view(target, args, kwargs)
             if family in SAME:
                 return args[0]
             if short in self.direct:
@@ -351,8 +365,8 @@ class _Writer:
         wide, inner = x.layout.shape[-1], x.layout.stride(-1)
         same = out.layout.shape == x.layout.shape
         operands = (
-            Operand(out.buffer, out.layout.storage_offset(), (*steps[0][1:], out.layout.stride(-1) if same else 0)),
-            Operand(x.buffer, x.layout.storage_offset(), (*steps[1][1:], inner)),
+            Operand(out.buffer, out.offset, (*steps[0][1:], out.layout.stride(-1) if same else 0)),
+            Operand(x.buffer, x.offset, (*steps[1][1:], inner)),
         )
         others = tuple(None if one is None else Operand(one) for one in rest)
         self.instrs.append(
@@ -377,7 +391,12 @@ class _Writer:
         size = table.shape[1] * table.dtype.itemsize
         self.instrs.append(
             Instr(
-                Kind.GLUE, EMBED, _operand(out), (_operand(ids),), more=(table.data_ptr(), size), keep=(table,)
+                Kind.GLUE,
+                EMBED,
+                _operand(out),
+                (_operand(ids),),
+                more=(table.data_ptr(), size, table.shape[0]),
+                keep=(table,),
             )
         )
         return out
@@ -438,9 +457,7 @@ class _Writer:
         out = self._lay(buffer, (1, self.rows, heads, deep))
         kept = () if sinks is None else (sinks.float().contiguous(),)
         address = kept[0].data_ptr() if kept else 0
-        inputs = tuple(
-            Operand(part.buffer, part.layout.storage_offset(), (0, part.layout.stride(1), 0, 1)) for part in (q, k, v)
-        )
+        inputs = tuple(Operand(part.buffer, part.offset, (0, part.layout.stride(1), 0, 1)) for part in (q, k, v))
         self.instrs.append(
             Instr(
                 Kind.ATTEND,
@@ -478,7 +495,7 @@ OUTPUTS = (Slot.LOGITS, Slot.HIDDEN)
 
 def _operand(part: Value | Tensor, steps: tuple[int, ...] = (0, 0, 0, 0)) -> Operand:
     if isinstance(part, Value):
-        return Operand(part.buffer, part.layout.storage_offset(), steps)
+        return Operand(part.buffer, part.offset, steps)
     return Operand(part, 0, steps)  # a tensor's address is that of its first number
 
 
