@@ -8,6 +8,9 @@ SelfdraftError
 │   └── PromptTooLong     the prompt does not fit into the context
 ├── OptionError           an option is unknown, out of range, or belongs to another method
 ├── PeerError             another engine, run for comparison, failed or cannot take this checkpoint
+
+
+├── RunnerUnavailable     the fast runner cannot be used here for this model; the plain one can
 └── EngineError           a fault inside a step (NaN logits, no room); the engine stays usable
 """
 
@@ -44,6 +47,10 @@ class OptionError(SelfdraftError, ValueError):
 
 class PeerError(SelfdraftError):
     """Another engine, run for comparison, failed or cannot take this checkpoint."""
+
+
+class RunnerUnavailable(SelfdraftError):
+    """The fast runner cannot be used on this machine or for this model."""
 
 
 class EngineError(SelfdraftError, RuntimeError):

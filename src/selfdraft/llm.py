@@ -83,9 +83,11 @@ class LLM:
     `drafter`: a name of `selfdraft.drafters.table()`; `speculative_config` adds its options, and may name it by
     `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain decoding have
     the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes natural shapes.
+    `runner`: 'auto' runs passes on the fast runner where it works for this model and machine, 'plain' never, 'fast'
+    or not at all; `llm.target.runs` says what was taken, and why.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
-    Errors: LoadError, OptionError.
+    Errors: LoadError, OptionError, RunnerUnavailable.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         adapters: SequenceOf[str | Path | MaskAdapter] = (),
         exactness: Literal["bitwise", "token"] = "bitwise",
+        runner: Literal["auto", "plain", "fast"] = "auto",
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
@@ -121,6 +124,7 @@ class LLM:
             exactness=exactness,
             context=max_model_len,
             adapters=load_adapters([*adapters, *beside], self.model),
+            runner=runner,
         )
         if isinstance(model, str | Path) and (searched := Path(path).expanduser() / SKIP_FILE).is_file():
             self.target.skip_default = read_skip(searched, self.target.layers)

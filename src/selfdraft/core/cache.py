@@ -34,13 +34,17 @@ class KVCache:
                 new[:, :, : old.shape[2]] = old
                 store[layer] = new
 
+    def open(self, layer: int, heads: int, wide: int, deep: int, like: Tensor) -> None:
+        """Make the strips of a layer unless they are there: keys `wide`, values `deep`, of the type of `like`."""
+        if layer in self.keys:
+            return
+        # zeros, not empty: places behind the mask are read, and 0 * NaN would poison the sum
+        self.keys[layer] = like.new_zeros(self.slots, heads, self.places, wide)
+        self.values[layer] = like.new_zeros(self.slots, heads, self.places, deep)
+
     def write(self, layer: int, slot: int, start: int, key: Tensor, value: Tensor) -> None:
         """Put rows key, value [heads, n, dim] at places start .. start + n of a slot."""
-        if layer not in self.keys:
-            heads, _, dim = key.shape
-            # zeros, not empty: places behind the mask are read, and 0 * NaN would poison the sum
-            self.keys[layer] = key.new_zeros(self.slots, heads, self.places, dim)
-            self.values[layer] = value.new_zeros(self.slots, heads, self.places, value.shape[-1])
+        self.open(layer, key.shape[0], key.shape[-1], value.shape[-1], key)
         stop = start + key.shape[1]
         written = self._written.get((layer, slot), 0)
         if start == 0 and written > stop:  # a new sequence: what a broken one left (NaN) must not reach it

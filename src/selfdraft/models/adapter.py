@@ -18,6 +18,7 @@ from selfdraft.models import view
 from selfdraft.models.attention import NAME, Plan, attend, make_plan
 from selfdraft.models.masks import Gate, MaskAdapter, gate_rows, gated, linked
 from selfdraft.models.reuse import EarlyStates, unknown_part
+from selfdraft.models.runner import Runner
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import Skip
 
@@ -42,7 +43,8 @@ class HFTarget:
     `model` is used through a view and never touched. `shapes` sets the exactness level (`shapes.py`).
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
-    `skip_default` is the skip set that came with the checkpoint, if any.
+    `skip_default` is the skip set that came with the checkpoint, if any. `fast` runs passes as tapes (`runner.py`)
+    instead of through transformers. Errors: RunnerUnavailable when that cannot be done.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class HFTarget:
         shapes: Shapes = NATURAL,
         adapters: SequenceOf[MaskAdapter] = (),
         exactness: Exactness = UNPROBED,
+        fast: bool = False,
     ) -> None:
         self.config = model.config.get_text_config()
         self.shapes = shapes
@@ -77,6 +80,13 @@ class HFTarget:
             if adapter.link is not None
         }
         self.cache = KVCache(slots, shapes.edge(255, 256))
+        self.runner: Runner | None = None
+        self.runs = "plain"
+        """How passes are run, and why not fast if they are not."""
+        if fast:
+            self.runs = "fast"
+            self.runner = Runner(model, self.cache, len(self.adapters))
+            self.runner.tape(self._view)
 
     @property
     def vocab(self) -> int:
@@ -135,9 +145,9 @@ class HFTarget:
             return self._run_gated(rows, skip, acting)
         if skip is None:
             return self._full(rows)
-        logits, plan = self._run(self.view(skip), rows)
-        if plan.hidden is not None:
-            self._early.note(rows, plan.hidden[0], skip.first)
+        logits, noted = self._pass(self.view(skip), rows)
+        if noted is not None:
+            self._early.note(rows, noted, skip.first)
         return logits
 
     def _run_gated(self, rows: Rows, skip: Skip | None, acting: dict[int, slice | Tensor]) -> Tensor:
@@ -145,7 +155,7 @@ class HFTarget:
         self._early.forget(rows)
         self._gate.rows = acting
         try:
-            return self._run(self._gated if skip is None else self._gated_view(skip), rows)[0]
+            return self._pass(self._gated if skip is None else self._gated_view(skip), rows)[0]
         finally:
             self._gate.rows = {}
 
@@ -154,19 +164,37 @@ class HFTarget:
         block = self._early.block
         known = self._early.take(rows)
         if not known:
-            return self._run(self._view, rows)[0]
+            return self._pass(self._view, rows)[0]
         hidden: dict[int, Tensor] = dict(known)
         left = unknown_part(rows, known)
         if left is not None:
-            _, plan = self._run(self._cut("first", block, view.leaving), left)
-            assert plan.hidden is not None
+            _, noted = self._pass(self._cut("first", block, view.leaving), left)
+            assert noted is not None
             places = [row for row in range(len(rows)) if row not in known]
-            hidden |= dict(zip(places, plan.hidden[0], strict=False))
+            hidden |= dict(zip(places, noted, strict=False))
         states = torch.stack([hidden[row] for row in range(len(rows))])
-        return self._run(self._cut("rest", block, view.resuming), rows, states)[0]
+        return self._pass(self._cut("rest", block, view.resuming), rows, states)[0]
+
+    def _pass(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """One pass of a view. Returns logits of the rows asked for, and the states [n, hidden] noted on the way.
+
+        `hidden` [n, hidden] is where a view that resumes begins.
+        """
+        if self.runner is None:
+            logits, plan = self._run(model, rows, hidden)
+            return logits, None if plan.hidden is None else plan.hidden[0]
+        inputs = self._inputs(rows.tokens[None])
+        embeds = inputs.get("inputs_embeds")
+        self._gate.traced = True
+        try:
+            traced = self.runner.tape(model, embedded=embeds is not None, resuming=hidden is not None)
+        finally:
+            self._gate.traced = False
+        self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
+        return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self._gate.rows)
 
     def _run(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Plan]:
-        """One pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
+        """The plain path: one pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
         plan = self.last = make_plan(rows, self.cache, self.shapes, self._device)
         padding = self.shapes.round_rows(len(rows)) - len(rows)
         tokens = torch.nn.functional.pad(rows.tokens, (0, padding))[None].to(self._device)

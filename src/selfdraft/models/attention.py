@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from selfdraft.core.cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import UnsupportedModel
+from selfdraft.models.marks import Recorder
 from selfdraft.models.shapes import Shapes
 
 NAME = "selfdraft"
@@ -172,7 +173,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    selfdraft: Plan | None = None,
+    selfdraft: Plan | Recorder | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Registered with transformers under NAME. Queries [1, heads, n, dim] -> ([1, n, heads, dim], None).
@@ -181,13 +182,16 @@ def attend(
     """
     if selfdraft is None:
         raise UnsupportedModel(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
-    plan, layer = selfdraft, module.layer_idx
+    layer = module.layer_idx
     assert isinstance(layer, int)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(selfdraft, Recorder):
+        return selfdraft.attend(layer, query, key, value, sliding_window, scale, softcap, s_aux), None
+    plan = selfdraft
     plan.calls.append((layer, sliding_window))
     for span in plan.spans:
         rows = slice(span.start, span.start + span.size)
         plan.cache.write(layer, span.slot, span.base, key[0, :, rows], value[0, :, rows])
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def say(group: Group, asked: Tensor, shared: int) -> Tensor:
         keys, values = _keys(plan.cache, layer, group)

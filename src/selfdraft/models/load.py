@@ -21,10 +21,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.errors import LoadError, OptionError, UnsupportedModel
+from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
 from selfdraft.models.masks import MaskAdapter
-from selfdraft.models.probe import probe_shapes
+from selfdraft.models.probe import probe_fast, probe_shapes
 from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
 from selfdraft.types import SamplingParams
 
@@ -99,11 +99,13 @@ def open_target(
     exactness: Literal["bitwise", "token"] = "bitwise",
     context: int | None = None,
     adapters: SequenceOf[MaskAdapter] = (),
+    runner: Literal["auto", "plain", "fast"] = "auto",
 ) -> HFTarget:
     """A proven target with `slots` slots of at most `context` tokens (None: what the model has).
 
-    `target.exactness` says which level was reached, which may be below the one asked for, and why.
-    Errors: UnsupportedModel; OptionError when `context` is longer than the model's.
+    `target.exactness` says which level was reached, which may be below the one asked for, and why; `target.runs` how
+    passes are run. `runner` 'auto' takes the fast runner where it works.
+    Errors: UnsupportedModel; OptionError when `context` is longer than the model's; RunnerUnavailable for 'fast'.
     """
     check_supported(model)
     most = context_of(model)
@@ -112,8 +114,36 @@ def open_target(
         why = "; its rotary frequencies change beyond that, and with them the keys of old tokens" if growing else ""
         error = UnsupportedModel if growing else OptionError
         raise error(f"context={context}: this model has 1 to {most} positions here{why}")
+    if runner not in ("auto", "plain", "fast"):
+        raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
+    why = "asked for"
+    if runner != "plain":
+        try:
+            return _open_fast(model, exactness, slots=slots, context=context, adapters=adapters)
+        except (RunnerUnavailable, UnsupportedModel) as error:
+            if runner == "fast":
+                raise
+            why = str(error)
     shapes, level = _pick_shapes(model, exactness)
     target = HFTarget(model, slots=slots, context=context, shapes=shapes, adapters=adapters, exactness=level)
+    target.runs = f"plain: {why}"
+    prove(target, model)
+    return target
+
+
+def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], **options: Any) -> HFTarget:
+    """A target with the fast runner. Its rows need no canonical shapes; that is tried, too, before it is promised."""
+    if has_experts(model) or getattr(model.config, "quantization_config", None) is not None:
+        raise RunnerUnavailable("the fast runner has no experts and no quantised weights")
+    if exactness == "bitwise":
+        even = probe_fast(model)
+        why = "two blocks gave the same bits plain and drafted, in one and in many rows"
+        level = Exactness("bitwise", why) if even else Exactness("token", "two blocks round differently in many rows")
+    elif exactness == "token":
+        level = Exactness("token", "asked for")
+    else:
+        raise OptionError(f"exactness={exactness!r} is unknown; there are 'bitwise' and 'token'")
+    target = HFTarget(model, exactness=level, fast=True, **options)
     prove(target, model)
     return target
 

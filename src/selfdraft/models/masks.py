@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from selfdraft.core.rows import Rows
 from selfdraft.errors import LoadError
 from selfdraft.models import view
+from selfdraft.models.marks import gate
 from selfdraft.models.shapes import out_of, width_of
 
 CARD = "selfdraft.json"
@@ -74,6 +75,8 @@ class Gate:
     """Which rows of the running pass use which adapter; set and cleared by the target around the pass."""
 
     rows: dict[int, slice | Tensor] = field(default_factory=dict)
+    traced: bool = False
+    """The pass is being written down (`trace.py`): any row may use any adapter then."""
 
 
 class Gated(nn.Module):
@@ -86,6 +89,9 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
         for number, down, up in self.parts:
+            if self.gate.traced:
+                y = gate(y, x, down, up, number)
+                continue
             rows = self.gate.rows.get(number)
             if rows is None:
                 continue

@@ -19,7 +19,7 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.models import view
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.attention import kernel
-from selfdraft.models.shapes import MULTIPLES, Shapes, probe_rows
+from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes, probe_rows
 from selfdraft.types import SamplingParams
 
 BUCKET = 64
@@ -43,6 +43,11 @@ def probe_shapes(model: PreTrainedModel) -> Shapes | None:
         if _equal(short, shapes):
             return shapes
     return None
+
+
+def probe_fast(model: PreTrainedModel) -> bool:
+    """Whether drafted rows are bit-equal to plain ones on the fast runner, in any shape. Errors: RunnerUnavailable."""
+    return _equal(_first_blocks(model), NATURAL, fast=True)
 
 
 @torch.inference_mode()
@@ -91,14 +96,14 @@ def _first_blocks(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _equal(model: PreTrainedModel, shapes: Shapes) -> bool:
+def _equal(model: PreTrainedModel, shapes: Shapes, *, fast: bool = False) -> bool:
     """Whether every logit of a drafted decoding has the bits of the plain one."""
     draw = torch.Generator().manual_seed(11)
-    target = HFTarget(model, shapes=shapes)
+    target = HFTarget(model, shapes=shapes, fast=fast)
     ids = torch.randint(0, target.vocab, (min(TOKENS, target.context - 1),), generator=draw).tolist()
     plain = torch.cat([*_decode(target, ids, drafts=False)])
     start = 0
-    for rows in _decode(HFTarget(model, shapes=shapes), ids, drafts=True):
+    for rows in _decode(HFTarget(model, shapes=shapes, fast=fast), ids, drafts=True):
         if not torch.equal(rows, plain[start : start + len(rows)]):
             return False
         start += len(rows)

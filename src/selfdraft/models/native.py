@@ -1,0 +1,84 @@
+"""The compiled half of a tape: `kernels.cpp`, built by the machine's own C++ compiler once and kept for the user.
+
+Nothing is built when the package is installed, so that it stays one wheel for every machine. Without a compiler the
+plain path runs, and says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from selfdraft.errors import RunnerUnavailable
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
+PATIENCE = 300
+"""Seconds that the compiler may take."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels, built on first use. Errors: RunnerUnavailable says what is missing."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise RunnerUnavailable(f"there is no C++ compiler ({', '.join(COMPILERS)}) on this machine")
+    name = f"kernels-{_fingerprint(compiler)}.so"
+    built = _home() / name
+    if not built.is_file():
+        built = _build(compiler, built)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise RunnerUnavailable(f"{built} cannot be loaded: {error}") from error
+
+
+def _home() -> Path:
+    """The user's cache folder."""
+    return Path.home() / ".cache" / "selfdraft"
+
+
+def _fingerprint(compiler: str) -> str:
+    """Changes with the source, the flags, the compiler, and the processor that it builds for."""
+    told = _call([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    return hashlib.blake2b(SOURCE.read_bytes() + " ".join(FLAGS).encode() + told, digest_size=12).hexdigest()
+
+
+def _build(compiler: str, wanted: Path) -> Path:
+    """Build beside `wanted` and move it there; into a folder of this process when that cannot be written."""
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=wanted.parent)
+    except OSError:
+        folder = tempfile.mkdtemp(prefix="selfdraft-")
+        wanted = Path(folder) / wanted.name
+    beside = Path(folder) / "building.so"
+    try:
+        _call([compiler, *FLAGS, str(SOURCE), "-o", str(beside)])
+        os.replace(beside, wanted)
+    finally:
+        beside.unlink(missing_ok=True)
+        if wanted.parent != Path(folder):
+            os.rmdir(folder)
+    return wanted
+
+
+def _call(command: list[str]) -> bytes:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RunnerUnavailable(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise RunnerUnavailable(f"{command[0]} failed: {next((line for line in said if 'error' in line), 'no reason')}")
+    return done.stdout

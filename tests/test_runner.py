@@ -1,0 +1,193 @@
+"""The fast runner says what the plain path says: the same text with every drafter, the same bits in any company."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfdraft.bench.doctor import trial
+from selfdraft.core.rows import Rows, chain_rows, pack
+from selfdraft.core.sequence import Sequence, open_sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.drafters import NAMES, build
+from selfdraft.errors import RunnerUnavailable
+from selfdraft.models import native
+from selfdraft.models.adapter import HFTarget
+from selfdraft.models.load import open_target
+from selfdraft.models.shapes import NATURAL
+from selfdraft.types import SamplingParams, Skip
+from tests.models import VOCAB, random_adapters, run, tiny_llama
+from tests.test_families import FAMILIES, NEW, generated
+from tests.test_families import build as build_family
+from tests.test_families import prompts as family_prompts
+from tests.test_oracle import MIXED, OPTIONS, WAYS, Way, decode, prompts
+
+
+def unavailable() -> str:
+    try:
+        native.library()
+    except RunnerUnavailable as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ALONE = Way(shapes=NATURAL)
+
+
+def fast_target(dtype: torch.dtype, slots: int = 1) -> HFTarget:
+    model = tiny_llama(dtype)
+    return HFTarget(model, slots=slots, adapters=random_adapters(model), fast=True)
+
+
+@cache
+def quiet_target(dtype: str) -> HFTarget:
+    return fast_target(TYPES[dtype])
+
+
+@cache
+def plain_text(index: int, sampling: str, dtype: str) -> list[int]:
+    """What the fast runner says without a drafter, alone."""
+    target = quiet_target(dtype)
+    return decode(target, build("none", target), [(index, sampling)], ALONE)[0].output
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_drafter_says_the_plain_text(name: str, way: str, dtype: str) -> None:
+    """Token for token in every sampling, batch and chunk, in bfloat16 too: here the bits do not depend on shapes."""
+    target = fast_target(TYPES[dtype], WAYS[way].slots)
+    for sequence, (index, sampling) in zip(
+        decode(target, build(name, target, OPTIONS.get(name)), MIXED, WAYS[way]), MIXED, strict=True
+    ):
+        assert sequence.output == plain_text(index, sampling, dtype), (index, sampling)
+
+
+@pytest.mark.parametrize("index", range(0, 16, 3))
+def test_the_text_is_that_of_the_plain_path(index: int) -> None:
+    """float32: rounding is far below the gaps between logits here."""
+    model = tiny_llama(torch.float32)
+    plain = HFTarget(model, adapters=random_adapters(model))
+    for sampling in ("greedy", "temperature", "penalties"):
+        said = decode(plain, build("none", plain), [(index, sampling)], ALONE)[0].output
+        assert said == plain_text(index, sampling, "float32")
+
+
+def both(dtype: torch.dtype) -> tuple[HFTarget, HFTarget]:
+    return fast_target(dtype), HFTarget(tiny_llama(dtype), adapters=random_adapters(tiny_llama(dtype)))
+
+
+def test_logits_of_trees_masks_and_skips() -> None:
+    """Every kind of pass against the plain path, in float32: to a few units of the last place."""
+    fast, plain = both(torch.float32)
+    sequence = Sequence([3, 1, 4, 1, 5, 9, 2], 7, SamplingParams(), slot=0)
+    tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
+    masks = tree.with_probes(list(fast.masks_of("space")), [-4, 0, 1, -1], "space")
+    short = Draft.chain([5, 6], "").with_probes(list(fast.masks_of("s3d")), [-3, 0, 1], "s3d")
+    some = Skip(frozenset({1, 2}), frozenset({2}))
+
+    def passes(target: HFTarget) -> list[Tensor]:
+        sequence.cached, sequence.tokens = 0, sequence.tokens[:7]
+        said = [target.forward(pack([(sequence, 7, EMPTY)]))]
+        target.keep(0, 0, range(7))
+        sequence.cached = 6
+        for draft, skip in ((tree, None), (masks, None), (short, some), (tree, some), (EMPTY, some)):
+            said.append(target.forward(pack([(sequence, 1, draft)]), skip))
+        # a drafted chain, resumed behind the blocks that it has computed
+        for place, token in ((6, 2), (7, 5)):
+            said.append(target.forward(chain_rows([(0, place, token)]), some))
+        said.append(target.forward(pack([(sequence, 1, Draft.chain([5, 8], ""))])))
+        target.keep(0, 6, [0, 1])
+        return said
+
+    for i, (a, b) in enumerate(zip(passes(fast), passes(plain), strict=True)):
+        assert torch.allclose(a, b, atol=3e-6), (i, (a - b).abs().max())
+
+
+@pytest.mark.parametrize("dtype", TYPES.values())
+def test_bits_do_not_depend_on_the_company(dtype: torch.dtype) -> None:
+    """One row at a time, all rows in one pass, beside other slots, and with two threads."""
+    target = fast_target(dtype, slots=3)
+    text = prompts()[15]
+
+    def rows(*parts: tuple[int, int, int]) -> Rows:
+        made = [Sequence(text[:stop], stop, SamplingParams(), slot=slot, cached=start) for slot, start, stop in parts]
+        return pack([(sequence, len(sequence.tokens) - sequence.cached, EMPTY) for sequence in made])
+
+    alone = [target.forward(rows((0, place, place + 1)))[-1] for place in range(len(text))]
+    for together in (2, 3, 5, 17, 60):
+        for start in range(0, len(text), together):
+            stop = min(start + together, len(text))
+            beside = [(1, 0, 5)] * (start % 2 == 0)
+            said = target.forward(rows((2, start, stop), *beside))[0]
+            assert torch.equal(said, alone[stop - 1]), (together, stop)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(target.forward(rows((1, 0, len(text))))[0], alone[-1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", TYPES.values())
+def test_it_is_promised_and_holds(dtype: torch.dtype) -> None:
+    target = open_target(tiny_llama(dtype), slots=1, runner="fast")
+    assert (target.exactness.level, target.shapes, target.runs) == ("bitwise", NATURAL, "fast")
+
+    def request() -> Sequence:
+        return open_sequence([3, 1, 4, 1, 5], SamplingParams(max_tokens=90), seed=0, eos=frozenset(), context=512)
+
+    found = trial(target, build("none", target), [request], str(dtype), str(target.shapes))
+    assert (found.tokens_equal, found.rows_bitwise_equal) == (found.tokens, found.rows) == (90, 90)
+
+
+DENSE = [name for name, family in FAMILIES.items() if not family.experts]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_families(name: str) -> None:
+    """The stock modules of every family can be traced, and say what `generate` says; float32."""
+    family = FAMILIES[name]
+    model = build_family(family.config, family.options, family.model, torch.float32)
+    target = open_target(model, slots=2, adapters=random_adapters(model), runner="fast")
+    assert target.exactness.level == "bitwise"
+    for drafter in ("lookup", "layer_skip", "space"):
+        texts = run(target, drafter, family_prompts(), SamplingParams(max_tokens=NEW), slots=2)
+        assert [sequence.output for sequence in texts] == generated(name), drafter
+
+
+class Odd(nn.Linear):
+    """A layer with an operation that no tape has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd: Tensor = super().forward(x) + torch.special.bessel_j0(x).sum(-1, keepdim=True)
+        return odd
+
+
+def test_what_cannot_be_traced_runs_plainly() -> None:
+    model = copy.deepcopy(tiny_llama(torch.float32))
+    layer = model.model.layers[1].self_attn.o_proj
+    odd = Odd(layer.in_features, layer.out_features, bias=False)
+    odd.weight = layer.weight
+    model.model.layers[1].self_attn.o_proj = odd
+    assert "bessel_j0" in open_target(model, slots=1).runs
+    with pytest.raises(RunnerUnavailable, match="bessel_j0"):
+        open_target(model, slots=1, runner="fast")
+    assert "float64" in open_target(tiny_llama(torch.float64), slots=1).runs
+
+
+def test_a_machine_without_a_compiler_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    native.library.cache_clear()
+    try:
+        target = open_target(tiny_llama(torch.float32), slots=1)
+        assert target.runs == "plain: there is no C++ compiler (no-such-compiler) on this machine"
+    finally:
+        native.library.cache_clear()
+    assert VOCAB == target.vocab
