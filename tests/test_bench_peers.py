@@ -29,7 +29,8 @@ from selfdraft.engine.loop import Engine
 from selfdraft.errors import PeerError
 from selfdraft.models import stock
 from tests.models import tiny_llama, tiny_target
-from tests.test_bench_cli import RECORD, Done, one_line, rows_of
+from tests.terminal import Done, one_line
+from tests.test_bench_cli import RECORD, rows_of
 from tests.test_bench_measure import measured_row, request
 from tests.test_llm import model, tokenizer
 
