@@ -437,7 +437,8 @@ def test_doctor(run: Any, folder: Path) -> None:
     said = done.said
     assert (done.code, done.err) == (0, "")
     assert said.keys() == {"machine", "model", "trials"}
-    assert [(trial["dtype"], trial["exactness"]) for trial in said["trials"]] == [
+    plain = [trial for trial in said["trials"] if trial["runner"] != "fast"]
+    assert [(trial["dtype"], trial["exactness"]) for trial in plain] == [
         (dtype, exactness) for dtype in ("float32", "bfloat16") for exactness in ("bitwise", "token")
     ]
     for trial in said["trials"]:

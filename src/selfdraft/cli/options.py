@@ -51,6 +51,7 @@ def open_llm(
     threads: int | None,
     adapters: Sequence[Path] | None = None,
     slots: int = 1,
+    runner: str = "auto",
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = parse_config(config)
@@ -73,6 +74,7 @@ def open_llm(
             exactness="bitwise" if exactness == "bitwise" else "token",
             adapters=adapters or (),
             max_num_seqs=slots,
+            runner="plain" if runner == "plain" else "auto",
         )
 
 
@@ -124,6 +126,7 @@ def conditions(llm: LLM, model: str) -> dict[str, Any]:
         "model": model,
         "dtype": dtype,
         "exactness": {"level": llm.exactness.level, "why": llm.exactness.why},
+        "runner": llm.target.runs,
         "machine": machine(),
     }
 

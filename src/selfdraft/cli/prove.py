@@ -83,20 +83,22 @@ def doctor(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the exactness this machine reaches. It is tried, with two dtypes and two rules of shapes."""
+    """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
     from selfdraft.bench.doctor import machine, trial
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_new_tokens, ignore_eos=True)
     trials: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
-        for exactness in ("bitwise", "token"):
-            llm = open_llm(model, "none", None, dtype, exactness, threads)
+        for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
+            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner)
+            if runner == "auto" and llm.target.runner is None:
+                continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]
-            shapes = str(llm.target.shapes)
+            shapes = str(llm.target.shapes) if runner == "plain" else "any, fast runner"
             found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
             facts = {name: getattr(found, name) for name in found.__slots__}
-            trials.append({"exactness": exactness, **facts, "level": found.level})
+            trials.append({"runner": llm.target.runs, "exactness": exactness, **facts, "level": found.level})
             trials[-1] |= {"promised": llm.exactness.level, "why": llm.exactness.why}
     result: dict[str, Any] = {"machine": machine(), "model": model, "trials": trials}
     if as_json:

@@ -679,35 +679,19 @@ void norm(const Instr &op, char *out, const char *a, const char *b, const char *
       }
 }
 
-// out = a, and on rows whose gate is open + x . down . up: b is x, more = {down, up, wide, rank, gate}.
-void gated(const Pass &pass, const Instr &op, word row, char *out, const char *a, const char *b) {
-  word wide = op.more[2], rank = op.more[3], deep = op.d[3];
-  static thread_local std::vector<float> mid, sum, room;
-  sum.resize(std::max(deep, wide)), room.resize(std::max(deep, wide)), mid.assign(rank, 0.0f);
-  const float *y = fetch(a, op.a.type, 1, deep, sum.data());
-  if (((const word *)pass.slots[op.more[4]])[row]) {
-    word type = op.b.type, size = bytes(type);
-    std::vector<float> x(wide), line(std::max(rank, deep));
-    const float *from = fetch(b, type, 1, wide, x.data());
-    for (word i = 0; i < wide; i++) {
-      const float *down = fetch((const char *)op.more[0] + i * rank * size, type, 1, rank, line.data());
-      for (word r = 0; r < rank; r++) mid[r] += from[i] * down[r];
-    }
-    std::vector<float> add(deep, 0.0f);
-    for (word r = 0; r < rank; r++) {
-      float value = mid[r];
-      if (type == BF16) { bf16 short_; narrow(value, short_); value = widen(short_); }
-      const float *up = fetch((const char *)op.more[1] + r * deep * size, type, 1, deep, line.data());
-      for (word i = 0; i < deep; i++) add[i] += value * up[i];
-    }
-    for (word i = 0; i < deep; i++) {
-      float value = add[i];
-      if (type == BF16) { bf16 short_; narrow(value, short_); value = widen(short_); }
-      room[i] = y[i] + value;
-    }
-    y = room.data();
+// out = a, and on rows whose gate is open + up(down(b)); more = {down [rank, wide], up [deep, rank], wide, rank, gate}.
+template <class T> void gated(const Pass &pass, const Instr &op, word row, char *out, const char *a, const char *b) {
+  const word wide = op.more[2], rank = op.more[3], deep = op.d[3];
+  if (!((const word *)pass.slots[op.more[4]])[row]) {
+    memcpy(out, a, deep * sizeof(T));
+    return;
   }
-  put(y, out, op.out.type, 1, deep);
+  static thread_local std::vector<T> middle, more;
+  middle.resize(rank), more.resize(deep);
+  products<T, 16, 1, 16>((const T *)op.more[0], b, 0, (char *)middle.data(), 0, nullptr, wide, 0, rank, 1);
+  products<T, 16, 1, 16>((const T *)op.more[1], (const char *)middle.data(), 0, (char *)more.data(), 0, nullptr, rank, 0,
+                         deep, 1);
+  for (word i = 0; i < deep; i++) narrow(widen(((const T *)a)[i]) + widen(more[i]), ((T *)out)[i]);
 }
 
 // A row of a table: more = {table, bytes of a row, rows}. What is not in it becomes NaN, which nobody takes for an answer.
@@ -727,7 +711,7 @@ void glue(const Pass &pass, const Instr &op, word row, int thread) {
   case AMAX: return reduce(op, out, a);
   case EMBED: return embed(op, out, *(const word *)a);
   case PICK: memcpy(out, at(pass, op.a, *(const word *)b, 0), op.more[1]); return;
-  case GATED: return gated(pass, op, row, out, a, b);
+  case GATED: return op.a.type == BF16 ? gated<bf16>(pass, op, row, out, a, b) : gated<float>(pass, op, row, out, a, b);
   default: pointwise(op, out, a, b);
   }
 }

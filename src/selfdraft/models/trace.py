@@ -473,16 +473,16 @@ class _Writer:
 
     def _gated(self, y: Value, x: Value, down: Tensor, up: Tensor, number: int) -> Value:
         y, x = self._contiguous(y), self._contiguous(x)
-        down, up = down.contiguous(), up.contiguous()
-        out = self._new(y.layout)
         wide, rank = down.shape
+        down, up = down.t().contiguous(), up.t().contiguous()
+        out = self._new(y.layout)
         self.instrs.append(
             Instr(
                 Kind.GLUE,
                 GATED,
                 _operand(out),
                 (_operand(y), _operand(x)),
-                (1, 1, 1, up.shape[1]),
+                (1, 1, 1, up.shape[0]),
                 more=(down.data_ptr(), up.data_ptr(), wide, rank, Slot.GATES + number),
                 keep=(down, up),
             )
