@@ -68,6 +68,10 @@ class FakeTarget:
     def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
         return None
 
+    @property
+    def profile(self) -> None:
+        return None
+
     def advice(self, method: str) -> dict[str, object]:
         return {}
 

@@ -193,6 +193,10 @@ class TableTarget:
     def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
         return None
 
+    @property
+    def profile(self) -> None:
+        return None
+
     def advice(self, method: str) -> dict[str, object]:
         return {}
 

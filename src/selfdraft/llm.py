@@ -29,6 +29,7 @@ from selfdraft.models import load
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.stock import Model, Tokenizer
+from selfdraft.tune.profile import profile_of
 from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
 
 Prompt = str | SequenceOf[int]
@@ -137,6 +138,8 @@ class LLM:
         """Counts over all requests so far."""
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
+        if drafter == "auto" and self.target.profile is None:
+            *_, self.target.profile = profile_of(self.target)  # type: ignore[assignment]
         return Engine(self.target, build(drafter, self.target, options), **self._sizes)
 
     def engine_for(self, drafter: str | None, speculative_config: Mapping[str, object] | None = None) -> Engine:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from selfdraft.core.profile import Profile
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
@@ -38,6 +39,10 @@ class Target(Protocol):
 
     def advice(self, method: str) -> Mapping[str, object]:
         """Options found best for a method on this model; they came with the checkpoint. Empty when unknown."""
+
+    @property
+    def profile(self) -> Profile | None:
+        """What a pass costs by its rows on this machine; None when it was not measured."""
 
     @property
     def layers(self) -> int:

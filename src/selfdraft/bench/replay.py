@@ -50,6 +50,10 @@ class LogTarget:
     def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
         return None
 
+    @property
+    def profile(self) -> None:
+        return None
+
     def advice(self, method: str) -> Mapping[str, object]:
         return {}
 

@@ -115,6 +115,10 @@ class Drafting:
         for sequence, result in zip(sequences, results, strict=True):
             if sequence in self._notes or self.sources.recycling:
                 self._note(sequence).learn(sequence, result)
+        self._forget(sequences)
+
+    def _forget(self, sequences: SequenceOf[Sequence]) -> None:
+        """Drop the notes of those that have ended; the memory keeps what they said."""
         for sequence in sequences:
             if sequence.finished:
                 self._notes.pop(sequence, None)

@@ -79,6 +79,14 @@ class Draft:
             self.scores + (0.0,) * len(tokens) if self.scores else (),
         )
 
+    def first(self, count: int) -> Draft:
+        """The first `count` candidates alone; parents come before their children, so it is a tree."""
+        if count >= len(self):
+            return self
+        count = min(count, self.candidates)
+        parts = (self.tokens[:count], self.parents[:count], self.sources[:count])
+        return Draft(*parts, count, self.scores[:count])
+
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) -> candidate node; of equal siblings the first one stands."""
         found: dict[tuple[int, int], int] = {}

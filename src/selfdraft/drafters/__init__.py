@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
+from selfdraft.drafters.auto import Auto
 from selfdraft.drafters.context import Context
 from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.drafters.lookahead import Lookahead
@@ -35,6 +36,7 @@ NAMES: dict[str, Factory] = {
     "s3d": S3D,
     "space": Space,
     "merged": Merged,
+    "auto": Auto,
 }
 
 ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from selfdraft.core.cache import KVCache
+from selfdraft.core.profile import Profile
 from selfdraft.core.rows import Rows
 from selfdraft.errors import OptionError
 from selfdraft.models import view
@@ -64,6 +65,8 @@ class HFTarget:
         self.exactness = exactness
         self.last: Plan | None = None
         self.skip_default: Skip | None = None
+        self.profile: Profile | None = None
+        """Whoever measures one puts it here."""
         self._view = view.clone(model).eval()
         self.adapters = tuple(adapters)
         self._gate = Gate()

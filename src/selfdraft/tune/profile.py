@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import accumulate
@@ -21,7 +22,7 @@ import torch
 from selfdraft.core.profile import Profile
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
 from selfdraft.tune.costs import Bench, beside_the_pass
@@ -109,14 +110,20 @@ def save(profile: Profile, target: HFTarget, folder: Path | None = None) -> Path
     part = place.with_suffix(f".{os.getpid()}.part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(place, error) from error
+    try:
         part.write_text(json.dumps({"identity": identity(target), "profile": asdict(profile)}) + "\n", "utf-8")
         os.replace(part, place)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OptionError(
-            f"the profile {place} cannot be written: {error.strerror}; it is used now and will be measured again"
-        ) from error
+        raise _unwritable(place, error) from error
     return place
+
+
+def _unwritable(place: Path, error: OSError) -> OptionError:
+    why = f"{error.strerror}; it is used now and will be measured again"
+    return OptionError(f"the profile {place} cannot be written: {why}")
 
 
 def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Profile]:
@@ -124,12 +131,11 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
 
     Every round times all of them once, so that another user of the machine disturbs all alike; medians count.
     """
-    most = max(ROWS)
-    long = min(LONG, target.context - most - 2)
-    counts = [rows for rows in ROWS if SHORT + rows + 2 <= target.context]
-    if len(counts) < 2 or long <= SHORT:
-        raise OptionError(f"a context of {target.context} tokens is too short to measure; it needs {SHORT + most + 4}")
-    benches = [_bench(target, size, most) for size in (SHORT, long)]
+    long = min(LONG, target.context - max(ROWS) - 2)
+    if long < 2 * SHORT:
+        least = 2 * SHORT + max(ROWS) + 2
+        raise OptionError(f"a context of {target.context} tokens is too short to measure a pass; it needs {least}")
+    benches = [_bench(target, size) for size in (SHORT, long)]
     beside = beside_the_pass(target, lambda: _request(target, benches[0].tokens))
     benches[-1].prefill()  # the short one reads the beginning of the same tokens
     found: dict[tuple[int, int], list[float]] = {}
@@ -138,17 +144,17 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
     while done < LEAST + 1 or (done < MOST and time.perf_counter() - began < seconds):
         for number, bench in enumerate(benches):
             bench.sequence.cached = bench.context
-            for rows in counts:
+            for rows in ROWS:
                 found.setdefault((number, rows), []).append(_time(bench, rows))
         several.append(_several(target, benches[0]))
         done += 1
-        yield min(max((time.perf_counter() - began) / seconds, done / MOST), 0.99)
+        yield min(max((time.perf_counter() - began) / max(seconds, 1e-9), done / MOST), 0.99)
     times = {kind: median(values[1:]) for kind, values in found.items()}  # the first round warms up
-    yield _profile(counts, times, [bench.context for bench in benches], median(several[1:]), beside)
+    yield _profile(ROWS, times, [bench.context for bench in benches], median(several[1:]), beside)
 
 
 def _profile(
-    counts: list[int], times: dict[tuple[int, int], float], contexts: list[int], several: float, beside: float
+    counts: SequenceOf[int], times: dict[tuple[int, int], float], contexts: list[int], several: float, beside: float
 ) -> Profile:
     """Smooth what was measured: a pass never gets cheaper by a row, and a token's price is a line over the rows."""
     near, far = contexts
@@ -166,16 +172,16 @@ def _request(target: HFTarget, tokens: list[int]) -> Sequence:
     return open_sequence(tokens, sampling, seed=0, eos=frozenset(), context=target.context)
 
 
-def _bench(target: HFTarget, size: int, most: int) -> Bench:
+def _bench(target: HFTarget, size: int) -> Bench:
     tokens = [(7 * i + 3) % target.vocab for i in range(size)]
-    return Bench(target, tokens, min(most, size // 2))
+    return Bench(target, tokens, 2)
 
 
 def _time(bench: Bench, rows: int) -> float:
-    """Seconds of a pass over the last token and a chain of `rows` - 1 candidates."""
+    """Seconds of a pass over the last token and `rows` - 1 candidates for the next one."""
     last = bench.sequence.tokens[-1]
-    chain = Draft.chain([(last + i) % bench.target.vocab for i in range(rows - 1)], "x") if rows > 1 else EMPTY
-    packed = pack([(bench.sequence, 1, chain)])
+    tokens = tuple((last + i) % bench.target.vocab for i in range(rows - 1))
+    packed = pack([(bench.sequence, 1, Draft(tokens, (ROOT,) * len(tokens), ("x",) * len(tokens), len(tokens)))])
     return bench.time(lambda: bench.target.forward(packed))
 
 
