@@ -25,7 +25,13 @@ from tests.models import tiny_target
 TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces-llama3.1-8b"
 MOTIF = [17, 4, 33, 8, 51, 22, 9]
 PROMPTS = [MOTIF * 8, list(range(0, 60, 3)), MOTIF[:1], [*MOTIF, 5, *MOTIF * 2]]
-TOKEN_DRAFTERS: list[tuple[str, dict[str, object]]] = [("lookup", {}), ("suffix", {}), ("none", {})]
+TOKEN_DRAFTERS: list[tuple[str, dict[str, object]]] = [
+    ("none", {}),
+    ("lookup", {}),
+    ("suffix", {}),
+    ("context", {"min_probability": 0.0}),
+    ("merged", {"min_probability": 0.0, "memory": 80, "recycling": False}),
+]
 
 
 def traces(name: str, limit: int | None = None) -> list[Logged]:

@@ -21,10 +21,11 @@ import torch
 from selfdraft.bench.log import entry
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.text import TextStream
-from selfdraft.drafters import build, find
+from selfdraft.drafters import build, find, table
 from selfdraft.drafters.layer_skip import read_skip
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
+from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
 from selfdraft.models import load
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.pocket import POCKET
@@ -254,6 +255,8 @@ class LLM:
         outside = next((token for token in named if not self._known(token)), None)
         if outside is not None:
             raise RequestError(f"token id {outside} in the sampling options is outside {self.target.vocab} tokens")
+        if sampling.prediction:
+            sampling = replace(sampling, prediction=self._prediction(sampling))
         if sampling.bad_words:
             sampling = replace(sampling, bad_words=(), bad_words_ids=self._bad_words(sampling))
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
@@ -272,8 +275,41 @@ class LLM:
     def logged(self, prompt: SequenceOf[int], output: SequenceOf[int], sampling: SamplingParams) -> dict[str, object]:
         """A line of a token log, as `selfdraft replay` reads it."""
         (sequence,) = self.requests(prompt, replace(sampling, n=1))
-        limit, ends = sequence.limit, sequence.ends
-        return entry(prompt, output, self.target, limit=limit, ends=ends, chunk=self.engine.chunk)
+        return entry(
+            prompt,
+            output,
+            self.target,
+            limit=sequence.limit,
+            ends=sequence.ends,
+            chunk=self.engine.chunk,
+            tokenizer=self.fingerprint,
+        )
+
+    def load_memory(self, path: str | Path) -> None:
+        """Read earlier outputs into the drafter's memory. Errors: RequestError, OptionError (`selfdraft.memory`)."""
+        load_memory(Path(path), memory_of(self.engine.drafter), self.fingerprint)
+
+    def save_memory(self, path: str | Path) -> None:
+        """Write the drafter's memory of earlier outputs. Errors: RequestError, OptionError."""
+        save_memory(Path(path), memory_of(self.engine.drafter), self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Whose token ids these are: what files of token ids are checked by."""
+        return fingerprint(self.tokenizer, self.target.vocab)
+
+    def _prediction(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """Token ids of a prediction. Errors: RequestError, also when the drafter reads none."""
+        if not getattr(self.engine.drafter, "predicts", False):
+            able = ", ".join(name for name, factory in table().items() if getattr(factory, "predicts", False))
+            raise RequestError(f"drafter {self.drafter_name!r} reads no prediction; these do: {able}")
+        if isinstance(sampling.prediction, str):
+            tokenizer = self._needs_tokenizer("a prediction as text")
+            return tuple(tokenizer(sampling.prediction, add_special_tokens=False)["input_ids"])
+        outside = next((token for token in sampling.prediction if not self._known(token)), None)
+        if outside is not None:
+            raise RequestError(f"token id {outside} in the prediction is outside {self.target.vocab} tokens")
+        return sampling.prediction
 
     def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Token ids of the bad words, as they are written at the start of a text and after a space."""

@@ -39,6 +39,8 @@ class Logged:
     context: int = FAR
     chunk: int = FAR
     """The prompt was prefilled in pieces of so many tokens."""
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer, if known."""
 
 
 def read_logs(paths: Iterable[Path], limit: int | None = None) -> list[Logged]:
@@ -63,7 +65,10 @@ def _logged(record: Record, place: str) -> Logged:
         raise RequestError(f"{place}: limit {bounds['limit']} is below the {whole} tokens of prompt and answer")
     ends = _tokens(record, "ends", place) if record.get("ends") else ()
     far = {name: bounds[name] or FAR for name in ("edge", "context", "chunk")}
-    return Logged(prompt, output, bounds["limit"] or whole, frozenset(ends), **far)
+    tokenizer = record.get("tokenizer")
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        raise RequestError(f"{place}: tokenizer is {tokenizer!r}; it must be a fingerprint or left out")
+    return Logged(prompt, output, bounds["limit"] or whole, frozenset(ends), **far, tokenizer=tokenizer)
 
 
 def _tokens(record: Record, name: str, place: str) -> tuple[int, ...]:
@@ -84,7 +89,14 @@ def _positive(record: Record, name: str, place: str) -> int | None:
 
 
 def entry(
-    prompt: SequenceOf[int], output: SequenceOf[int], target: Target, *, limit: int, ends: Iterable[int], chunk: int
+    prompt: SequenceOf[int],
+    output: SequenceOf[int],
+    target: Target,
+    *,
+    limit: int,
+    ends: Iterable[int],
+    chunk: int,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """A line of a log: tokens, and what bounded the live run on `target`."""
     return {
@@ -95,6 +107,7 @@ def entry(
         "edge": target.edge(0),
         "context": target.context,
         "chunk": chunk,
+        "tokenizer": tokenizer,
     }
 
 

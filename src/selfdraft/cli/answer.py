@@ -16,6 +16,7 @@ from selfdraft.cli.options import (
     Exact,
     Log,
     MaxNew,
+    Memory,
     Model,
     Threads,
     conditions,
@@ -33,6 +34,9 @@ PromptFile = Annotated[
     Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
 ]
 InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
+Predicted = Annotated[
+    Path | None, typer.Option(help="A text that the answer may resemble: a guess for prediction and merged.")
+]
 Comparing = Annotated[
     bool, typer.Option("--compare", help="Also decode plainly here and say how much faster drafting was.")
 ]
@@ -62,12 +66,14 @@ def generate(
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     compare: Comparing = False,
+    prediction: Predicted = None,
+    memory: Memory = None,
     log: Log = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
-    from selfdraft.bench.log import append, check_log
+    from selfdraft.bench.log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(
@@ -83,17 +89,37 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         seed=seed,
+        prediction=read_prediction(prediction),
     )
     texts = gather(prompt, prompts, limit)
     check_log(log)
-    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter)
+    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory)
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
-        if log is not None:
-            append(log, llm.logged(ids, results[-1]["token_ids"], sampling))
+        _keep(llm, ids, results[-1]["token_ids"], sampling, log, memory)
     if as_json:
         show.document({**conditions(llm, model), "drafter": llm.drafter_name, "results": results})
+
+
+def read_prediction(path: Path | None) -> str:
+    """Errors: RequestError."""
+    try:
+        return path.read_text("utf-8") if path is not None else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prediction {path} cannot be read: {error}") from error
+
+
+def _keep(
+    llm: LLM, ids: list[int], output: list[int], sampling: SamplingParams, log: Path | None, memory: Path | None
+) -> None:
+    """Write an answer into the files that ask for it."""
+    from selfdraft.bench.log import append
+
+    if log is not None:
+        append(log, llm.logged(ids, output, sampling))
+    if memory is not None:
+        llm.save_memory(memory)
 
 
 def _answer(

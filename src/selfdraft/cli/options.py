@@ -39,6 +39,10 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default 
 Log = Annotated[
     Path | None, typer.Option(help="Append the tokens of every answer to this jsonl file; 'replay' reads it.")
 ]
+Memory = Annotated[
+    Path | None,
+    typer.Option(help="Earlier outputs to guess from (merged): read from this file if there is one, and written."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -52,21 +56,26 @@ def open_llm(
     adapters: Sequence[Path] | None = None,
     slots: int = 1,
     runner: str = "auto",
+    memory: Path | None = None,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = parse_config(config)
-    from selfdraft.llm import LLM, check_drafter, pick_dtype
+    from selfdraft.llm import LLM, check_drafter, drafter_of, pick_dtype
+    from selfdraft.memory import with_memory
     from selfdraft.models.stock import quiet
 
     quiet()
     check_drafter(drafter, options)
+    if memory is not None:
+        drafter, options = drafter_of(drafter, options)
+        options = with_memory(drafter, options)
     pick_dtype(dtype)
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     with show.waiting(f"loading {model}"):
-        return LLM(
+        llm = LLM(
             model,
             drafter=drafter,
             speculative_config=options,
@@ -76,6 +85,9 @@ def open_llm(
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
         )
+    if memory is not None and memory.exists():
+        llm.load_memory(memory)
+    return llm
 
 
 def parse_config(config: str | None, option: str = "--speculative-config") -> dict[str, object] | None:

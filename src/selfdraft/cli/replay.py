@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from selfdraft import show
-from selfdraft.cli.options import AsJson, Config, parse_config
+from selfdraft.cli.options import AsJson, Config, Memory, parse_config
 from selfdraft.errors import OptionError
 
 
@@ -27,6 +27,7 @@ def replay(
         str | None,
         typer.Option(help="Seconds of a pass by rows, as JSON: '[0.036, 0.037]' or '{\"1\": 0.036, \"8\": 0.051}'."),
     ] = None,
+    memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a drafter over recorded answers, with no model, exactly as live decoding would."""
@@ -34,13 +35,21 @@ def replay(
     from selfdraft.bench.replay import open_drafter
     from selfdraft.bench.replay import replay as run
     from selfdraft.llm import drafter_of
+    from selfdraft.memory import load_memory, memory_of, save_memory, with_memory
 
     name, options = drafter_of(drafter, parse_config(speculative_config))
     times = parse_times(step_times)
-    guesser = open_drafter(name, options)
+    guesser = open_drafter(name, with_memory(name, options) if memory is not None else options)
     requests = read_logs(traces, limit)
+    (tokenizer, *others) = {request.tokenizer for request in requests} - {None} or {None}
+    if others:
+        raise OptionError("the logs are of different tokenizers: replay them one by one")
+    if memory is not None and memory.exists():
+        tokenizer = load_memory(memory, memory_of(guesser), tokenizer)
     with show.progress(len(requests), quiet=as_json, what="replaying") as done:
         found = run(requests, guesser, max_nodes, times=times, done=done)
+    if memory is not None:
+        save_memory(memory, memory_of(guesser), tokenizer)
     record = {"drafter": name, "options": options, "max_nodes": max_nodes, **found.as_dict()}
     if times is not None:
         record["projected_speedup"] = round(found.speedup(times), 4)

@@ -24,8 +24,23 @@ SHARES = (0.03, 0.06, 0.12, 0.25, 0.5, 0.8, 0.95)
 _STEPS = 256
 _CLASS = [sum(step / _STEPS >= share for share in SHARES) for step in range(_STEPS + 1)]
 _KINDS = 2 * (len(SHARES) + 3)
-KINDS = _KINDS * (ORDER + 1)
-"""Kinds of evidence: order of the context, share of the continuation, and whether it was the latest."""
+"""Kinds of one order: a unique occurrence, one that was followed once, then share and latest."""
+SINGLE = (0.0, 0.35, 0.55, 0.6, 0.65, 0.7, 0.8)
+"""First belief in the only continuation of a context that was followed once, by order."""
+
+
+def _beliefs() -> tuple[float, ...]:
+    found: list[float] = []
+    for single in SINGLE:
+        found += [single, single]
+        for low, high in zip((0.0, *SHARES), (*SHARES, 1.0), strict=True):
+            found += [0.4 * (low + high) / 2, 0.6 * (low + high) / 2]
+        found += [0.9 * single, min(single + 0.1, 1.0)]
+    return tuple(found)
+
+
+BELIEFS = _beliefs()
+"""First beliefs by kind of evidence: order of the context, share of the continuation, whether it was the latest."""
 
 
 class Node:
@@ -126,7 +141,10 @@ class ContextTree:
                 if token not in found:
                     child = after[token]
                     seen = child.seen if isinstance(child, Node) else 1
-                    size = _CLASS[_STEPS * seen // total] if seen < total else len(SHARES) + (seen > 1)
+                    if total == 1:
+                        found[token] = base + 1
+                        continue
+                    size = _CLASS[_STEPS * seen // total] if seen < total else len(SHARES) + 1
                     found[token] = base + 2 * size + 2 + (token == latest)
             if len(found) >= ENOUGH:
                 break

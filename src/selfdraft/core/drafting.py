@@ -95,11 +95,11 @@ class Drafting:
         self.credit = Credit()
         self.clock: Callable[[], float] = time.perf_counter
         self._began = 0.0
-        self._drafted: list[Sequence] = []
+        self._drafted = 0
         self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        self._began, self._drafted = self.clock(), list(sequences)
+        self._began, self._drafted = self.clock(), len(sequences)
         price, most = self.pace.price, self._room()
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
@@ -108,10 +108,10 @@ class Drafting:
         return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        if len(sequences) == len(self._drafted) and all(result.tokens for result in results):
+        if len(sequences) == self._drafted and all(result.tokens for result in results):
             rows = sum(1 + len(result.draft) for result in results)  # a prefill would be counted as dear rows
             self.pace.observe(rows, self.clock() - self._began, sum(len(result.tokens) for result in results))
-        self._drafted = []
+        self._drafted = 0
         for sequence, result in zip(sequences, results, strict=True):
             if sequence in self._notes or self.sources.recycling:
                 self._note(sequence).learn(sequence, result)

@@ -18,15 +18,28 @@ LONGEST = 32
 LENGTHS = (1, 2, 3, 4, 5, 7, 10, 16, 32, 64, 128)
 """Classes of match lengths begin here."""
 _CLASS = [sum(length >= start for start in LENGTHS) for length in range(LENGTHS[-1] + 1)]
-MATCHES = len(LENGTHS) + 1
+COPIED = (0.0, 0.35, 0.5, 0.55, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.97)
+"""First beliefs in a copy by class of its match length."""
 WINDOW = 10
 """How far behind a difference the text is looked for."""
 PATIENCE = 16
 """Differences on a row after which an alignment is given up."""
 RUN = 12
 MISSES = 8
-ALIGNED = 2 * (RUN + 1) * (MISSES + 1)
-"""Kinds of evidence of an alignment: tokens right since the last difference, recent differences, first or second."""
+KINDS = (RUN + 1) * (MISSES + 1)
+"""Kinds of evidence of an alignment: tokens right since the last difference, and recent differences."""
+
+
+def _beliefs() -> tuple[float, ...]:
+    first = [0.5 if not misses else 0.02 for misses in range(MISSES + 1)]
+    for run in range(1, RUN + 1):
+        first += [min(0.25 + 0.1 * run, 0.9)] * (MISSES + 1)
+    second = [0.1] * (MISSES + 1) + [0.02] * (KINDS - MISSES - 1)
+    return (*first, *second)
+
+
+FOLLOWED = _beliefs()
+"""First beliefs in the token where an alignment stands, by kind, then in the one behind it."""
 
 
 @dataclass(slots=True)
@@ -54,7 +67,7 @@ class Match:
 
 def kind_of_match(length: int) -> int:
     """The class of a match length."""
-    return _CLASS[length] if length < len(_CLASS) else MATCHES - 1
+    return _CLASS[length] if length < len(_CLASS) else len(LENGTHS)
 
 
 class Aligned(NamedTuple):

@@ -35,9 +35,9 @@ TOGETHER = [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
 """The coarser class of a depth for all sources together: each alone knows the depth already."""
 _COARSE = TOGETHER[-1] + 1
 _CHANCE = itemgetter(1)
-UNKNOWN = 0.06
-"""Chance of a kind of evidence that was never seen."""
 PRIOR, FADE = 4.0, 0.998
+TRUST = 0.7
+"""Weight of the best level against the others before any such token was seen: the best of several is often luck."""
 FLOOR = 0.002
 """A node less likely than this is not worth its row, however cheap rows are."""
 
@@ -45,12 +45,12 @@ FLOOR = 0.002
 class Counts:
     """How often one source's guesses of each kind and depth came true."""
 
-    def __init__(self, kinds: int, unit: int) -> None:
+    def __init__(self, beliefs: tuple[float, ...], unit: int) -> None:
         self.unit = unit
         """What one level counts in the key of a joint cell."""
-        first = unit * (1 + bisect(STEPS, UNKNOWN))
-        self.levels = [first] * (kinds * CLASSES)
+        self.levels = [unit * (1 + bisect(STEPS, belief)) for belief in beliefs for _ in range(CLASSES)]
         """Level of kind * CLASSES + depth class, times the unit."""
+        self._beliefs = beliefs
         self._means: dict[int, Mean] = {}
 
     def observe(self, kind: int, depth: int, right: float) -> None:
@@ -59,7 +59,7 @@ class Counts:
         mean = self._means.get(cell)
         if mean is None:
             above = next((self._means[c] for c in range(cell, cell - depth - 1, -1) if c in self._means), None)
-            mean = self._means[cell] = Mean(above.value if above else UNKNOWN, PRIOR, FADE)
+            mean = self._means[cell] = Mean(above.value if above else self._beliefs[kind], PRIOR, FADE)
         mean.observe(right)
         level = self.unit * (1 + bisect(STEPS, mean.value))
         if level != self.levels[cell]:
@@ -70,12 +70,20 @@ class Counts:
                 self.levels[deeper] = level
 
 
+class Cell(NamedTuple):
+    """A joint cell: its own mean, and that of all cells whose two best levels are the same, which it starts from."""
+
+    mean: Mean
+    family: Mean
+
+
 class Credit:
     """What the evidence of all sources together is worth. Outlives the requests; knows no token."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counts] = {}
-        self._cells: dict[int, Mean] = {}
+        self._cells: dict[int, Cell] = {}
+        self._families: dict[tuple[int, ...], Mean] = {}
         self._chances: dict[int, float] = {}
         self._names: dict[int, str] = {}
 
@@ -84,16 +92,37 @@ class Credit:
         found = self.counts.get(source.name)
         if found is None:
             unit = _COARSE * (LEVELS + 1) ** len(self.counts)
-            found = self.counts[source.name] = Counts(source.kinds, unit)
+            found = self.counts[source.name] = Counts(source.beliefs, unit)
         return found
 
     def chance(self, key: int) -> float:
         """How likely a token is whose sources stand at the levels of `key`."""
         known = self._chances.get(key)
         if known is None:
-            known = self._chances[key] = max(MIDDLES[level] for level in self._levels(key))
-            self._cells[key] = Mean(known, PRIOR, FADE)
+            mean, family = self._cell(key)
+            mean.guess = family.value
+            known = self._chances[key] = mean.value
         return known
+
+    def observe(self, key: int, right: float) -> None:
+        """Book a token that was guessed."""
+        mean, family = self._cell(key)
+        mean.observe(right)
+        family.observe(right)
+        mean.guess = family.value
+        self._chances[key] = mean.value
+
+    def _cell(self, key: int) -> Cell:
+        cell = self._cells.get(key)
+        if cell is None:
+            best, *rest = sorted(filter(None, self._levels(key)), reverse=True)
+            kin = key % _COARSE, best, *rest[:1]
+            if kin not in self._families:
+                lower = [MIDDLES[level] for level in rest] or [MIDDLES[best]]
+                start = TRUST * MIDDLES[best] + (1 - TRUST) * sum(lower) / len(lower)
+                self._families[kin] = Mean(start, PRIOR, FADE)
+            cell = self._cells[key] = Cell(Mean(0.0, PRIOR, FADE), self._families[kin])
+        return cell
 
     def ranked(self, keys: Mapping[int, int]) -> Guess:
         """Tokens by their chance, the likeliest first; of equals the one that was named first."""
@@ -101,13 +130,6 @@ class Credit:
         pairs = [(token, known[key] if key in known else chance(key)) for token, key in keys.items()]
         pairs.sort(key=_CHANCE, reverse=True)
         return Guess(tuple([token for token, _ in pairs]), tuple([value for _, value in pairs]))
-
-    def observe(self, key: int, right: float) -> None:
-        """Book a token that was guessed."""
-        self.chance(key)  # places behind the draft may hold a key that was never asked
-        mean = self._cells[key]
-        mean.observe(right)
-        self._chances[key] = mean.value
 
     def names(self, key: int) -> str:
         """The sources that speak for a token, joined by '+'."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
+from weakref import ref
 
 from selfdraft.core.answers import Answers, likeliest
-from selfdraft.core.context import KINDS, ContextTree, State
-from selfdraft.core.follow import ALIGNED, MATCHES, Aligned, Match, kind_of_match, realign
+from selfdraft.core.context import BELIEFS, ContextTree, State
+from selfdraft.core.follow import COPIED, FOLLOWED, KINDS, Aligned, Match, kind_of_match, realign
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 
@@ -28,8 +29,8 @@ class Source(Protocol):
     """One way to guess, for one request. A state that is false has nothing to say."""
 
     name: str
-    kinds: int
-    """Kinds of evidence are 0 <= kind < kinds."""
+    beliefs: tuple[float, ...]
+    """How likely a guess of each kind of evidence is thought to be before any was seen."""
 
     @property
     def state(self) -> Any:
@@ -77,7 +78,7 @@ class Reader:
 class Contexts:
     """What followed the last one to six tokens."""
 
-    kinds = KINDS
+    beliefs: tuple[float, ...] = BELIEFS
 
     def __init__(self, name: str, reader: Reader) -> None:
         self.name, self.reader = name, reader
@@ -91,7 +92,7 @@ class Contexts:
 class Copies:
     """What followed the longest match. A state is the place where the copy goes on, and the length so far."""
 
-    kinds = MATCHES
+    beliefs: tuple[float, ...] = COPIED
 
     def __init__(self, name: str, reader: Reader) -> None:
         self.name, self.reader = name, reader
@@ -116,7 +117,7 @@ class Copies:
 class Alignments:
     """What stands where a broken copy would be by now, and one token further."""
 
-    kinds = ALIGNED
+    beliefs: tuple[float, ...] = FOLLOWED
 
     def __init__(self, name: str, reader: Reader) -> None:
         self.name, self.reader = name, reader
@@ -135,7 +136,7 @@ class Alignments:
             return ()
         if place + 1 >= len(told) or told[place + 1] < 0 or told[place + 1] == told[place]:
             return ((told[place], kind),)
-        return ((told[place], kind), (told[place + 1], kind + ALIGNED // 2))
+        return ((told[place], kind), (told[place + 1], kind + KINDS))
 
 
 class Successors:
@@ -145,18 +146,25 @@ class Successors:
     Source: Token Recycling (arXiv 2408.08696), section 3.
     """
 
-    kinds = SUCCESSORS
+    beliefs: tuple[float, ...] = (0.45, 0.12, *[0.04] * (SUCCESSORS - 2))
 
     def __init__(self, name: str, sequence: Sequence) -> None:
         self.name = name
-        self._sequence = sequence
+        self._of = ref(sequence)  # the drafter's note must not keep its sequence alive
         self._greedy = sequence.sampling.greedy
         self._lists: dict[int, list[int]] = {}
         self._answers = Answers()
 
     @property
+    def _sequence(self) -> Sequence:
+        sequence = self._of()
+        assert sequence is not None, "whoever asks has it"
+        return sequence
+
+    @property
     def state(self) -> tuple[int, int]:
-        return self._sequence.tokens[-1], len(self._sequence.tokens)
+        tokens = self._sequence.tokens
+        return tokens[-1], len(tokens)
 
     def step(self, state: tuple[int, int], token: int) -> tuple[int, int]:
         return token, state[1] + 1
