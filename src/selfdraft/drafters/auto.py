@@ -63,7 +63,7 @@ class Auto(Drafting):
         if self._stands_aside:  # what is said meanwhile is read at the next draft
             self._forget(sequences)
             return
-        whole = len(sequences) == len(self._drafted) and all(result.tokens for result in results)
+        whole = len(sequences) == self._drafted and all(result.tokens for result in results)
         began = self.clock()
         super().observe(sequences, results)
         self._learning = self.clock() - began
