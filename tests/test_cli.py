@@ -27,7 +27,7 @@ from tests.terminal import one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
-VERBS = ["generate", "chat", "bench", "verify", "doctor", "train", "tune"]
+VERBS = ["generate", "chat", "bench", "replay", "verify", "doctor", "train", "tune"]
 MISSING = "/nowhere/at/all"
 
 
@@ -244,7 +244,7 @@ def test_generate_json(run: Any, folder: Path) -> None:
     done = run("generate", PROMPT, "--model", folder, "--max-new-tokens", 30, "--json", "--compare", "--threads", 1)
     assert (done.code, done.err) == (0, "")
     said = done.said
-    assert said.keys() == {"model", "dtype", "exactness", "machine", "drafter", "results"}
+    assert said.keys() == {"model", "dtype", "exactness", "runner", "machine", "drafter", "results"}
     assert (said["drafter"], said["machine"]["threads"]) == ("lookup", 1)
     (result,) = said["results"]
     assert len(result["token_ids"]) == len(result["sources"]) == result["num_output_tokens"] == 30

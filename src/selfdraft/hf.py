@@ -62,7 +62,11 @@ def generate(
     _check_processors(processors)
     name, options = drafter_of(drafter, speculative_config)
     target = load.open_target(
-        model, slots=min(len(input_ids), 16), exactness=exactness, adapters=load_adapters(adapters, model)
+        model,
+        slots=min(len(input_ids), 16),
+        exactness=exactness,
+        adapters=load_adapters(adapters, model),
+        runner="plain",  # the roundings of transformers' own kernels, so that ties fall as in its own decoding
     )
     engine = Engine(target, build(name, target, options), slots=target.slots)
     mask = model_kwargs.get("attention_mask")
