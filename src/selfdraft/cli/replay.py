@@ -30,7 +30,10 @@ def replay(
     memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a drafter over recorded answers, with no model, exactly as live decoding would."""
+    """Run a drafter over recorded answers, no model needed.
+
+    Every step is the one that live decoding would make.
+    """
     from selfdraft.bench.log import read_logs
     from selfdraft.bench.replay import open_drafter
     from selfdraft.bench.replay import replay as run
