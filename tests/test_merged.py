@@ -30,7 +30,7 @@ from selfdraft.memory import load_memory, memory_of, save_memory, with_memory
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, SamplingParams
 from tests.models import run, tiny_target
-from tests.test_replay import traces
+from tests.test_replay import call, traces
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 WIDE = Budget(nodes=64, depth=64, reach=256)
@@ -422,6 +422,62 @@ def test_a_log_has_no_logits() -> None:
         open_drafter("merged", {"recycling": True})
     with pytest.raises(OptionError, match="a log holds tokens only"):
         open_drafter("recycling")
+
+
+# the front doors
+
+
+def test_a_prediction_as_text_and_who_reads_none() -> None:
+    from selfdraft import LLM
+    from tests.test_llm import TEXTS, model, tokenizer
+
+    llm = LLM(model(), tokenizer=tokenizer(), drafter="merged", speculative_config=FREE)
+    plain = llm.generate(TEXTS[0], SamplingParams(max_tokens=20))[0].outputs[0]
+    told = llm.generate(TEXTS[0], SamplingParams(max_tokens=20, prediction=plain.text))[0].outputs[0]
+    assert told.token_ids == plain.token_ids
+    assert any("prediction" in source for source in told.sources)
+    with pytest.raises(RequestError, match="token id 99999 in the prediction"):
+        llm.generate(TEXTS[0], SamplingParams(prediction=(99999,)))
+    llm.use("lookup")
+    with pytest.raises(RequestError, match=r"'lookup' reads no prediction; these do: prediction, merged"):
+        llm.generate(TEXTS[0], SamplingParams(prediction="a dog"))
+
+
+def test_memory_and_prediction_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from tests.test_llm import TEXTS, model, tokenizer
+
+    folder, memory, log, wish = (tmp_path / name for name in ("model", "memory.json", "log.jsonl", "wish.txt"))
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    wish.write_text(TEXTS[1])
+    words = ["generate", TEXTS[0], "--model", folder, "--drafter", "merged", "--max-new-tokens", 24, "--json"]
+    words += ["--memory", memory, "--log", log, "--prediction", wish, "--speculative-config", json.dumps(FREE)]
+    steps = []
+    for _ in range(2):
+        code, out, _ = call(monkeypatch, capsys, *words)
+        assert code == 0
+        steps.append(json.loads(out)["results"][0]["num_steps"])
+    assert steps[1] < steps[0]
+    assert len(json.loads(memory.read_text())["outputs"]) == 2
+    replayed = ["replay", log, "--drafter", "merged", "--memory", memory]
+    code, out, _ = call(monkeypatch, capsys, *replayed, "--json")
+    assert code == 0
+    assert len(json.loads(memory.read_text())["outputs"]) == 4
+    foreign = json.loads(memory.read_text()) | {"tokenizer": "vocab:7"}
+    memory.write_text(json.dumps(foreign))
+    for wrong, says in (
+        (replayed, "of another tokenizer (vocab:7"),
+        (words, "of another tokenizer (vocab:7"),
+        ([*replayed[:3], "lookup", *replayed[4:]], "keeps no memory"),
+        ([*words, "--prediction", tmp_path / "none"], "cannot be read"),
+    ):
+        code, _, err = call(monkeypatch, capsys, *wrong)
+        assert code == 2
+        assert says in err
+        assert len(err.strip().splitlines()) == 1
+    assert json.loads(memory.read_text()) == foreign
 
 
 # on what a real model answered

@@ -46,7 +46,7 @@ BELIEFS = _beliefs()
 class Node:
     """An n-gram that occurred at least twice, as a context of what follows it."""
 
-    __slots__ = ("after", "best", "last", "ranked", "seen", "total")
+    __slots__ = ("after", "best", "last", "ranked", "said", "seen", "told", "total")
 
     def __init__(self, after: dict[int, Node | int], total: int, last: int) -> None:
         self.after = after
@@ -60,6 +60,9 @@ class Node:
         self.best: list[int] = []
         """The most frequent continuations when `total` was `ranked`."""
         self.ranked = 0
+        self.told: list[tuple[int, int]] = []
+        """Continuations and their kinds within the order when `total` was `said`."""
+        self.said = -1
 
 
 State = list[Node | int]
@@ -136,16 +139,9 @@ class ContextTree:
                     found[text[node]] = base
                 base -= _KINDS
                 continue
-            after, total, latest = node.after, node.total, text[node.last]
-            for token in after if len(after) <= WIDEST else self._most(node, latest):
+            for token, kind in node.told if node.said == node.total else self._tell(node):
                 if token not in found:
-                    child = after[token]
-                    seen = child.seen if isinstance(child, Node) else 1
-                    if total == 1:
-                        found[token] = base + 1
-                        continue
-                    size = _CLASS[_STEPS * seen // total] if seen < total else len(SHARES) + 1
-                    found[token] = base + 2 * size + 2 + (token == latest)
+                    found[token] = base + kind
             if len(found) >= ENOUGH:
                 break
             base -= _KINDS
@@ -155,6 +151,18 @@ class ContextTree:
         """Place behind the latest earlier occurrence of the longest context."""
         node = state[-1]
         return node.last if isinstance(node, Node) else node
+
+    def _tell(self, node: Node) -> list[tuple[int, int]]:
+        """Continuations of a context with their kinds within its order; kept until it is followed again."""
+        after, total = node.after, node.total
+        latest = self.text[node.last]
+        node.told, node.said = [], total
+        for token in after if len(after) <= WIDEST else self._most(node, latest):
+            child = after[token]
+            seen = child.seen if isinstance(child, Node) else 1
+            size = _CLASS[_STEPS * seen // total] if seen < total else len(SHARES) + 1
+            node.told.append((token, 2 * size + 2 + (token == latest) if total > 1 else 1))
+        return node.told
 
     def _most(self, node: Node, latest: int) -> list[int]:
         """The most frequent continuations, ranked anew whenever the node has grown by an eighth, and the latest."""
