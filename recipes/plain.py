@@ -41,6 +41,8 @@ SHAPES = {
 }  # fmt: skip
 ROWS = (1, 2, 4, 8, 16)
 PREFIX = 64
+PROMPT = 4
+"""Tokens before the timed text: few, so that decoding is timed and not prefill."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -99,8 +101,8 @@ def measure(name: str, model: PreTrainedModel, tokens: int, runs: int, speed: fl
     print(f"\n{name}: {read / 1e6:.0f} MB for a token: {bound:.2f} ms or more; the fast path opened in {opened:.1f} s")
     prompt = torch.randint(0, fast.vocab, (PREFIX,), generator=torch.Generator().manual_seed(1)).tolist()
     ways: dict[str, Callable[[], list[int]]] = {
-        "transformers": lambda: stock.greedy(model, prompt, tokens, frozenset()),
-        **{way: lambda target=target: decode(target, prompt, tokens) for way, target in targets.items()},
+        "transformers": lambda: stock.greedy(model, prompt[:PROMPT], tokens, frozenset()),
+        **{way: lambda target=target: decode(target, prompt[:PROMPT], tokens) for way, target in targets.items()},
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     texts: dict[str, list[int]] = {}

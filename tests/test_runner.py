@@ -135,6 +135,22 @@ def test_bits_do_not_depend_on_the_company(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 3), (1, 4), (3,), (2, 0, 1)])
+@torch.inference_mode()
+def test_keep_is_that_of_the_cache(order: tuple[int, ...]) -> None:
+    target = fast_target(torch.bfloat16, slots=2)
+    target.forward(chain_rows([(0, 0, 1), (1, 0, 2)]))
+    for store in (target.cache.keys, target.cache.values):
+        for strip in store.values():
+            strip.normal_(generator=torch.Generator().manual_seed(1))
+    twin = copy.deepcopy(target.cache)
+    target.keep(1, 5, order)
+    twin.keep(1, 5, order)
+    for layer, strip in twin.keys.items():
+        assert torch.equal(target.cache.keys[layer], strip)
+        assert torch.equal(target.cache.values[layer], twin.values[layer])
+
+
 @pytest.mark.parametrize("dtype", TYPES.values())
 def test_it_is_promised_and_holds(dtype: torch.dtype) -> None:
     target = open_target(tiny_llama(dtype), slots=1, runner="fast")

@@ -138,7 +138,7 @@ class HFTarget:
 
     @torch.inference_mode()  # the cache was made in it and may only be written in it
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
-        self.cache.keep(slot, base, order)
+        (self.runner or self.cache).keep(slot, base, order)
 
     @torch.inference_mode()
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:

@@ -55,12 +55,16 @@ inline v16 load16(const float *p) {
   return v;
 }
 inline v16 load16(const bf16 *p) {
+#if defined(__AVX512F__)
+  return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
   h16 h;
   memcpy(&h, p, 32);
   u32x16 w = __builtin_convertvector(h, u32x16) << 16;
   v16 v;
   memcpy(&v, &w, 64);
   return v;
+#endif
 }
 inline void store16(v16 v, float *p) { memcpy(p, &v, 64); }
 inline void store16(v16 v, bf16 *p) {
@@ -332,8 +336,9 @@ template <class T> void linear(const Pass &pass, const Instr &op, word rows, wor
   char *Y = at(pass, op.out, 0, 0);
   for (word r = 0; r < rows; r += CHUNK) {
     word count = std::min(CHUNK, rows - r);
+    // measured (docs/decisions/006-runner.md): which shape of block keeps up with memory, and then with the sums
     auto go = count == 1 ? products<T, 16, 1, 16> : count == 2 ? products<T, 8, 2, 8>
-      : count > 4 && count <= 8 && op.more[3] > 1024 ? products<T, 4, 4, 2> : products<T, 4, 4, 4>;
+      : count > 8 ? products<T, 8, 2, 2> : count > 4 && op.more[3] > 1024 ? products<T, 4, 4, 2> : products<T, 4, 4, 4>;
     go(W, X + r * op.a.row, op.a.row, Y + r * op.out.row, op.out.row, bias, op.more[3], from, to, count);
   }
 }
@@ -383,10 +388,13 @@ void score(const T *keys, word wide, const T *q, word q_step, word shared, const
            word length, float scale, float cap, float *scores, word stride) {
   for (word g = first & ~word(15); g < length; g += 16) {
     const T *k[16];
-    for (int i = 0; i < 16; i++) {
-      word j = std::min(g + i, length - 1);
-      k[i] = keys + (j < seen ? j : extras[j - seen]) * wide;
-    }
+    if (g + 16 <= seen)
+      for (int i = 0; i < 16; i++) k[i] = keys + (g + i) * wide;
+    else
+      for (int i = 0; i < 16; i++) {
+        word j = std::min(g + i, length - 1);
+        k[i] = keys + (j < seen ? j : extras[j - seen]) * wide;
+      }
     for (word s = 0; s < shared; s++) {
       const T *x = q + s * q_step;
       v16 acc[16] = {};
@@ -419,30 +427,41 @@ inline void soften(float *scores, word first, word length, const float *sink) {
   for (word j = from; j < to; j++) scores[j] *= scale;
 }
 
-// Q query heads times D * 16 numbers of the values, summed over even and odd places apart, then together.
+// sum[s][d] += weights of place j times its values.
+template <class T, int Q, int D>
+inline __attribute__((always_inline)) void mix_one(const T *v, const float *weights, word stride, v16 (&sum)[Q][D]) {
+  v16 part[D];
+#pragma GCC unroll 4
+  for (int d = 0; d < D; d++) part[d] = load16(v + 16 * d);
+#pragma GCC unroll 4
+  for (int s = 0; s < Q; s++)
+#pragma GCC unroll 4
+    for (int d = 0; d < D; d++) sum[s][d] += weights[s * stride] * part[d];
+}
+
+// Q query heads times D * 16 numbers of the values, summed over the places; where sums are few, those of even and odd
+// places apart and then together, so that one need not wait for the last.
 template <class T, int Q, int D>
 void mix(const T *values, word deep, const float *weights, word stride, const word *extras, word seen, word first,
          word length, T *out, word out_step) {
-  v16 sum[2][Q][D] = {};
-  auto add = [&](word j, v16 (*to)[D]) {
-    const T *v = values + (j < seen ? j : extras[j - seen]) * deep;
-    v16 part[D];
-#pragma GCC unroll 4
-    for (int d = 0; d < D; d++) part[d] = load16(v + 16 * d);
-#pragma GCC unroll 4
-    for (int s = 0; s < Q; s++)
-#pragma GCC unroll 4
-      for (int d = 0; d < D; d++) to[s][d] += weights[s * stride + j] * part[d];
-  };
+  constexpr bool APART = Q * D < 8;
+  v16 even[Q][D] = {}, odd[Q][D] = {};
   word j = first;
-  if (j & 1 && j < length) add(j++, sum[1]);
-  for (; j + 2 <= length; j += 2) {
-    add(j, sum[0]);
-    add(j + 1, sum[1]);
+  const word chain = std::min(seen, length);
+  if (APART) {
+    if (j & 1 && j < chain) mix_one<T, Q, D>(values + j * deep, weights + j, stride, odd), j++;
+    for (; j + 2 <= chain; j += 2) {
+      mix_one<T, Q, D>(values + j * deep, weights + j, stride, even);
+      mix_one<T, Q, D>(values + (j + 1) * deep, weights + j + 1, stride, odd);
+    }
+    for (; j < length; j++)
+      mix_one<T, Q, D>(values + (j < seen ? j : extras[j - seen]) * deep, weights + j, stride, j & 1 ? odd : even);
+  } else {
+    for (; j < chain; j++) mix_one<T, Q, D>(values + j * deep, weights + j, stride, even);
+    for (; j < length; j++) mix_one<T, Q, D>(values + extras[j - seen] * deep, weights + j, stride, even);
   }
-  if (j < length) add(j, sum[0]);
   for (int s = 0; s < Q; s++)
-    for (int d = 0; d < D; d++) store16(sum[0][s][d] + sum[1][s][d], out + s * out_step + 16 * d);
+    for (int d = 0; d < D; d++) store16(APART ? even[s][d] + odd[s][d] : even[s][d], out + s * out_step + 16 * d);
 }
 
 template <class T, int D>
@@ -484,6 +503,8 @@ template <class T> void attend(const Pass &pass, const Instr &op, word row, word
     word together = std::min<word>(4, shared - s), d = 0;
     const float *weights = scores.data() + s * stride;
     T *to = out + s * deep;
+    for (; d + 64 <= deep; d += 64)
+      mix<T, 4>(together, values + d, deep, weights, stride, extras, seen, first, length, to + d);
     for (; d + 32 <= deep; d += 32)
       mix<T, 2>(together, values + d, deep, weights, stride, extras, seen, first, length, to + d);
     for (; d + 16 <= deep; d += 16)
@@ -748,6 +769,21 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
         });
       }
     }
+  }
+}
+// Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
+void selfdraft_keep(const Pass *given, const word *shapes, word size, word slot, word base, const word *order,
+                    word count) {
+  for (word layer = 0; layer < given->layers; layer++) {
+    const word *shape = shapes + 3 * layer, *strides = given->strides + 4 * layer;
+    for (int part = 0; part < 2; part++)
+      for (word head = 0; head < shape[0]; head++) {
+        const word row = shape[1 + part] * size;
+        char *strip = (part ? given->values : given->keys)[layer]
+                      + (slot * strides[2 * part] + head * strides[2 * part + 1]) * size + base * row;
+        for (word i = 0; i < count; i++)
+          if (order[i] != i) memcpy(strip + i * row, strip + order[i] * row, row);
+      }
   }
 }
 }

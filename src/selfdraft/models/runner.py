@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Sequence as SequenceOf
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -45,6 +46,10 @@ class Runner:
         if weight.device.type != "cpu":
             raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {weight.device}")
         self._library = native.library()
+        self._library.selfdraft_keep.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_int64),
+        ]
         self._library.selfdraft_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
         sizes = [self._library.selfdraft_sizes(which) for which in range(3)]
         assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels.cpp and tape.py disagree"
@@ -55,6 +60,8 @@ class Runner:
         self._traced: dict[tuple[int, bool, bool], tuple[PreTrainedModel, Traced]] = {}
         self._memory = np.empty(0, np.uint8)
         self._strips: tuple[tuple[int, int], Words] | None = None
+        self._opened: set[int] = set()
+        self._shapes = np.zeros((0, 3), np.int64)
         self._pass = Pass()
         self._address = ctypes.addressof(self._pass)
 
@@ -92,7 +99,7 @@ class Runner:
 
     def _call(self, traced: Traced, rows: Rows, slots: list[Tensor | None]) -> None:
         tape, threads, count = traced.tape, torch.get_num_threads(), len(rows)
-        strips = self._open(traced)
+        self._open(traced)
         paths, extras = _paths(rows)
         # everything that changes from pass to pass on one sheet: one array is quicker to make than many
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
@@ -102,12 +109,27 @@ class Runner:
         sheet[Slot.ASKED] = addresses_of
         lines = addresses_of + 8 * (len(rows.answers) + len(extras))
         told, size = self._pass, tape.arena * max(count, len(rows.answers))
-        told.rows, told.answers, told.threads, told.layers = count, len(rows.answers), threads, strips.shape[1]
+        told.rows, told.answers, told.threads = count, len(rows.answers), threads
         told.arena = self._room(size + threads * tape.scratch)
         told.scratch, told.scratch_bytes, told.slots = told.arena + size, tape.scratch, start
         told.extras = addresses_of + 8 * len(rows.answers)
         told.slot, told.place, told.seen, told.extra, told.position = (lines + 8 * count * i for i in range(5))
         self._library.selfdraft_run(tape.steps.ctypes.data, len(tape.steps), tape.instrs.ctypes.data, self._address)
+
+    def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
+        """What `KVCache.keep` does, for all layers in one call."""
+        first = next((i for i, row in enumerate(order) if row != i), None)
+        if first is None:
+            return
+        upwards = all(one < other for one, other in pairwise(order))
+        if self._strips is None or self._strips[0][0] != self.cache.places or not upwards:
+            self.cache.keep(slot, base, order)
+            return
+        moves = np.array(order, np.int64)
+        size = self.dtype.itemsize
+        self._library.selfdraft_keep(
+            self._address, self._shapes.ctypes.data, size, slot, base, moves.ctypes.data, len(moves)
+        )
 
     def _room(self, size: int) -> int:
         """Address of `size` bytes on a cache line, the same from pass to pass while they suffice."""
@@ -115,24 +137,28 @@ class Runner:
             self._memory = np.zeros(size + size // 2 + 64, np.uint8)
         return -(-self._memory.ctypes.data // 64) * 64
 
-    def _open(self, traced: Traced) -> Words:
-        """Addresses of all strips, and how far slots and heads are apart in them."""
-        state = self.cache.places, id(traced)
-        if self._strips is None or self._strips[0] != state:
+    def _open(self, traced: Traced) -> None:
+        """Note the addresses of all strips, and how far slots and heads are apart in them."""
+        if id(traced) not in self._opened:
+            self._opened.add(id(traced))
             for layer, (heads, wide, deep) in traced.heads.items():
                 self.cache.open(layer, heads, wide, deep, self._like)
+        state = self.cache.places, len(self.cache.keys)
+        if self._strips is None or self._strips[0] != state:
             layers = max(self.cache.keys) + 1
             table = np.zeros((6, layers), np.int64)
             strides = np.zeros((layers, 4), np.int64)
+            self._shapes = np.zeros((layers, 3), np.int64)
             for layer, keys in self.cache.keys.items():
                 values = self.cache.values[layer]
                 table[:2, layer] = keys.data_ptr(), values.data_ptr()
+                self._shapes[layer] = keys.shape[1], keys.shape[3], values.shape[3]
                 strides[layer] = (*keys.stride()[:2], *values.stride()[:2])
             table[2:] = strides.reshape(4, layers)
             told = self._pass
+            told.layers = layers
             told.keys, told.values, told.strides = (table[row:].ctypes.data for row in range(3))
             self._strips = (state, table)
-        return self._strips[1]
 
 
 def _paths(rows: Rows) -> tuple[list[list[int]], list[int]]:
