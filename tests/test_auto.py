@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from selfdraft.core.guess import Guess, expand
 from selfdraft.core.profile import Profile
-from selfdraft.core.tree import Draft
-from selfdraft.core.watch import PAUSES, TRIAL, Watch
-from selfdraft.drafters.auto import Auto, chances_of
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.watch import MOST, SHARE, START, TRIAL, Watch
+from selfdraft.drafters.auto import Auto
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
 from selfdraft.tune import profile as profiles
-from selfdraft.types import SamplingParams
+from selfdraft.types import Budget, SamplingParams
 from tests.models import run, tiny_target
 
 STEPS = Profile((1, 4, 8, 16), (1.0, 1.0, 2.0, 4.0), (0.0, 0.0, 0.0, 0.01), per_sequence=0.5, host=0.1)
@@ -29,58 +30,86 @@ def test_between_and_behind_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("rho", [0.1, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize(
-    "chances", [[], [0.9, 0.5, 0.2, 0.1, 0.05], [0.99] * 15, [0.3, 0.29, 0.28, 0.27, 0.26, 0.25, 0.24]]
-)
-def test_no_other_size_is_worth_more(rho: float, chances: SequenceOf[float]) -> None:
-    """Against all sizes tried one by one: T has steps, so the first row that does not pay is not the end."""
-    worth = [sum(chances[:n]) - rho * STEPS.at(1 + n) for n in range(len(chances) + 1)]
-    assert worth[STEPS.best_size(chances, rho)] == max(worth)
+@pytest.mark.parametrize("seconds", [(1.0, 1.0, 2.0, 4.0), (1.0, 1.3, 2.1, 3.7), (1.0, 2.5, 2.6, 2.7)])
+@pytest.mark.parametrize("chances", [[0.9, 0.5, 0.2, 0.1, 0.05], [0.9] * 15, [0.3 - n / 100 for n in range(15)]])
+def test_no_other_size_is_worth_much_more(rho: float, seconds: tuple[float, ...], chances: list[float]) -> None:
+    """Nodes as long as they are worth their price, against all sizes: no worse than all of them on the line below T."""
+    profile = Profile((1, 4, 8, 16), seconds, (0.0,) * 4)
+    prices = [rho * each for each in profile.marginal(len(chances))]
+    size = next((n for n, (own, price) in enumerate(zip(chances, prices, strict=True)) if own < price), len(chances))
+    worth = [sum(chances[:n]) - sum(prices[:n]) for n in range(len(chances) + 1)]
+    assert worth[size] == pytest.approx(max(worth))
 
 
-def test_free_rows_are_taken_and_dear_ones_left() -> None:
-    assert STEPS.best_size([0.01] * 3, rho=5.0) == 3, "up to 4 rows a pass costs the same"
-    assert STEPS.best_size([0.2] * 7, rho=1.0) == 3, "a row behind that costs a quarter of a token"
-    assert STEPS.best_size([0.2] * 7, rho=1.0, others=3) == 0
+def test_a_price_never_falls_and_adds_up_to_the_pass() -> None:
+    flat = Profile(STEPS.rows, STEPS.seconds, (0.0,) * 4)
+    assert flat.marginal(15) == pytest.approx((0.0,) * 3 + (0.25,) * 12)
+    assert sum(STEPS.marginal(15, tokens=300)) == pytest.approx(3.0 + 0.01 * 384), "priced in the middle of its block"
+    rising = Profile((1, 2, 4, 8), (1.0, 3.0, 3.2, 3.4), (0.0,) * 4)
+    assert rising.marginal(7) == pytest.approx((2.4 / 7,) * 7), "the second row alone would cost 2"
 
 
-def test_chances_are_those_of_whole_paths() -> None:
-    draft = Draft((5, 6, 7), (-1, 0, -1), ("x",) * 3, 3, (0.5, 0.5, 0.25))
-    assert chances_of(draft) == [0.5, 0.25, 0.25]
-    assert draft.first(2) == Draft((5, 6), (-1, 0), ("x",) * 2, 2, (0.5, 0.5))
+def test_sequences_share_the_rows() -> None:
+    """Two sequences with one node each are a pass of four rows; each pays half of what the two more cost."""
+    line = Profile((1, 101), (1.0, 11.0), (0.0, 0.0))
+    assert line.marginal(3, sequences=2) == pytest.approx((0.1,) * 3)
+    full = Profile((1, 4, 5), (1.0, 1.0, 9.0), (0.0,) * 3)
+    assert full.marginal(1, sequences=2) == (0.0,)
+    assert full.marginal(3, sequences=4)[0] > 0
 
 
-def test_the_watch_stands_aside_longer_and_longer() -> None:
-    """On text where nothing is ever accepted the trials become a vanishing share of the steps."""
-    watch, drafted = Watch(), 0
-    for _ in range(4096):
+def test_a_row_is_priced_by_its_own_sequence() -> None:
+    profile = Profile((1, 2), (1.0, 1.0), (0.01, 0.02))
+    assert profile.at(2, tokens=100) == pytest.approx(3.0)
+    assert profile.at(2, tokens=100, sequences=2) == pytest.approx(1.0 + 0.02 * 50 + 0.01 * 50)
+
+
+def test_chances_fall_along_the_tree() -> None:
+    """What is cut by a price that rises: the nodes that are likely enough, however many there are."""
+    guess = Guess((1, 2, 3), (0.6, 0.3, 0.05))
+    draft = expand(guess, lambda *_: guess, lambda _d, _r, raw: raw, Budget(4, 9, 9), [0.0, 0.3, 0.35, 0.9], "x")
+    assert draft.tokens == (1, 1)
+
+
+def test_trials_that_fail_cost_a_small_share() -> None:
+    """Every drafted step loses half a plain step: at most what was there at first, and SHARE of the rest."""
+    watch, lost = Watch(), 0.0
+    for _ in range(10_000):
         if watch.aside:
             watch.rest()
         else:
-            drafted += 1
-            watch.book(gained=0.0, spent=1.0)
-    assert drafted <= 8 * TRIAL
-    assert watch.pause == PAUSES[1]
+            watch.book(-0.5)
+            lost += 0.5
+    assert START < lost < START + SHARE * 10_000 + TRIAL
 
 
-def test_the_watch_comes_back_when_it_pays() -> None:
+def test_what_pays_is_never_put_aside() -> None:
     watch = Watch()
-    for _ in range(TRIAL):
-        watch.book(0.0, 1.0)
-    assert watch.left == PAUSES[0]
-    for _ in range(PAUSES[0]):
-        watch.rest()
-    for _ in range(10 * TRIAL):
+    for step in range(1000):
+        watch.book(1.5 if step % 2 else -1.0)
         assert not watch.aside
-        watch.book(2.0, 1.0)
-    assert watch.pause == PAUSES[0]
+    assert watch.balance <= MOST
+
+
+def test_it_comes_back() -> None:
+    watch = Watch()
+    while not watch.aside:
+        watch.book(-1.0)
+    steps = 0
+    while watch.aside:
+        watch.rest()
+        steps += 1
+    assert steps <= (TRIAL + 1) / SHARE + 1
 
 
 class Useless(Auto):
     """Every draft is wrong."""
 
-    def _cut(self, drafts: list[Draft], sequences: SequenceOf[object]) -> list[Draft]:
-        return [replace(draft, tokens=(60,) * len(draft)) for draft in super()._cut(drafts, sequences)]  # type: ignore[arg-type]
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        return [
+            Draft.branches([[60, 60, 60]], "wrong") if not self.watch.aside else EMPTY
+            for _ in super().draft(sequences, budgets)
+        ]
 
 
 @pytest.mark.parametrize("kind", [Auto, Useless])
@@ -101,7 +130,7 @@ def test_useless_drafts_make_it_stand_aside() -> None:
     drafter = Useless(target)
     (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=200))
     assert sequence.stats.num_accepted_draft_tokens <= 3
-    assert drafter.watch.pause > PAUSES[0]
+    assert drafter.watch.aside
 
 
 def measured(target: HFTarget) -> Profile:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfdraft.core.automaton import SuffixAutomaton
 from selfdraft.core.choose import choose, process
 from selfdraft.core.rows import Span
 from selfdraft.core.sequence import Sequence, open_sequence
@@ -20,7 +21,7 @@ from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.drafters.lookahead import Lookahead, Pool, Window, window_parents
 from selfdraft.drafters.lookup import NgramIndex
-from selfdraft.drafters.suffix import Suffix, SuffixAutomaton
+from selfdraft.drafters.suffix import Suffix
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, SamplingParams

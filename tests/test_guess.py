@@ -47,7 +47,9 @@ def tree_of(chances: Chances, budget: Budget, price: float = 0.0) -> Draft:
     """Token 10 * depth + rank has `chances[depth - 1][rank]`, whatever stands before it."""
     guesses = [Guess(tuple(10 * (i + 1) + rank for rank in range(len(each))), each) for i, each in enumerate(chances)]
     room = Budget(budget.nodes, min(budget.depth, len(chances)), 8)
-    return expand(guesses[0], lambda depth, token, node, parent: guesses[depth], stated, room, price, "x")
+    return expand(
+        guesses[0], lambda depth, token, node, parent: guesses[depth], stated, room, [price] * room.nodes, "x"
+    )
 
 
 def paths_of(draft: Draft) -> list[tuple[int, ...]]:

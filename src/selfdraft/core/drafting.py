@@ -67,12 +67,9 @@ class Note:
                     reader.push(sequence.tokens[place])
         self._read = len(sequence.tokens)
 
-    def learn(self, sequence: Sequence, result: Result) -> None:
+    def learn(self, sequence: Sequence) -> None:
         """Score every source by the new tokens, then read them."""
-        last = sequence.tokens[self._read - 1]
         self.merger.score(sequence.tokens[self._read :])
-        if self.successors is not None:
-            self.successors.learn(last, result)
         self.catch_up(sequence)
 
 
@@ -100,11 +97,12 @@ class Drafting:
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         self._began, self._drafted = self.clock(), len(sequences)
-        price, most = self.pace.price, self._room()
+        most = self._room()
+        prices = self._prices(sequences, most)
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             room = Budget(min(budget.nodes, most), budget.depth, budget.reach)
-            drafts.append(self._note(sequence).merger.tree(room, price))
+            drafts.append(self._note(sequence).merger.tree(room, prices))
         return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
@@ -112,10 +110,20 @@ class Drafting:
             rows = sum(1 + len(result.draft) for result in results)  # a prefill would be counted as dear rows
             self.pace.observe(rows, self.clock() - self._began, sum(len(result.tokens) for result in results))
         self._drafted = 0
-        for sequence, result in zip(sequences, results, strict=True):
-            if sequence in self._notes or self.sources.recycling:
-                self._note(sequence).learn(sequence, result)
+        for sequence in sequences:
+            if sequence in self._notes:
+                self._notes[sequence].learn(sequence)
+        if self.sources.recycling:
+            self._recycle(sequences, results)
         self._forget(sequences)
+
+    def _recycle(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        """Keep the runners-up of every row that was run."""
+        for sequence, result in zip(sequences, results, strict=True):
+            if not result.tokens or sequence.finished:
+                continue
+            if (successors := self._note(sequence).successors) is not None:
+                successors.learn(sequence.tokens[-1 - len(result.tokens)], result)
 
     def _forget(self, sequences: SequenceOf[Sequence]) -> None:
         """Drop the notes of those that have ended; the memory keeps what they said."""
@@ -130,6 +138,10 @@ class Drafting:
         if note is None:
             note = self._notes[sequence] = Note(sequence, self.sources, self.memory, self.credit)
         return note
+
+    def _prices(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
+        """What each node of a tree must bring, in tokens."""
+        return [self.pace.price] * most
 
     def _room(self) -> int:
         """Most nodes now. The first steps differ in size: what a row costs is not seen in steps of one size."""

@@ -82,13 +82,14 @@ def expand(
     after: Callable[[int, int, int, int], Guess],
     chance: Callable[[int, int, float], float],
     budget: Budget,
-    price: float,
+    prices: SequenceOf[float],
     source: str,
 ) -> Draft:
-    """The tree whose nodes are at least as likely as `price`, within the budget, the likeliest first.
+    """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
 
-    `first` are the guesses for depth 1, `after(depth, token, node, parent)` those behind `node`, whose token has that
-    depth. `chance(depth, rank, raw)` calibrates what the drafter says; scores of the draft are the raw ones.
+    Prices never fall, and there is one for each node of the budget. `first` are the guesses for depth 1,
+    `after(depth, token, node, parent)` those behind `node`, whose token has that depth. `chance(depth, rank, raw)`
+    calibrates what the drafter says; scores of the draft are the raw ones.
     """
     tokens: list[int] = []
     parents: list[int] = []
@@ -101,19 +102,23 @@ def expand(
         guess = guesses[parent]
         if rank < len(guess.tokens):
             own = reached[parent] * chance(depth, rank, guess.chances[rank])
-            if own >= price and own > 0.0:
+            if own >= prices[len(tokens)] and own > 0.0:
                 heapq.heappush(heap, (-own, parent, depth, rank))
 
     push(ROOT, 1, 0)
-    while heap and len(tokens) < budget.nodes:
+    while heap:
         likely, parent, depth, rank = heapq.heappop(heap)
         node, guess = len(tokens), guesses[parent]
+        if -likely < prices[node]:  # it was worth an earlier node; what is left is no likelier
+            break
         tokens.append(guess.tokens[rank])
         scores.append(guess.chances[rank])
         parents.append(parent)
         reached[node] = -likely
+        if len(tokens) == budget.nodes:
+            break
         push(parent, depth, rank + 1)
-        if depth < budget.depth and len(tokens) < budget.nodes:
+        if depth < budget.depth:
             guesses[node] = after(depth, guess.tokens[rank], node, parent)
             push(node, depth + 1, 0)
     return Draft(tuple(tokens), tuple(parents), (source,) * len(tokens), len(tokens), tuple(scores))
@@ -197,7 +202,8 @@ class Guesser:
         def after(depth: int, token: int, node: int, parent: int) -> Guess:
             return said[depth].after(token, link, self.branches)
 
-        return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, self.pace.price, source)
+        prices = [self.pace.price] * room.nodes
+        return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, prices, source)
 
     def observe(self, results: SequenceOf[Result], seconds: float) -> None:
         """Learn from a step that took `seconds` from the end of drafting on. Prefills would be counted as dear rows."""

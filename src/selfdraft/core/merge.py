@@ -173,8 +173,8 @@ class Merger:
         """What was said at ROOT and at nodes of the draft."""
         self._draft = EMPTY
 
-    def tree(self, budget: Budget, price: float) -> Draft:
-        """The tree whose nodes are at least as likely as `price`, within the budget. Its scores are chances."""
+    def tree(self, budget: Budget, prices: SequenceOf[float]) -> Draft:
+        """The tree whose i-th node is at least as likely as `prices[i]`, within the budget. Its scores are chances."""
         self._places, self._draft = {}, EMPTY
         if budget.depth <= 0 or budget.nodes <= 0:
             return EMPTY
@@ -185,7 +185,7 @@ class Merger:
             return credit.ranked(place.keys)
 
         first = places[ROOT] = self._here()
-        draft = expand(credit.ranked(first.keys), after, believe, budget, max(price, FLOOR), "")
+        draft = expand(credit.ranked(first.keys), after, believe, budget, [max(price, FLOOR) for price in prices], "")
         names = [credit.names(places[p].keys[t]) for t, p in zip(draft.tokens, draft.parents, strict=True)]
         self._draft = replace(draft, sources=tuple(names))
         return self._draft

@@ -9,7 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+
+BLOCK = 256
+"""Remembered tokens are counted in blocks when rows are priced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,10 @@ class Profile:
     """Seconds of a plain step beside the pass."""
 
     def at(self, rows: int, tokens: int = 0, sequences: int = 1) -> float:
-        """Seconds of a pass over `rows` rows of so many sequences that remember `tokens` tokens together."""
+        """Seconds of a pass over `rows` rows of so many sequences that remember `tokens` tokens together.
+
+        A row sees the tokens of its own sequence; those of the others are at least read.
+        """
         right = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
         low, high = self.rows[right - 1], self.rows[right]
         share = (rows - low) / (high - low)
@@ -39,17 +45,32 @@ class Profile:
         def between(values: SequenceOf[float]) -> float:
             return values[right - 1] + share * (values[right] - values[right - 1])
 
-        return between(self.seconds) + between(self.per_token) * tokens + self.per_sequence * (sequences - 1)
+        own = tokens / sequences
+        remembered = between(self.per_token) * own + self.per_token[0] * (tokens - own)
+        return between(self.seconds) + remembered + self.per_sequence * (sequences - 1)
 
-    def best_size(
-        self, chances: SequenceOf[float], rho: float, tokens: int = 0, sequences: int = 1, others: int = 0
-    ) -> int:
-        """How many nodes to run: of `chances`, falling, the first so many.
+    def plain(self, tokens: int = 0, sequences: int = 1) -> float:
+        """Seconds of a plain step, the host's work included."""
+        return self.at(sequences, tokens, sequences) + self.host
 
-        `others` are rows that run anyway beside the sequences' own; `rho` is in tokens per second. T may have steps
-        (shapes are rounded up), so all sizes are looked at, not the first row that does not pay.
+    def marginal(self, most: int, tokens: int = 0, sequences: int = 1) -> tuple[float, ...]:
+        """Seconds that the first, second, ... further row of every sequence adds, shared out among the sequences.
+
+        T may have steps (shapes are rounded up), so it is the slope of the convex line below T: these never fall,
+        and taking rows as long as they are worth it stops where a step is full, not where it begins.
         """
-        base = sequences + others
-        brought = accumulate(chances, initial=0.0)
-        worth = [tokens_ - rho * self.at(base + n, tokens, sequences) for n, tokens_ in enumerate(brought)]
-        return worth.index(max(worth))
+        block = tokens // BLOCK * BLOCK + BLOCK // 2  # the answer hardly changes from token to token
+        return _marginal(self, most, block, sequences)
+
+
+@lru_cache(256)
+def _marginal(profile: Profile, most: int, tokens: int, sequences: int) -> tuple[float, ...]:
+    seconds = [profile.at(sequences * (1 + n), tokens, sequences) for n in range(most + 1)]
+    slopes: list[float] = []
+    start = 0
+    while start < most:
+        ends = range(start + 1, most + 1)
+        slope, end = min(((seconds[end] - seconds[start]) / (end - start), -end) for end in ends)
+        slopes += [slope / sequences] * (-end - start)
+        start = -end
+    return tuple(slopes)

@@ -154,6 +154,8 @@ class Successors:
         self._greedy = sequence.sampling.greedy
         self._lists: dict[int, list[int]] = {}
         self._answers = Answers()
+        self.awake = True
+        """Whether it says anything."""
 
     @property
     def _sequence(self) -> Sequence:
@@ -162,9 +164,9 @@ class Successors:
         return sequence
 
     @property
-    def state(self) -> tuple[int, int]:
+    def state(self) -> tuple[int, int] | None:
         tokens = self._sequence.tokens
-        return tokens[-1], len(tokens)
+        return (tokens[-1], len(tokens)) if self.awake else None
 
     def step(self, state: tuple[int, int], token: int) -> tuple[int, int]:
         return token, state[1] + 1
@@ -179,7 +181,7 @@ class Successors:
 
     def learn(self, last: int, result: Result) -> None:
         """Every row that was run teaches, `last` being the token before the draft; what the text took counts most."""
-        if result.logits is None or not result.tokens:
+        if result.logits is None:
             return
         draft, tokens = result.draft, [last, *result.draft.tokens]
         order = [*range(len(draft), 0, -1), 0, *(node + 1 for node in result.path)]

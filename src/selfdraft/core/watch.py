@@ -1,52 +1,35 @@
-"""Whether drafting brought more than it cost lately, and when to try it again."""
+"""Lets drafting spend what it earns and a small share of the time beside, so that it can never cost more than that."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from selfdraft.core.adapt import Mean
-
-TRIAL = 32
-"""Steps before a verdict."""
-PAUSES = (32, 1024)
-"""Steps of plain decoding after a verdict against drafting: at first, and at most; doubled each time."""
+SHARE = 0.005
+"""Of the time, what may be lost to trials that fail."""
+START, MOST = 16.0, 32.0
+"""Plain steps that may be lost at first, and after any success."""
+TRIAL = 4.0
+"""Plain steps that must be there again before something is tried again."""
 
 
 @dataclass(slots=True)
 class Watch:
-    """Books what drafting gained and spent in each step; stands aside while it does not pay.
+    """A purse, counted in steps of plain decoding. Who has emptied it stands aside until it has filled up again.
 
-    Standing aside costs nothing: nothing is drafted and nothing is read. Pauses double as long as the trials between
-    them fail, so that on text where nothing is ever accepted the trials are a vanishing share of the steps.
+    Whatever fails costs at most START steps, and SHARE of the rest; there is no verdict to be wrong about.
     """
 
-    gained: Mean = field(default_factory=Mean)
-    """Seconds that accepted tokens would have taken plainly."""
-    spent: Mean = field(default_factory=Mean)
-    """Seconds of drafting, and of rows beyond the plain one."""
-    steps: int = 0
-    """Steps of this trial."""
-    left: int = 0
-    """Steps of the pause that are still to come."""
-    pause: int = PAUSES[0]
-
-    @property
-    def aside(self) -> bool:
-        return self.left > 0
+    balance: float = START
+    aside: bool = False
 
     def rest(self) -> None:
-        """A plain step while standing aside."""
-        self.left -= 1
+        """A step while standing aside."""
+        self.balance += SHARE
+        if self.balance >= TRIAL:
+            self.aside = False
 
-    def book(self, gained: float, spent: float) -> None:
-        """A step with drafting: seconds that it saved, and that it cost."""
-        self.gained.observe(gained)
-        self.spent.observe(spent)
-        self.steps += 1
-        if self.steps < TRIAL:
-            return
-        if self.gained.value >= self.spent.value:
-            self.pause = PAUSES[0]
-        else:
-            self.left, self.pause = self.pause, min(2 * self.pause, PAUSES[1])
-            self.gained, self.spent, self.steps = Mean(), Mean(), 0
+    def book(self, gain: float) -> None:
+        """A step that brought `gain` plain steps more than it took; less than 0 when it lost."""
+        self.balance = min(self.balance + gain + SHARE, MOST)
+        if self.balance < 0:
+            self.aside = True

@@ -1,27 +1,40 @@
 """The default: one tree from everything that costs no pass, as large as this machine's passes make worth while.
 
 What a pass costs by its rows was measured (`core/profile.py`); where nothing was, the cost of a row is learned while
-decoding, as in `merged`. On text where nothing is accepted it stands aside and tries again later (`core/watch.py`).
+decoding, as in `merged`. What was gained and lost is booked by the clock: on text where nothing is accepted it stands
+aside and tries again later (`core/watch.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from weakref import WeakSet
 
+from selfdraft.core.adapt import Mean, StepTime
+from selfdraft.core.copying import Copying
 from selfdraft.core.drafting import Drafting, Sources
 from selfdraft.core.memory import Memory
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.core.watch import Watch
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
 from selfdraft.types import Budget
 
+TREE_FROM = 0.004
+"""Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
+OUTLIER = 3.0
+"""A step that took longer than so many times what was expected is counted as if it took that."""
+PLAIN_EVERY = 256
+"""Steps after which one is plain, when none was: else nobody would know what drafting saves."""
+
 
 class Auto(Drafting):
-    """`merged`, with trees cut where the measured cost of the pass says so, and plain decoding where that is best."""
+    """`merged`, with trees cut where the measured cost of the pass says so, and plain decoding where that is best.
+
+    The model's runners-up (`recycling`) are a source as long as what they alone brought is worth their cost. On a model
+    whose plain step takes hardly longer than making the tree, the tree is a copied chain (`core/copying.py`).
+    """
 
     reads = "tokens"
     predicts = True
@@ -37,70 +50,114 @@ class Auto(Drafting):
         sources = Sources(request=True, prediction=True, recycling=recycling)
         super().__init__(sources, num_speculative_tokens, None, past)
         self.profile = target.profile
-        self.watch = Watch()
-        self._drafting = self._learning = 0.0
-        self._stands_aside = False
-        self._rested: WeakSet[Sequence] = WeakSet()
-        """Sequences that went on while nothing was read."""
+        small = self.profile is not None and self.profile.plain() < TREE_FROM
+        self.copying = Copying() if small and past is None else None
+        self.watch, self.recycled = Watch(), Watch()
+        self.pass_seconds = Mean()
+        """What steps take by the profile, drafting included."""
+        self.slowness = Mean(guess=1.0)
+        """Plain steps by the clock against the profile: the machine may be busy with other things by now."""
+        self.node_time = StepTime()
+        """Seconds of drafting by the nodes of the trees."""
+        self._drafting = self._recycling = 0.0
+        self._aside = False
+        self._since_plain = PLAIN_EVERY - 2  # the first steps warm up
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        self._stands_aside = self.watch.aside
-        if self._stands_aside:
+        self._aside = self.watch.aside
+        if self._aside:
             self.watch.rest()
-            self._rested.update(sequences)
+            self._began, self._drafted = self.clock(), len(sequences)
             return [EMPTY] * len(sequences)
-        began = self.clock()
-        for sequence in [s for s in sequences if s in self._rested]:
-            self._rested.discard(sequence)
-            self._note(sequence).catch_up(sequence)
-        drafts = super().draft(sequences, budgets)
-        if self.profile is not None:
-            drafts = self._cut(drafts, sequences)
-        self._drafting = self.clock() - began
+        drafts = self._guess(sequences, budgets)
+        self._since_plain += 1
+        if self._since_plain > PLAIN_EVERY:
+            drafts = [EMPTY] * len(sequences)
+        self._drafting = self.clock() - self._began
+        self.node_time.observe(sum(map(len, drafts)), self._drafting)
         return drafts
 
+    def _guess(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        if self.copying is not None:
+            self._began, self._drafted = self.clock(), len(sequences)
+            return self.copying.draft(sequences, budgets, self._prices(sequences, self.most))
+        recycling = not self.recycled.aside
+        for sequence in sequences:
+            note = self._note(sequence)
+            note.catch_up(sequence)  # what was said while nothing was read
+            if note.successors is not None:
+                note.successors.awake = recycling
+        return super().draft(sequences, budgets)
+
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        if self._stands_aside:  # what is said meanwhile is read at the next draft
+        steps = len(sequences) == self._drafted and all(result.tokens for result in results)
+        if self._aside:
+            if steps:
+                self._book_plain(sequences, self.clock() - self._began)
+            self._drafted = 0
             self._forget(sequences)
             return
-        whole = len(sequences) == self._drafted and all(result.tokens for result in results)
         began = self.clock()
-        super().observe(sequences, results)
-        self._learning = self.clock() - began
-        if whole:
-            self._judge(sequences, results)
+        if self.copying is not None:
+            self.copying.observe(sequences)
+            self._drafted = 0
+            if steps:
+                self.pace.tokens.observe(sum(len(result.tokens) for result in results))
+        else:
+            super().observe(sequences, results)
+        if steps:
+            self._judge(sequences, results, began)
+
+    def _book_plain(self, sequences: SequenceOf[Sequence], seconds: float) -> None:
+        """A step without drafts tells what plain decoding takes by the clock."""
+        self._since_plain = 0
+        if self.profile is not None:
+            expected = self.profile.plain(sum(s.cached for s in sequences), len(sequences))
+            self.slowness.observe(min(seconds / expected, OUTLIER * self.slowness.value))
+
+    def _judge(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result], began: float) -> None:
+        """What this step brought, counted in plain steps, and what it took. Learning began at `began`."""
+        count, remembered = len(sequences), sum(s.cached for s in sequences)
+        rows = sum(1 + len(result.draft) for result in results)
+        ended = self.clock()
+        drafting = self._drafting + ended - began
+        if self.profile is None:
+            plain = expected = self.pace.time.at(count) or ended - self._began
+        else:
+            plain = self.profile.plain(remembered, count)
+            expected = plain if rows == count else self.profile.at(rows, remembered, count) + self.profile.host
+            self.pass_seconds.observe(expected + drafting)
+            if rows == count:
+                self._book_plain(sequences, ended - self._began - drafting)
+            plain, expected = plain * self.slowness.value, expected * self.slowness.value
+        if self.copying is None and not self.recycled.aside:
+            self.recycled.book(sum(map(only_recycled, results)) / count - self._recycling / plain)
+        took = min(ended - self._began, OUTLIER * expected + drafting)
+        brought = sum(len(result.tokens) for result in results) / count
+        self.watch.book(brought - took / plain)
+
+    def _recycle(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        if self.recycled.aside:
+            self.recycled.rest()
+            return
+        began = self.clock()
+        super()._recycle(sequences, results)
+        self._recycling = self.clock() - began
+
+    def _prices(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
+        if self.profile is None:
+            return super()._prices(sequences, most)
+        remembered, count = sum(s.cached for s in sequences), len(sequences)
+        seconds = self.pass_seconds.value or self.profile.plain(remembered, count)
+        rho = max(self.pace.tokens.value, float(count)) / seconds
+        own = self.node_time.per_row
+        return [rho * (each + own) for each in self.profile.marginal(most, remembered, count)]
 
     def _room(self) -> int:
         return self.most if self.profile is not None else super()._room()
 
-    def _cut(self, drafts: list[Draft], sequences: SequenceOf[Sequence]) -> list[Draft]:
-        """Of each tree the first nodes, as many as pay in one pass with all the others. Nodes come likeliest first."""
-        assert self.profile is not None
-        tokens, count, others = sum(s.cached for s in sequences), len(sequences), 0
-        seconds = self.pace.time.seconds or self.profile.at(count, tokens, count) + self.profile.host
-        rho = max(self.pace.tokens.value, float(count)) / seconds
-        found = []
-        for draft in drafts:
-            size = self.profile.best_size(chances_of(draft), rho, tokens, count, others)
-            others += size
-            found.append(draft.first(size))
-        return found
 
-    def _judge(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        rows, count = sum(1 + len(result.draft) for result in results), len(results)
-        more = sum(len(result.tokens) - 1 for result in results)
-        if self.profile is not None:
-            tokens = sum(sequence.cached for sequence in sequences)
-            plain = self.profile.at(count, tokens, count) + self.profile.host
-            dear = self.profile.at(rows, tokens, count) + self.profile.host - plain
-        else:
-            plain, dear = self.pace.time.at(count), self.pace.time.per_row * (rows - count)
-        self.watch.book(more * plain / count, dear + self._drafting + self._learning)
-
-
-def chances_of(draft: Draft) -> list[float]:
-    """The chance of every node's whole path, out of the chances of each node behind its parent."""
-    reached: list[float] = []
-    for parent, own in zip(draft.parents[: draft.candidates], draft.scores, strict=False):
-        reached.append(own * (reached[parent] if parent != ROOT else 1.0))
-    return reached
+def only_recycled(result: Result) -> int:
+    """Accepted tokens that would not have been there without the runners-up: from the first of them on."""
+    sources = [result.draft.sources[node] for node in result.path]
+    return len(sources) - sources.index("recycling") if "recycling" in sources else 0
