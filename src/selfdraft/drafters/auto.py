@@ -23,8 +23,8 @@ from selfdraft.types import Budget
 
 TREE_FROM = 0.004
 """Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
-OUTLIER = 3.0
-"""A step that took longer than so many times what was expected is counted as if it took that."""
+OUTLIER = 2.0
+"""A step that took more than so many times what such steps take, or less, is counted as if it took that."""
 PLAIN_EVERY = 256
 """Steps after which one is plain, when none was: else nobody would know what drafting saves."""
 
@@ -55,13 +55,13 @@ class Auto(Drafting):
         self.watch, self.recycled = Watch(), Watch()
         self.pass_seconds = Mean()
         """What steps take by the profile, drafting included."""
-        self.slowness = Mean(guess=1.0)
-        """Plain steps by the clock against the profile: the machine may be busy with other things by now."""
+        self.drafted, self.plainly = Mean(guess=1.0, prior=1.0), Mean(guess=1.0, prior=4.0)
+        """Steps with and without drafts by the clock against the profile: the machine may be busier by now."""
         self.node_time = StepTime()
         """Seconds of drafting by the nodes of the trees."""
         self._drafting = self._recycling = 0.0
         self._aside = False
-        self._since_plain = PLAIN_EVERY - 2  # the first steps warm up
+        self._since_plain = 0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         self._aside = self.watch.aside
@@ -93,7 +93,7 @@ class Auto(Drafting):
         steps = len(sequences) == self._drafted and all(result.tokens for result in results)
         if self._aside:
             if steps:
-                self._book_plain(sequences, self.clock() - self._began)
+                self._clock_in(sequences, len(sequences), self.clock() - self._began)
             self._drafted = 0
             self._forget(sequences)
             return
@@ -108,12 +108,17 @@ class Auto(Drafting):
         if steps:
             self._judge(sequences, results, began)
 
-    def _book_plain(self, sequences: SequenceOf[Sequence], seconds: float) -> None:
-        """A step without drafts tells what plain decoding takes by the clock."""
-        self._since_plain = 0
-        if self.profile is not None:
-            expected = self.profile.plain(sum(s.cached for s in sequences), len(sequences))
-            self.slowness.observe(min(seconds / expected, OUTLIER * self.slowness.value))
+    def _clock_in(self, sequences: SequenceOf[Sequence], rows: int, seconds: float) -> None:
+        """A pass of so many rows took `seconds` with the work beside it: compare that with the profile."""
+        if self.profile is None:
+            return
+        count, remembered = len(sequences), sum(s.cached for s in sequences)
+        ratio = seconds / (self.profile.at(rows, remembered, count) + self.profile.host)
+        kind = self.plainly if rows == count else self.drafted
+        kind.observe(min(max(ratio, kind.value / OUTLIER), OUTLIER * kind.value))
+        self.plainly.guess = self.drafted.value
+        if rows == count:
+            self._since_plain = 0
 
     def _judge(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result], began: float) -> None:
         """What this step brought, counted in plain steps, and what it took. Learning began at `began`."""
@@ -121,20 +126,19 @@ class Auto(Drafting):
         rows = sum(1 + len(result.draft) for result in results)
         ended = self.clock()
         drafting = self._drafting + ended - began
+        took = ended - self._began - drafting
+        self._clock_in(sequences, rows, took)
         if self.profile is None:
-            plain = expected = self.pace.time.at(count) or ended - self._began
-        else:
-            plain = self.profile.plain(remembered, count)
-            expected = plain if rows == count else self.profile.at(rows, remembered, count) + self.profile.host
+            plain = self.pace.time.at(count) or took
+        else:  # not this very step by the clock: what disturbs the machine now and then disturbs all kinds of steps
+            plain = self.profile.plain(remembered, count) * self.plainly.value
+            expected = self.profile.at(rows, remembered, count) + self.profile.host
+            took = plain if rows == count else expected * self.drafted.value
             self.pass_seconds.observe(expected + drafting)
-            if rows == count:
-                self._book_plain(sequences, ended - self._began - drafting)
-            plain, expected = plain * self.slowness.value, expected * self.slowness.value
         if self.copying is None and not self.recycled.aside:
             self.recycled.book(sum(map(only_recycled, results)) / count - self._recycling / plain)
-        took = min(ended - self._began, OUTLIER * expected + drafting)
         brought = sum(len(result.tokens) for result in results) / count
-        self.watch.book(brought - took / plain)
+        self.watch.book(brought - (took + drafting) / plain)
 
     def _recycle(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         if self.recycled.aside:
