@@ -81,10 +81,13 @@ def random_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     model = model.to(dtype).to_empty(device="cpu")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no weights
     model.tie_weights()
-    draw = torch.Generator().manual_seed(0)
+    drawn = torch.empty(2**20 + 7).uniform_(-0.035, 0.035, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         for path, weight in model.named_parameters():
-            weight.fill_(1.0) if "norm" in path else weight.uniform_(-0.035, 0.035, generator=draw)
+            flat = weight.view(-1)
+            for start in range(0, len(flat), len(drawn)):  # to draw a billion numbers takes longer than to time them
+                part = flat[start : start + len(drawn)]
+                part.fill_(1.0) if "norm" in path else part.copy_(drawn[: len(part)])
     return model.eval()
 
 

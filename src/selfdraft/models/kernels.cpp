@@ -337,7 +337,7 @@ template <class T> void linear(const Pass &pass, const Instr &op, word rows, wor
   for (word r = 0; r < rows; r += CHUNK) {
     word count = std::min(CHUNK, rows - r);
     // measured (docs/decisions/006-runner.md): which shape of block keeps up with memory, and then with the sums
-    auto go = count == 1 ? products<T, 16, 1, 16> : count == 2 ? products<T, 8, 2, 8>
+    auto go = count == 1 ? products<T, 16, 1, 0> : count == 2 ? products<T, 8, 2, 0>
       : count > 8 ? products<T, 8, 2, 2> : count > 4 && op.more[3] > 1024 ? products<T, 4, 4, 2> : products<T, 4, 4, 4>;
     go(W, X + r * op.a.row, op.a.row, Y + r * op.out.row, op.out.row, bias, op.more[3], from, to, count);
   }
