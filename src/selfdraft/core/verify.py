@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from selfdraft.core.choose import choose, logprob, process
+from selfdraft.core.choose import NAN, choose, likeliest, logprob, process
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
@@ -66,13 +66,11 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[
 
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
-    best = logits.max(dim=-1) if len(logits) else None
-    says = best.indices.tolist() if best is not None else []
-    broken = best.values.isnan().tolist() if best is not None else []
+    says = likeliest(logits) if len(logits) else []
     results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
         start, stop = stop, stop + span.answers
-        if any(broken[start:stop]):
+        if NAN in says[start:stop]:
             raise EngineError("the model answered NaN; try a wider dtype, or check the checkpoint", sequence)
         if not span.answers:
             results.append(Result(span.draft))

@@ -60,6 +60,7 @@ class HFTarget:
         fast: bool = False,
     ) -> None:
         self.config = model.config.get_text_config()
+        self.vocab = int(self.config.vocab_size)
         self.shapes = shapes
         self.slots = slots
         self.exactness = exactness
@@ -90,10 +91,6 @@ class HFTarget:
             self.runs = "fast"
             self.runner = Runner(model, self.cache, len(self.adapters))
             self.runner.tape(self._view)
-
-    @property
-    def vocab(self) -> int:
-        return int(self.config.vocab_size)
 
     @property
     def masks(self) -> int:
@@ -136,9 +133,11 @@ class HFTarget:
     def edge(self, position: int) -> int:
         return self.shapes.edge(position, self._context)
 
-    @torch.inference_mode()  # the cache was made in it and may only be written in it
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
-        (self.runner or self.cache).keep(slot, base, order)
+        if all(map(int.__eq__, order, range(len(order)))):
+            return  # as after every step of plain decoding
+        with torch.inference_mode():  # the cache was made in it and may only be written in it
+            (self.runner or self.cache).keep(slot, base, order)
 
     @torch.inference_mode()
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:

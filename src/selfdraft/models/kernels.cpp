@@ -273,7 +273,8 @@ inline void share(word count, word unit, word mine, word parts, word &from, word
 // Into how many parts to cut work of `cost` bytes read: enough to go round, none so small that taking it costs more.
 inline word cut(word cost, word most, word threads) {
   if (threads == 1) return 1;
-  return std::max<word>(1, std::min({cost / PART, most, PARTS * threads}));
+  word parts = std::min({cost / PART, most, PARTS * threads});
+  return std::max<word>(1, parts < threads ? parts : parts / threads * threads); // so that nobody waits for the last one
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ template <class T> void linear(const Pass &pass, const Instr &op, word rows, wor
   for (word r = 0; r < rows; r += CHUNK) {
     word count = std::min(CHUNK, rows - r);
     // measured (docs/decisions/006-runner.md): which shape of block keeps up with memory, and then with the sums
-    auto go = count == 1 ? products<T, 16, 1, 16> : count == 2 ? products<T, 8, 2, 8>
+    auto go = count == 1 ? products<T, 16, 1, 0> : count == 2 ? products<T, 8, 2, 0>
       : count > 8 ? products<T, 8, 2, 2> : count > 4 && op.more[3] > 1024 ? products<T, 4, 4, 2> : products<T, 4, 4, 4>;
     go(W, X + r * op.a.row, op.a.row, Y + r * op.out.row, op.out.row, bias, op.more[3], from, to, count);
   }
@@ -369,11 +370,11 @@ void linears(const Pass &pass, const Instr *ops, word count, word rows, Progress
 // ---------------------------------------------------------------------------------------------------------------
 // Attention: every row sees the first `seen` places of its slot and then its own list of places, in this order
 
-template <class T> void remember(const Pass &pass, const Instr &op, word row) {
-  word layer = op.more[0], heads = op.more[3];
+template <class T> void remember(const Pass &pass, const Instr &op, word row, word from, word to) {
+  word layer = op.more[0];
   const word *strides = pass.strides + 4 * layer;
   const T *k = (const T *)at(pass, op.b, row, 0), *v = (const T *)at(pass, op.c, row, 0);
-  for (word h = 0; h < heads; h++) {
+  for (word h = from; h < to; h++) {
     word slot = pass.slot[row], place = pass.place[row], wide = op.more[4], deep = op.more[5];
     memcpy((T *)pass.keys[layer] + slot * strides[0] + h * strides[1] + place * wide, k + h * op.b.step[1],
            wide * sizeof(T));
@@ -516,16 +517,19 @@ template <class T> void attend(const Pass &pass, const Instr &op, word row, word
 
 template <class T> void attention(const Pass &pass, const Instr &op, Progress *progress) {
   word keyed = op.more[3], units = pass.rows * keyed, from, to;
+  const bool alone = pass.rows == 1; // then a head needs nothing but what it remembers itself
   word parts = cut(pass.rows * PART / 8, pass.rows, pass.threads);
-  progress[0].run(parts, [&](word mine) {
-    share(pass.rows, 1, mine, parts, from, to);
-    for (word row = from; row < to; row++) remember<T>(pass, op, row);
-  });
+  if (!alone)
+    progress[0].run(parts, [&](word mine) {
+      share(pass.rows, 1, mine, parts, from, to);
+      for (word row = from; row < to; row++) remember<T>(pass, op, row, 0, keyed);
+    });
   static thread_local std::vector<float> scores;
   word longest = *std::max_element(pass.position, pass.position + pass.rows) + 1;
   parts = cut(units * longest * (op.more[4] + op.more[5]) * word(sizeof(T)), units, pass.threads);
   progress[1].run(parts, [&](word mine) {
     share(units, 1, mine, parts, from, to);
+    if (alone) remember<T>(pass, op, 0, from, to);
     for (word unit = from; unit < to; unit++) attend<T>(pass, op, unit % pass.rows, unit / pass.rows, scores);
   });
 }

@@ -7,6 +7,7 @@ exactness: one row is computed as one row.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from itertools import chain, pairwise
@@ -59,8 +60,9 @@ class Runner:
         self._adapters = adapters
         self._traced: dict[tuple[int, bool, bool], tuple[PreTrainedModel, Traced]] = {}
         self._memory = np.empty(0, np.uint8)
+        self._room_at = 0
         self._strips: tuple[tuple[int, int], Words] | None = None
-        self._opened: set[int] = set()
+        self._opened: dict[int, tuple[int, int]] = {}
         self._shapes = np.zeros((0, 3), np.int64)
         self._pass = Pass()
         self._address = ctypes.addressof(self._pass)
@@ -99,12 +101,12 @@ class Runner:
 
     def _call(self, traced: Traced, rows: Rows, slots: list[Tensor | None]) -> None:
         tape, threads, count = traced.tape, torch.get_num_threads(), len(rows)
-        self._open(traced)
+        steps, instrs = self._open(traced)
         paths, extras = _paths(rows)
         # everything that changes from pass to pass on one sheet: one array is quicker to make than many
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
-        sheet = np.array([*addresses, *rows.answers, *extras, *chain.from_iterable(paths)], np.int64)
-        start = sheet.ctypes.data
+        sheet = array("q", [*addresses, *rows.answers, *extras, *chain.from_iterable(paths)])
+        start = sheet.buffer_info()[0]
         addresses_of = start + 8 * len(slots)
         sheet[Slot.ASKED] = addresses_of
         lines = addresses_of + 8 * (len(rows.answers) + len(extras))
@@ -114,7 +116,7 @@ class Runner:
         told.scratch, told.scratch_bytes, told.slots = told.arena + size, tape.scratch, start
         told.extras = addresses_of + 8 * len(rows.answers)
         told.slot, told.place, told.seen, told.extra, told.position = (lines + 8 * count * i for i in range(5))
-        self._library.selfdraft_run(tape.steps.ctypes.data, len(tape.steps), tape.instrs.ctypes.data, self._address)
+        self._library.selfdraft_run(steps, len(tape.steps), instrs, self._address)
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         """What `KVCache.keep` does, for all layers in one call."""
@@ -135,12 +137,16 @@ class Runner:
         """Address of `size` bytes on a cache line, the same from pass to pass while they suffice."""
         if self._memory.size < size + 64:
             self._memory = np.zeros(size + size // 2 + 64, np.uint8)
-        return -(-self._memory.ctypes.data // 64) * 64
+            self._room_at = -(-self._memory.ctypes.data // 64) * 64
+        return self._room_at
 
-    def _open(self, traced: Traced) -> None:
-        """Note the addresses of all strips, and how far slots and heads are apart in them."""
+    def _open(self, traced: Traced) -> tuple[int, int]:
+        """Note the addresses of all strips, and how far slots and heads are apart in them.
+
+        Returns the addresses of the tape's steps and instructions.
+        """
         if id(traced) not in self._opened:
-            self._opened.add(id(traced))
+            self._opened[id(traced)] = traced.tape.steps.ctypes.data, traced.tape.instrs.ctypes.data
             for layer, (heads, wide, deep) in traced.heads.items():
                 self.cache.open(layer, heads, wide, deep, self._like)
         state = self.cache.places, len(self.cache.keys)
@@ -159,6 +165,7 @@ class Runner:
             told.layers = layers
             told.keys, told.values, told.strides = (table[row:].ctypes.data for row in range(3))
             self._strips = (state, table)
+        return self._opened[id(traced)]
 
 
 def _paths(rows: Rows) -> tuple[list[list[int]], list[int]]:
