@@ -124,13 +124,16 @@ def test_the_text_is_plain_through_every_pause(kind: type[Auto], measured: bool)
         assert [s.output for s in drafted] == [s.output for s in plain]
 
 
-def test_useless_drafts_make_it_stand_aside() -> None:
+@pytest.mark.parametrize("unit", [1.0, 1e-3])
+def test_useless_drafts_make_it_stand_aside(unit: float) -> None:
+    """Whatever unit the profile has: the clock is compared with it, not read."""
     target = tiny_target()
-    target.profile = STEPS
+    target.profile = Profile((1, 2, 4, 8), (unit, 1.5 * unit, 2.5 * unit, 4.5 * unit), (0.0,) * 4)
     drafter = Useless(target)
     (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=200))
     assert sequence.stats.num_accepted_draft_tokens <= 3
     assert drafter.watch.aside
+    assert 4 <= sequence.stats.num_spec_steps <= START + 4
 
 
 def measured(target: HFTarget) -> Profile:
