@@ -1,14 +1,15 @@
 """The front door: puts target, drafter and engine together.
 
 from selfdraft import LLM, SamplingParams
-llm = LLM("path/to/checkpoint", drafter="lookup")
+llm = LLM("path/to/checkpoint")
 print(llm.generate("def add(a, b):", SamplingParams(max_tokens=64))[0].outputs[0].text)
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Literal
 import torch
 
 from selfdraft.bench.log import entry
+from selfdraft.core.profile import Profile
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.text import TextStream
 from selfdraft.drafters import build, find, table
@@ -33,6 +35,7 @@ from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.tune.profile import profile_of
 from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
 
+_log = logging.getLogger("selfdraft")
 Prompt = str | SequenceOf[int]
 Message = Mapping[str, str]
 SKIP_FILE = "selfdraft_skip.json"
@@ -82,13 +85,14 @@ class LLM:
     """A model, a drafter and an engine.
 
     `model`: a local folder, a hub name, 'pocket' (the model inside this package), or a loaded transformers model.
-    `drafter`: a name of `selfdraft.drafters.table()`; `speculative_config` adds its options, and may name it by
-    `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain decoding have
+    `drafter`: a name of `selfdraft.drafters.table()`, auto by default; `speculative_config` adds its options, and may
+    name it by `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain decoding have
     the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes natural shapes.
     `runner`: 'auto' runs passes on the fast runner where it works for this model and machine, 'plain' never, 'fast'
     or not at all; `llm.target.runs` says what was taken, and why.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
+    `measuring`: told the share done while passes are timed for the drafter auto, once for each model and machine.
     Errors: LoadError, OptionError, RunnerUnavailable.
     """
 
@@ -107,6 +111,7 @@ class LLM:
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
         trust_remote_code: bool = False,
+        measuring: Callable[[float], None] | None = None,
     ) -> None:
         within("max_num_seqs", max_num_seqs, 1, 2**20)
         within("prefill_chunk", prefill_chunk, 1, 2**20)
@@ -132,6 +137,7 @@ class LLM:
             self.target.skip_default = read_skip(searched, self.target.layers)
         self.exactness = self.target.exactness
         self.eos = load.eos_ids(self.model, self.tokenizer)
+        self._measuring = measuring
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
         self.drafter_name = name
         self.engine = self._engine(name, options)
@@ -140,8 +146,19 @@ class LLM:
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
         if drafter == "auto" and self.target.profile is None:
-            *_, self.target.profile = profile_of(self.target)  # type: ignore[assignment]
+            self._measure()
         return Engine(self.target, build(drafter, self.target, options), **self._sizes)
+
+    def _measure(self) -> None:
+        """What passes cost: read from the user's cache folder, or measured now and kept there."""
+        try:
+            for part in profile_of(self.target, note=_log.warning):
+                if isinstance(part, Profile):
+                    self.target.profile = part
+                elif self._measuring is not None:
+                    self._measuring(part)
+        except OptionError as error:  # too short a context: rows are priced while decoding
+            _log.info("%s", error)
 
     def engine_for(self, drafter: str | None, speculative_config: Mapping[str, object] | None = None) -> Engine:
         """Another engine over the same target, for comparisons; do not run two at the same moment."""
@@ -353,7 +370,7 @@ def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tupl
         raise OptionError(f"drafter {drafter!r} and method {method!r} of the speculative config disagree")
     if options and not (method or drafter):
         raise OptionError(f'the speculative config gives {", ".join(options)} but no "method"; name the drafter there')
-    return drafter or method or "lookup", options
+    return drafter or method or "auto", options
 
 
 def check_drafter(drafter: str | None, config: Mapping[str, object] | None) -> None:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from selfdraft.bench.compare import Comparison
+    from selfdraft.core.profile import Profile
     from selfdraft.llm import Piece
     from selfdraft.types import Stats
 
@@ -155,6 +156,16 @@ FIGURES = ("tok/s", "vs plain", "decode", "tok/pass", "accept", "+MiB", "/memory
 """Heads of the bench's table; docs/bench.md says what they mean."""
 
 
+def setting(facts: dict[str, Any]) -> None:
+    """One line: model, dtype, exactness, runner, processor, threads."""
+    machine = facts["machine"]
+    line = (
+        f"{facts['model']}, {facts['dtype']}, exactness {facts['exactness']['level']}, runner {facts['runner']}, "
+        f"{machine['cpu_capability']}, {counted(machine['threads'], 'thread')}"
+    )
+    out.print(Text(line))
+
+
 def evaluation(records: SequenceOf[dict[str, Any]], output: Path | None) -> None:
     """The bench's conditions, its table, and a line of scores for each task."""
     facts = records[0]["conditions"]
@@ -285,6 +296,20 @@ def replayed(record: dict[str, Any]) -> None:
         out.print(f"projected speed-up over plain decoding: {record['projected_speedup']:.2f}x")
 
 
+def profile(found: Profile, short: int, long: int) -> None:
+    """Milliseconds of a pass by its rows, behind few and many remembered tokens."""
+    table = Table("rows", f"ms behind {short} tokens", f"behind {long:,}", "times one row", box=None, pad_edge=False)
+    for rows in found.rows:
+        near, far = found.at(rows, short), found.at(rows, long)
+        table.add_row(str(rows), f"{1e3 * near:.2f}", f"{1e3 * far:.2f}", f"{near / found.at(1, short):.2f}")
+    out.print(table)
+
+
+def prose(text: str) -> None:
+    """Text in lines as wide as the terminal."""
+    out.print(Text(text))
+
+
 def document(value: Any) -> None:
     write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -317,6 +342,15 @@ def waiting(what: str) -> Iterator[None]:
         return
     with err.status(what):
         yield
+
+
+@contextmanager
+def share(what: str, *, then: str = "", quiet: bool = False) -> Iterator[Callable[[float], None]]:
+    """A bar on the error stream that moves by itself until a share of the work is told, which is called `then`."""
+    columns = (TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done: bar.update(task, description=then or what, total=1.0, completed=done)
 
 
 @contextmanager

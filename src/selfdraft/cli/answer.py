@@ -45,7 +45,7 @@ Comparing = Annotated[
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; leave it out with --prompts.")] = None,
     model: Model = "pocket",
-    drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: lookup.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
     prompts: PromptFile = None,
@@ -165,7 +165,7 @@ def _compare(llm: LLM, ids: list[int], sampling: SamplingParams, *, quiet: bool)
 
 def chat(
     model: Model = "pocket",
-    drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: lookup.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
     max_new_tokens: MaxNew = 256,

@@ -55,7 +55,10 @@ class Job:
     quiet: bool
 
 
-Method = Annotated[Literal["layer_skip", "s3d", "lookahead"], typer.Option(help="The drafter to tune.")]
+Method = Annotated[
+    Literal["auto", "layer_skip", "s3d", "lookahead"],
+    typer.Option(help="auto: measure this machine. Or the drafter to tune."),
+]
 Prompts = Annotated[
     Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line; some are built in.")
 ]
@@ -93,7 +96,12 @@ Sweep = Annotated[
 ]
 
 OF_SEARCH = frozenset({"layer_skip"})
+SEARCHES = frozenset({"layer_skip", "s3d", "lookahead"})
 HONOURED = {
+    **dict.fromkeys(
+        ("prompts", "limit", "chat", "max_new_tokens", "temperature", "seed", "output"),
+        SEARCHES,
+    ),
     **dict.fromkeys(("study", "trials", "sampler", "num_speculative_tokens", "max_cost", "confirm"), OF_SEARCH),
     **dict.fromkeys(("evidence", "costs", "check", "draft_lengths"), OF_SEARCH),
     "sweep": frozenset({"s3d"}),
@@ -105,7 +113,7 @@ HONOURED = {
 
 def tune(
     context: typer.Context,
-    method: Method = "layer_skip",
+    method: Method = "auto",
     model: Model = "pocket",
     prompts: Prompts = None,
     limit: Limit = None,
@@ -132,7 +140,10 @@ def tune(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find a drafter's best settings by measurement.
+    """Measure this machine for auto, or find a drafter's best settings.
+
+    auto: what a pass costs by its rows, kept for the drafter auto in the user's cache folder, and what pays at
+    that cost. Takes less than a minute; needs no prompts.
 
     layer_skip: which sublayers to leave out when drafting, and how long to draft. Writes a skip set. A search that
     was stopped or killed goes on when the same command is given again.
@@ -144,6 +155,9 @@ def tune(
     Give prompts like those you will ask. What the figures mean: docs/tune.md.
     """
     _refuse_foreign(context, method)
+    if method == "auto":
+        _auto(open_llm(model, "none", None, dtype, exactness, threads, None), model, as_json)
+        return
     from selfdraft.bench.prompts import read_prompts
     from selfdraft.tune.layer_skip import Options, Subject
     from selfdraft.tune.study import needs_optuna
@@ -162,6 +176,36 @@ def tune(
     llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
     ids = encode_all(llm, texts, chat, options.sampling)
     METHODS[method](llm, Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model)), job, options)
+
+
+def _auto(llm: LLM, model: str, as_json: bool) -> None:
+    """Measure what passes cost, keep it, and say what pays."""
+    from selfdraft.core.profile import Profile
+    from selfdraft.tune import profile as profiles
+    from selfdraft.tune.explain import explain, paragraph
+
+    found: Profile | None = None
+    with show.share("measuring passes", quiet=as_json) as report:
+        for part in profiles.measure(llm.target):
+            if isinstance(part, Profile):
+                found = part
+            else:
+                report(part)
+    assert found is not None, "measuring ends with a profile"
+    verdicts = explain(llm.target, found)
+    kept = profiles.keep(found, llm.target, show.note)
+    facts = conditions(llm, model)
+    if as_json:
+        place = str(kept) if kept else None
+        show.document(
+            {"conditions": facts, "profile": asdict(found), "kept": place, "verdicts": [asdict(v) for v in verdicts]}
+        )
+    else:
+        show.setting(facts)
+        show.profile(found, profiles.SHORT, profiles.LONG)
+        show.prose(paragraph(found, verdicts))
+        if kept is not None:
+            show.prose(f"Kept in {kept}")
 
 
 def _refuse_foreign(context: typer.Context, method: str) -> None:

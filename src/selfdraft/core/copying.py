@@ -52,6 +52,8 @@ class Note:
         self.copied = self.text[end : end + AHEAD] if self.length else []
         if BREAK in self.copied:
             del self.copied[self.copied.index(BREAK) :]
+        elif 0 < len(self.copied) < AHEAD:  # it runs into its own end: what it repeats goes on
+            self.copied = (self.copied * (AHEAD // len(self.copied) + 1))[:AHEAD]
 
 
 class Copying:

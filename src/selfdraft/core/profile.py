@@ -49,9 +49,9 @@ class Profile:
         remembered = between(self.per_token) * own + self.per_token[0] * (tokens - own)
         return between(self.seconds) + remembered + self.per_sequence * (sequences - 1)
 
-    def plain(self, tokens: int = 0, sequences: int = 1) -> float:
-        """Seconds of a plain step, the host's work included."""
-        return self.at(sequences, tokens, sequences) + self.host
+    def step(self, rows: int, tokens: int = 0, sequences: int = 1) -> float:
+        """Seconds of a step: the pass, and the host's work beside it."""
+        return self.at(rows, tokens, sequences) + self.host
 
     def marginal(self, most: int, tokens: int = 0, sequences: int = 1) -> tuple[float, ...]:
         """Seconds that the first, second, ... further row of every sequence adds, shared out among the sequences.

@@ -14,6 +14,7 @@ from selfdraft.core.copying import Copying
 from selfdraft.core.drafting import Drafting, Sources
 from selfdraft.core.memory import Memory
 from selfdraft.core.sequence import Sequence
+from selfdraft.core.stepcost import StepCost
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.core.watch import Watch
@@ -23,8 +24,6 @@ from selfdraft.types import Budget
 
 TREE_FROM = 0.004
 """Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
-OUTLIER = 2.0
-"""A step that took more than so many times what such steps take, or less, is counted as if it took that."""
 PLAIN_EVERY = 256
 """Steps after which one is plain, when none was: else nobody would know what drafting saves."""
 
@@ -49,14 +48,13 @@ class Auto(Drafting):
         past = Memory(memory) if memory else None
         sources = Sources(request=True, prediction=True, recycling=recycling)
         super().__init__(sources, num_speculative_tokens, None, past)
-        self.profile = target.profile
-        small = self.profile is not None and self.profile.plain() < TREE_FROM
+        profile = target.profile
+        self.cost = None if profile is None else StepCost(profile)
+        small = profile is not None and profile.step(1) < TREE_FROM
         self.copying = Copying() if small and past is None else None
         self.watch, self.recycled = Watch(), Watch()
-        self.pass_seconds = Mean()
-        """What steps take by the profile, drafting included."""
-        self.drafted, self.plainly = Mean(guess=1.0, prior=1.0), Mean(guess=1.0, prior=4.0)
-        """Steps with and without drafts by the clock against the profile: the machine may be busier by now."""
+        self.seconds = Mean()
+        """Of a step, drafting included."""
         self.node_time = StepTime()
         """Seconds of drafting by the nodes of the trees."""
         self._drafting = self._recycling = 0.0
@@ -93,7 +91,7 @@ class Auto(Drafting):
         steps = len(sequences) == self._drafted and all(result.tokens for result in results)
         if self._aside:
             if steps:
-                self._clock_in(sequences, len(sequences), self.clock() - self._began)
+                self._rest(sequences)
             self._drafted = 0
             self._forget(sequences)
             return
@@ -108,17 +106,12 @@ class Auto(Drafting):
         if steps:
             self._judge(sequences, results, began)
 
-    def _clock_in(self, sequences: SequenceOf[Sequence], rows: int, seconds: float) -> None:
-        """A pass of so many rows took `seconds` with the work beside it: compare that with the profile."""
-        if self.profile is None:
-            return
-        count, remembered = len(sequences), sum(s.cached for s in sequences)
-        ratio = seconds / (self.profile.at(rows, remembered, count) + self.profile.host)
-        kind = self.plainly if rows == count else self.drafted
-        kind.observe(min(max(ratio, kind.value / OUTLIER), OUTLIER * kind.value))
-        self.plainly.guess = self.drafted.value
-        if rows == count:
-            self._since_plain = 0
+    def _rest(self, sequences: SequenceOf[Sequence]) -> None:
+        """Now and then a step while standing aside tells what plain decoding takes."""
+        self._since_plain = 0
+        if self.cost is not None:
+            took = self.clock() - self._began
+            self.cost.observe(len(sequences), len(sequences), sum(s.cached for s in sequences), took)
 
     def _judge(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result], began: float) -> None:
         """What this step brought, counted in plain steps, and what it took. Learning began at `began`."""
@@ -127,14 +120,14 @@ class Auto(Drafting):
         ended = self.clock()
         drafting = self._drafting + ended - began
         took = ended - self._began - drafting
-        self._clock_in(sequences, rows, took)
-        if self.profile is None:
+        if self.cost is None:
             plain = self.pace.time.at(count) or took
-        else:  # not this very step by the clock: what disturbs the machine now and then disturbs all kinds of steps
-            plain = self.profile.plain(remembered, count) * self.plainly.value
-            expected = self.profile.at(rows, remembered, count) + self.profile.host
-            took = plain if rows == count else expected * self.drafted.value
-            self.pass_seconds.observe(expected + drafting)
+        else:
+            self.cost.observe(rows, count, remembered, took)
+            plain, took = self.cost.at(count, count, remembered), self.cost.at(rows, count, remembered)
+        if rows == count:
+            self._since_plain = 0
+        self.seconds.observe(took + drafting)
         if self.copying is None and not self.recycled.aside:
             self.recycled.book(sum(map(only_recycled, results)) / count - self._recycling / plain)
         brought = sum(len(result.tokens) for result in results) / count
@@ -149,16 +142,15 @@ class Auto(Drafting):
         self._recycling = self.clock() - began
 
     def _prices(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
-        if self.profile is None:
+        if self.cost is None:
             return super()._prices(sequences, most)
         remembered, count = sum(s.cached for s in sequences), len(sequences)
-        seconds = self.pass_seconds.value or self.profile.plain(remembered, count)
-        rho = max(self.pace.tokens.value, float(count)) / seconds
-        own = self.node_time.per_row
-        return [rho * (each + own) for each in self.profile.marginal(most, remembered, count)]
+        seconds = self.seconds.value or self.cost.at(count, count, remembered)
+        rho, own = max(self.pace.tokens.value, float(count)) / seconds, self.node_time.per_row
+        return [rho * (each + own) for each in self.cost.prices(most, count, remembered)]
 
     def _room(self) -> int:
-        return self.most if self.profile is not None else super()._room()
+        return self.most if self.cost is not None else super()._room()
 
 
 def only_recycled(result: Result) -> int:
