@@ -86,8 +86,9 @@ class LLM:
 
     `model`: a local folder, a hub name, 'pocket' (the model inside this package), or a loaded transformers model.
     `drafter`: a name of `selfdraft.drafters.table()`, auto by default; `speculative_config` adds its options, and may
-    name it by `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain decoding have
-    the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes natural shapes.
+    name it by `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain
+    decoding have the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes
+    natural shapes.
     `runner`: 'auto' runs passes on the fast runner where it works for this model and machine, 'plain' never, 'fast'
     or not at all; `llm.target.runs` says what was taken, and why.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and

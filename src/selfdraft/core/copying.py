@@ -64,6 +64,10 @@ class Copying:
         self._means = [[Mean(belief, PRIOR, FADE) for belief in COPIED] for _ in range(MOODS)]
         """By class of how copies held lately, and class of match length."""
 
+    def knows(self, sequence: Sequence) -> bool:
+        """Whether it has drafted for the sequence."""
+        return sequence in self._notes
+
     def draft(
         self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget], prices: SequenceOf[float]
     ) -> list[Draft]:

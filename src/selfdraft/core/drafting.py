@@ -102,7 +102,7 @@ class Drafting:
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             room = Budget(min(budget.nodes, most), budget.depth, budget.reach)
-            drafts.append(self._note(sequence).merger.tree(room, prices))
+            drafts.append(self._ready(sequence).merger.tree(room, prices))
         return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
@@ -138,6 +138,10 @@ class Drafting:
         if note is None:
             note = self._notes[sequence] = Note(sequence, self.sources, self.memory, self.credit)
         return note
+
+    def _ready(self, sequence: Sequence) -> Note:
+        """The note of a sequence that is drafted for now."""
+        return self._note(sequence)
 
     def _prices(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
         """What each node of a tree must bring, in tokens."""

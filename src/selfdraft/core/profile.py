@@ -32,6 +32,8 @@ class Profile:
     """s: seconds that each further sequence adds to a pass of as many rows."""
     host: float = 0.0
     """Seconds of a plain step beside the pass."""
+    spread: float = 1.0
+    """How much passes of one row varied while this was measured: the slowest tenth by the quickest quarter."""
 
     def at(self, rows: int, tokens: int = 0, sequences: int = 1) -> float:
         """Seconds of a pass over `rows` rows of so many sequences that remember `tokens` tokens together.

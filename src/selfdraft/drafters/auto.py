@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 
 from selfdraft.core.adapt import Mean, StepTime
 from selfdraft.core.copying import Copying
-from selfdraft.core.drafting import Drafting, Sources
+from selfdraft.core.drafting import Drafting, Note, Sources
 from selfdraft.core.memory import Memory
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.stepcost import StepCost
@@ -50,8 +50,9 @@ class Auto(Drafting):
         super().__init__(sources, num_speculative_tokens, None, past)
         profile = target.profile
         self.cost = None if profile is None else StepCost(profile)
-        small = profile is not None and profile.step(1) < TREE_FROM
-        self.copying = Copying() if small and past is None else None
+        self.copying = Copying()
+        self._trees = True
+        """Whether the tree of all sources is made, or copies."""
         self.watch, self.recycled = Watch(), Watch()
         self.seconds = Mean()
         """Of a step, drafting included."""
@@ -76,16 +77,23 @@ class Auto(Drafting):
         return drafts
 
     def _guess(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        if self.copying is not None:
+        if any(not self.copying.knows(s) and s not in self._notes for s in sequences):
+            self._trees = self._brings_trees()
+        if not self._trees:
             self._began, self._drafted = self.clock(), len(sequences)
             return self.copying.draft(sequences, budgets, self._prices(sequences, self.most))
-        recycling = not self.recycled.aside
-        for sequence in sequences:
-            note = self._note(sequence)
-            note.catch_up(sequence)  # what was said while nothing was read
-            if note.successors is not None:
-                note.successors.awake = recycling
         return super().draft(sequences, budgets)
+
+    def _ready(self, sequence: Sequence) -> Note:
+        note = self._note(sequence)
+        note.catch_up(sequence)  # what was said while nothing was read
+        if note.successors is not None:
+            note.successors.awake = not self.recycled.aside
+        return note
+
+    def _brings_trees(self) -> bool:
+        """Asked when a request begins: by the clock, for the profile may have been measured on a busier machine."""
+        return self.cost is None or self.memory is not None or self.cost.at(1, 1, 0) >= TREE_FROM
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         steps = len(sequences) == self._drafted and all(result.tokens for result in results)
@@ -96,7 +104,7 @@ class Auto(Drafting):
             self._forget(sequences)
             return
         began = self.clock()
-        if self.copying is not None:
+        if not self._trees:
             self.copying.observe(sequences)
             self._drafted = 0
             if steps:
@@ -128,7 +136,7 @@ class Auto(Drafting):
         if rows == count:
             self._since_plain = 0
         self.seconds.observe(took + drafting)
-        if self.copying is None and not self.recycled.aside:
+        if self._trees and not self.recycled.aside:
             self.recycled.book(sum(map(only_recycled, results)) / count - self._recycling / plain)
         brought = sum(len(result.tokens) for result in results) / count
         self.watch.book(brought - (took + drafting) / plain)

@@ -37,6 +37,8 @@ SECONDS, LEAST, MOST = 15.0, 3, 25
 """The rounds take about so long; but there are at least and at most so many of them."""
 REPEATS, BRIEF = 4, 0.01
 """A pass is repeated so often before its time counts, but not longer than so many seconds."""
+STEADY = 2.0
+"""A profile is kept when passes of one row varied by less than so much."""
 BATCH = 4
 """Sequences of the pass by which the price of a further sequence is measured."""
 
@@ -89,7 +91,8 @@ def load(target: HFTarget, folder: Path | None = None) -> tuple[Profile | None, 
             return None, f"{place} is of another model or machine: measuring again"
         given = record["profile"]
         lists = {name: tuple(given[name]) for name in ("rows", "seconds", "per_token")}
-        profile = Profile(**lists, per_sequence=float(given["per_sequence"]), host=float(given["host"]))
+        rest = (float(given[name]) for name in ("per_sequence", "host", "spread"))
+        profile = Profile(lists["rows"], lists["seconds"], lists["per_token"], *rest)
         _check(profile)
     except FileNotFoundError:
         return None, ""
@@ -154,7 +157,9 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
         done += 1
         yield min(max((time.perf_counter() - began) / max(seconds, 1e-9), done / MOST), 0.99)
     times = {kind: quiet(values[1:]) for kind, values in found.items()}  # the first round warms up
-    yield _profile(ROWS, times, [bench.context for bench in benches], quiet(several[1:]), beside)
+    profile = _profile(ROWS, times, [bench.context for bench in benches], quiet(several[1:]), beside)
+    ones = sorted(found[0, 1][1:])
+    yield replace(profile, spread=max(ones[9 * len(ones) // 10] / quiet(ones), 1.0))
 
 
 def quiet(times: SequenceOf[float]) -> float:
@@ -230,7 +235,13 @@ def profile_of(
 
 
 def keep(profile: Profile, target: HFTarget, note: Callable[[str], None], folder: Path | None = None) -> Path | None:
-    """Save a profile; where that cannot be done, say so and go on."""
+    """Save a profile; where that cannot be done, or should not, say so and go on."""
+    if profile.spread > STEADY:
+        note(
+            f"the machine is busy: the same pass took up to {profile.spread:.1f} times as long; what was measured is "
+            "used now and not kept. For good figures run 'selfdraft tune' when nothing else runs"
+        )
+        return None
     try:
         return save(profile, target, folder)
     except OptionError as error:
