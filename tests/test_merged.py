@@ -433,9 +433,12 @@ def test_a_prediction_as_text_and_who_reads_none() -> None:
 
     llm = LLM(model(), tokenizer=tokenizer(), drafter="merged", speculative_config=FREE)
     plain = llm.generate(TEXTS[0], SamplingParams(max_tokens=20))[0].outputs[0]
-    told = llm.generate(TEXTS[0], SamplingParams(max_tokens=20, prediction=plain.text))[0].outputs[0]
+    told = llm.generate(TEXTS[0], SamplingParams(max_tokens=20, prediction=plain.token_ids))[0].outputs[0]
     assert told.token_ids == plain.token_ids
     assert any("prediction" in source for source in told.sources)
+    (request,) = llm.requests(TEXTS[0], SamplingParams(prediction="a dog"))
+    assert llm.tokenizer is not None
+    assert list(request.sampling.prediction) == llm.tokenizer("a dog", add_special_tokens=False)["input_ids"]
     with pytest.raises(RequestError, match="token id 99999 in the prediction"):
         llm.generate(TEXTS[0], SamplingParams(prediction=(99999,)))
     llm.use("lookup")
