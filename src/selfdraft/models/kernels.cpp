@@ -274,7 +274,8 @@ inline void share(word count, word unit, word mine, word parts, word &from, word
 inline word cut(word cost, word most, word threads) {
   if (threads == 1) return 1;
   word parts = std::min({cost / PART, most, PARTS * threads});
-  return std::max<word>(1, parts < threads ? parts : parts / threads * threads); // so that nobody waits for the last one
+  if (parts > threads) parts = parts / threads * threads; // or one thread waits for the last part of another
+  return std::max<word>(1, parts);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -631,15 +632,15 @@ struct Source {
     if (single)
       for (int i = 0; i < 16; i++) same[i] = first;
   }
-  inline v16 at(word i) const { return single ? same : narrow ? load16((const bf16 *)p + i) : load16((const float *)p + i); }
+  inline v16 at(word i) const {
+    return single ? same : narrow ? load16((const bf16 *)p + i) : load16((const float *)p + i);
+  }
 };
 
-template <class F> inline word direct(const Instr &op, char *to, const char *left, const char *right, const F &f) {
+template <class F> inline word direct(const Instr &op, char *to, const Source &a, const Source &b, const F &f) {
   const word count = op.d[3] & ~word(15);
-  if (!count) return 0;
-  const Source a(left, op.a), b(right, right ? op.b : op.a);
   for (word i = 0; i < count; i += 16) {
-    const v16 said = f(a, b, i);
+    const v16 said = f(a.at(i), b.at(i));
     if (op.out.type == BF16) store16(said, (bf16 *)to + i);
     else store16(said, (float *)to + i);
   }
@@ -649,14 +650,16 @@ template <class F> inline word direct(const Instr &op, char *to, const char *lef
 // The commonest operations without a detour over other memory; returns how many of the numbers are done.
 inline word directly(const Instr &op, char *to, const char *left, const char *right) {
   const auto plain = [](const Arg &arg) { return arg.type != I64 && (arg.step[3] == 0 || arg.step[3] == 1); };
-  if (!plain(op.out) || !op.out.step[3] || !plain(op.a) || (op.code >= ADD && !plain(op.b))) return 0;
+  const bool two = op.code >= ADD;
+  if (op.d[3] < 16 || !plain(op.out) || !op.out.step[3] || !plain(op.a) || (two && !plain(op.b))) return 0;
+  const Source a(left, op.a), b(two ? right : left, two ? op.b : op.a);
   switch (op.code) {
-  case COPY: return direct(op, to, left, nullptr, [](const Source &a, const Source &, word i) { return a.at(i); });
-  case NEG: return direct(op, to, left, nullptr, [](const Source &a, const Source &, word i) { return -a.at(i); });
-  case SQUARE: return direct(op, to, left, nullptr, [](const Source &a, const Source &, word i) { return a.at(i) * a.at(i); });
-  case ADD: return direct(op, to, left, right, [](const Source &a, const Source &b, word i) { return a.at(i) + b.at(i); });
-  case SUB: return direct(op, to, left, right, [](const Source &a, const Source &b, word i) { return a.at(i) - b.at(i); });
-  case MUL: return direct(op, to, left, right, [](const Source &a, const Source &b, word i) { return a.at(i) * b.at(i); });
+  case COPY: return direct(op, to, a, a, [](v16 x, v16) { return x; });
+  case NEG: return direct(op, to, a, a, [](v16 x, v16) { return -x; });
+  case SQUARE: return direct(op, to, a, a, [](v16 x, v16) { return x * x; });
+  case ADD: return direct(op, to, a, b, [](v16 x, v16 y) { return x + y; });
+  case SUB: return direct(op, to, a, b, [](v16 x, v16 y) { return x - y; });
+  case MUL: return direct(op, to, a, b, [](v16 x, v16 y) { return x * y; });
   }
   return 0;
 }
