@@ -282,7 +282,7 @@ inline word cut(word cost, word most, word threads) {
 // Linear layers
 
 constexpr word CHUNK = 64;     // rows that go through a block of weights together
-constexpr word INNER = 16384;  // bytes of weights that stay close while they do
+constexpr word INNER = 32768;  // bytes of weights that stay close while they do
 
 // Sums of R outputs for M rows, narrowed and put where they belong; only `wide` outputs and `tall` rows are real.
 template <class T, int R, int M>
