@@ -274,14 +274,15 @@ inline void share(word count, word unit, word mine, word parts, word &from, word
 inline word cut(word cost, word most, word threads) {
   if (threads == 1) return 1;
   word parts = std::min({cost / PART, most, PARTS * threads});
-  return std::max<word>(1, parts < threads ? parts : parts / threads * threads); // so that nobody waits for the last one
+  if (parts > threads) parts = parts / threads * threads; // or one thread waits for the last part of another
+  return std::max<word>(1, parts);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Linear layers
 
 constexpr word CHUNK = 64;     // rows that go through a block of weights together
-constexpr word INNER = 16384;  // bytes of weights that stay close while they do
+constexpr word INNER = 32768;  // bytes of weights that stay close while they do
 
 // Sums of R outputs for M rows, narrowed and put where they belong; only `wide` outputs and `tall` rows are real.
 template <class T, int R, int M>
@@ -621,6 +622,48 @@ void binary(word code, const float *__restrict a, const float *__restrict b, flo
 
 inline word bytes(word type) { return type == F32 ? 4 : type == BF16 ? 2 : 8; }
 
+// Numbers that lie in order, or one number for all of them.
+struct Source {
+  const char *p;
+  bool single, narrow;
+  v16 same;
+  Source(const char *p, const Arg &arg) : p(p), single(!arg.step[3]), narrow(arg.type == BF16), same{} {
+    const float first = narrow ? widen(*(const bf16 *)p) : *(const float *)p;
+    if (single)
+      for (int i = 0; i < 16; i++) same[i] = first;
+  }
+  inline v16 at(word i) const {
+    return single ? same : narrow ? load16((const bf16 *)p + i) : load16((const float *)p + i);
+  }
+};
+
+template <class F> inline word direct(const Instr &op, char *to, const Source &a, const Source &b, const F &f) {
+  const word count = op.d[3] & ~word(15);
+  for (word i = 0; i < count; i += 16) {
+    const v16 said = f(a.at(i), b.at(i));
+    if (op.out.type == BF16) store16(said, (bf16 *)to + i);
+    else store16(said, (float *)to + i);
+  }
+  return count;
+}
+
+// The commonest operations without a detour over other memory; returns how many of the numbers are done.
+inline word directly(const Instr &op, char *to, const char *left, const char *right) {
+  const auto plain = [](const Arg &arg) { return arg.type != I64 && (arg.step[3] == 0 || arg.step[3] == 1); };
+  const bool two = op.code >= ADD;
+  if (op.d[3] < 16 || !plain(op.out) || !op.out.step[3] || !plain(op.a) || (two && !plain(op.b))) return 0;
+  const Source a(left, op.a), b(two ? right : left, two ? op.b : op.a);
+  switch (op.code) {
+  case COPY: return direct(op, to, a, a, [](v16 x, v16) { return x; });
+  case NEG: return direct(op, to, a, a, [](v16 x, v16) { return -x; });
+  case SQUARE: return direct(op, to, a, a, [](v16 x, v16) { return x * x; });
+  case ADD: return direct(op, to, a, b, [](v16 x, v16 y) { return x + y; });
+  case SUB: return direct(op, to, a, b, [](v16 x, v16 y) { return x - y; });
+  case MUL: return direct(op, to, a, b, [](v16 x, v16 y) { return x * y; });
+  }
+  return 0;
+}
+
 // One operation on up to four dimensions, number by number.
 void pointwise(const Instr &op, char *out, const char *a, const char *b) {
   float x[RUN], y[RUN], z[RUN];
@@ -632,7 +675,7 @@ void pointwise(const Instr &op, char *out, const char *a, const char *b) {
         char *to = out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out;
         const char *left = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
         const char *right = b + (i * op.b.step[0] + j * op.b.step[1] + k * op.b.step[2]) * size_b;
-        for (word at = 0; at < op.d[3]; at += RUN) {
+        for (word at = directly(op, to, left, right); at < op.d[3]; at += RUN) {
           word count = std::min(RUN, op.d[3] - at);
           const float *first = fetch(left + at * op.a.step[3] * size_a, op.a.type, op.a.step[3], count, x);
           if (two) {
@@ -713,9 +756,9 @@ template <class T> void gated(const Pass &pass, const Instr &op, word row, char 
   }
   static thread_local std::vector<T> middle, more;
   middle.resize(rank), more.resize(deep);
-  products<T, 16, 1, 16>((const T *)op.more[0], b, 0, (char *)middle.data(), 0, nullptr, wide, 0, rank, 1);
-  products<T, 16, 1, 16>((const T *)op.more[1], (const char *)middle.data(), 0, (char *)more.data(), 0, nullptr, rank, 0,
-                         deep, 1);
+  products<T, 16, 1, 0>((const T *)op.more[0], b, 0, (char *)middle.data(), 0, nullptr, wide, 0, rank, 1);
+  products<T, 16, 1, 0>((const T *)op.more[1], (const char *)middle.data(), 0, (char *)more.data(), 0, nullptr, rank, 0,
+                        deep, 1);
   for (word i = 0; i < deep; i++) narrow(widen(((const T *)a)[i]) + widen(more[i]), ((T *)out)[i]);
 }
 
