@@ -237,7 +237,7 @@ def test_every_source_is_scored_whether_it_was_run_or_not() -> None:
         reader.push(token)
     credit = Credit()
     merger = Merger([Copies("copy", reader)], credit)
-    merger.tree(Budget(1, 9, 9), 0.0)
+    merger.tree(Budget(1, 9, 9), [0.0])
     merger.score([4, 1, 9])
     means = credit.counts["copy"]._means
     assert sorted(mean.value > mean.guess for mean in means.values()) == [False, True, True]

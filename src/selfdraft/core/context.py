@@ -52,7 +52,7 @@ SILENCE: Told = {}
 class Node:
     """An n-gram that occurred at least twice, as a context of what follows it."""
 
-    __slots__ = ("after", "best", "last", "ranked", "said", "seen", "told", "total")
+    __slots__ = ("after", "best", "heard", "last", "ranked", "said", "seen", "told", "total", "whole")
 
     def __init__(self, after: dict[int, Node | int], total: int, last: int) -> None:
         self.after = after
@@ -69,6 +69,9 @@ class Node:
         self.told: Told = SILENCE
         """Continuations and their kinds when `total` was `said`."""
         self.said = -1
+        self.whole: Told = SILENCE
+        """What is told of this context and all shorter ones when the text had `heard` tokens."""
+        self.heard = -1
 
 
 State = list[Node | int]
@@ -138,6 +141,9 @@ class ContextTree:
     def guess(self, state: State) -> Told:
         """What may follow: each token with the kind of the longest context that it followed."""
         text, found = self.text, SILENCE
+        last = state[-1]
+        if isinstance(last, Node) and last.heard == len(text):
+            return last.whole
         for order in range(len(state), 0, -1):
             node = state[order - 1]
             if isinstance(node, Node):
@@ -149,6 +155,8 @@ class ContextTree:
             found = {**told, **found} if found else told
             if len(found) >= ENOUGH:
                 break
+        if isinstance(last, Node):
+            last.whole, last.heard = found, len(text)
         return found
 
     def latest(self, state: State) -> int:

@@ -100,11 +100,12 @@ class Drafting:
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         self._began, self._drafted = self.clock(), len(sequences)
-        price, most = self.pace.price, self._room()
+        most = self._room()
+        prices = self._prices(sequences, most)
         drafts = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             room = Budget(min(budget.nodes, most), budget.depth, budget.reach)
-            drafts.append(self._note(sequence).merger.tree(room, price))
+            drafts.append(self._note(sequence).merger.tree(room, prices))
         return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
@@ -130,6 +131,10 @@ class Drafting:
         if note is None:
             note = self._notes[sequence] = Note(sequence, self.sources, self.memory, self.credit)
         return note
+
+    def _prices(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
+        """What each node of a tree must bring, in tokens."""
+        return [self.pace.price] * most
 
     def _room(self) -> int:
         """Most nodes now. The first steps differ in size: what a row costs is not seen in steps of one size."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence as SequenceOf
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -158,6 +158,11 @@ class Credit:
         return found
 
 
+Branch = tuple[float, int, int, int, float, list[tuple[int, float]]]
+"""The best that was not taken yet of what may follow a node: -chance of the path, node, rank, depth of the follower,
+chance of the node's own path, tokens and chances."""
+
+
 class Place(NamedTuple):
     """A place of the tree, or of the text, whose guesses were asked for."""
 
@@ -180,41 +185,47 @@ class Merger:
         """What was said at ROOT and at nodes of the draft."""
         self._draft = EMPTY
 
-    def tree(self, budget: Budget, price: float) -> Draft:
-        """The tree whose nodes are at least as likely as `price`, within the budget, best first: the best tree of
-        every size. Its scores are chances."""
+    def tree(self, budget: Budget, prices: SequenceOf[float]) -> Draft:
+        """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
+
+        Prices never fall, and there is one for each node of the budget. The scores of the draft are chances.
+        """
         self._places, self._draft = {}, EMPTY
-        most, floor = budget.nodes if budget.depth > 0 else 0, max(price, FLOOR)
+        most = min(budget.nodes, len(prices)) if budget.depth > 0 else 0
         if most <= 0:
             return EMPTY
-        ranked, names = self.credit.ranked, self.credit.names
+        ranked, names, places = self.credit.ranked, self.credit.names, self._places
         tokens: list[int] = []
         parents: list[int] = []
         scores: list[float] = []
         sources: list[str] = []
-        heap: list[tuple[float, int, int, int, float, list[tuple[int, float]]]] = []
-        """-chance of the path, parent, rank, depth, chance of the parent, what may follow the parent."""
-        places = self._places
-        place = places[ROOT] = self._here()
-        pairs = ranked(place.keys)
-        if pairs and pairs[0][1] >= floor:
-            heap.append((-pairs[0][1], ROOT, 0, 1, 1.0, pairs))
-        while heap and len(tokens) < most:
-            likely, parent, rank, depth, above, pairs = heappop(heap)
+        heap: list[Branch] = []
+        place, node, reached, depth = self._here(), ROOT, 1.0, 0
+        while True:
+            floor = max(prices[len(tokens)], FLOOR)
+            if depth < budget.depth:
+                places[node] = place
+                pairs = ranked(place.keys)
+                if pairs and (likely := reached * pairs[0][1]) >= floor:
+                    heappush(heap, (-likely, node, 0, depth + 1, reached, pairs))
+            if not heap or -heap[0][0] < floor:  # it was worth an earlier node; what is left is no likelier
+                break
+            best, parent, rank, depth, above, pairs = heap[0]
             token, chance = pairs[rank]
-            node = len(tokens)
+            node, reached = len(tokens), -best
             tokens.append(token)
             parents.append(parent)
             scores.append(chance)
             sources.append(names(places[parent].keys[token]))
+            if len(tokens) == most:
+                break
             rank += 1
-            if rank < len(pairs) and (own := above * pairs[rank][1]) >= floor:
-                heappush(heap, (-own, parent, rank, depth, above, pairs))
-            if depth < budget.depth and node + 1 < most:
-                place = places[node] = self._after(places[parent], token, depth)
-                pairs = ranked(place.keys)
-                if pairs and (own := -likely * pairs[0][1]) >= floor:
-                    heappush(heap, (-own, node, 0, depth + 1, -likely, pairs))
+            if rank < len(pairs) and (likely := above * pairs[rank][1]) >= floor:
+                heapreplace(heap, (-likely, parent, rank, depth, above, pairs))
+            else:
+                heappop(heap)
+            if depth < budget.depth:
+                place = self._after(places[parent], token, depth)
         self._draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
         return self._draft
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 from weakref import ref
 
-from selfdraft.core.answers import Answers, likeliest
+from selfdraft.core.answers import Answers, likeliest, topk
 from selfdraft.core.context import BELIEFS, SILENCE, ContextTree, State, Told
 from selfdraft.core.follow import COPIED, FOLLOWED, KINDS, Aligned, Match, kind_of_match, realign
 from selfdraft.core.sequence import Sequence
@@ -179,8 +179,8 @@ class Successors:
         draft, tokens = result.draft, [last, *result.draft.tokens]
         order = [*range(len(draft), 0, -1), 0, *(node + 1 for node in result.path)]
         if self._greedy:
-            _, ids = likeliest(result.logits, self._sequence.sampling, SUCCESSORS)
-            told = [dict(zip(row, range(SUCCESSORS), strict=False)) for row in ids.tolist()]
+            ids = topk(result.logits, SUCCESSORS)[1].tolist()
+            told = [dict(zip(row, range(SUCCESSORS), strict=False)) for row in ids]
             for row in order:
                 self._told[tokens[row]] = told[row]
             return
