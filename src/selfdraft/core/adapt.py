@@ -69,6 +69,13 @@ class Mean:
         self.total = self.fade * self.total + value
         self.weight = self.fade * self.weight + 1
 
+    def after(self, value: float) -> float:
+        """Observe, and say the value that is then held."""
+        fade, prior = self.fade, self.prior
+        self.total = total = fade * self.total + value
+        self.weight = weight = fade * self.weight + 1.0
+        return (total + self.guess * prior) / (weight + prior)
+
     @property
     def value(self) -> float:
         weight = self.weight + self.prior

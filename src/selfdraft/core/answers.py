@@ -16,6 +16,8 @@ RUNNERS_UP = 64
 """Likeliest tokens that are looked at after a row."""
 BLOCK = 128
 """Logits of which only the largest is looked at first."""
+FEW = 2**15
+"""So many logits are read at once: blocks would cost more calls than they save."""
 
 
 class Answers:
@@ -65,7 +67,7 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     A row's k largest lie in the k blocks whose maxima are largest, so most of a wide row is read only once.
     """
     rows, vocab = logits.shape
-    if vocab <= 2 * BLOCK * k:
+    if rows * vocab <= FEW or vocab <= 2 * BLOCK * k:
         best = logits.topk(min(k, vocab))
         return best.values, best.indices
     padded = torch.nn.functional.pad(logits, (0, -vocab % BLOCK), value=float("-inf"))

@@ -9,7 +9,8 @@ Sources: prediction by partial matching (Cleary and Witten 1984) for contexts of
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 
 ORDER = 6
 """Longest context."""
@@ -43,10 +44,15 @@ BELIEFS = _beliefs()
 """First beliefs by kind of evidence: order of the context, share of the continuation, whether it was the latest."""
 
 
+Told = Mapping[int, int]
+"""Token -> kind of evidence, for what may follow a place. Never changed once told."""
+SILENCE: Told = {}
+
+
 class Node:
     """An n-gram that occurred at least twice, as a context of what follows it."""
 
-    __slots__ = ("after", "best", "last", "ranked", "said", "seen", "told", "total")
+    __slots__ = ("after", "best", "heard", "last", "ranked", "said", "seen", "told", "total", "whole")
 
     def __init__(self, after: dict[int, Node | int], total: int, last: int) -> None:
         self.after = after
@@ -57,12 +63,15 @@ class Node:
         """Occurrences that something followed."""
         self.last = last
         """Place of the token that followed latest."""
-        self.best: list[int] = []
+        self.best: SequenceOf[int] = ()
         """The most frequent continuations when `total` was `ranked`."""
         self.ranked = 0
-        self.told: list[tuple[int, int]] = []
-        """Continuations and their kinds within the order when `total` was `said`."""
+        self.told: Told = SILENCE
+        """Continuations and their kinds when `total` was `said`."""
         self.said = -1
+        self.whole: Told = SILENCE
+        """What is told of this context and all shorter ones when the text had `heard` tokens."""
+        self.heard = -1
 
 
 State = list[Node | int]
@@ -129,42 +138,50 @@ class ContextTree:
             break
         return found
 
-    def guess(self, state: State) -> list[tuple[int, int]]:
-        """(token, kind) for what may follow: each token once, by the longest context that it followed."""
-        text, found = self.text, dict[int, int]()
-        base = len(state) * _KINDS
-        for node in reversed(state):
-            if not isinstance(node, Node):
-                if node < len(text) and text[node] != BREAK:
-                    found[text[node]] = base
-                base -= _KINDS
+    def guess(self, state: State) -> Told:
+        """What may follow: each token with the kind of the longest context that it followed."""
+        text, found = self.text, SILENCE
+        last = state[-1]
+        if isinstance(last, Node) and last.heard == len(text):
+            return last.whole
+        for order in range(len(state), 0, -1):
+            node = state[order - 1]
+            if isinstance(node, Node):
+                told = node.told if node.said == node.total else self._tell(node, order)
+            elif node < len(text) and text[node] != BREAK:
+                told = {text[node]: order * _KINDS}
+            else:
                 continue
-            for token, kind in node.told if node.said == node.total else self._tell(node):
-                if token not in found:
-                    found[token] = base + kind
+            found = {**told, **found} if found else told
             if len(found) >= ENOUGH:
                 break
-            base -= _KINDS
-        return list(found.items())
+        if isinstance(last, Node):
+            last.whole, last.heard = found, len(text)
+        return found
 
     def latest(self, state: State) -> int:
         """Place behind the latest earlier occurrence of the longest context."""
         node = state[-1]
         return node.last if isinstance(node, Node) else node
 
-    def _tell(self, node: Node) -> list[tuple[int, int]]:
-        """Continuations of a context with their kinds within its order; kept until it is followed again."""
-        after, total = node.after, node.total
+    def _tell(self, node: Node, order: int) -> Told:
+        """Continuations of a context of that order with their kinds; kept until it is followed again."""
+        after, total, base = node.after, node.total, order * _KINDS
         latest = self.text[node.last]
-        node.told, node.said = [], total
+        node.said = total
+        if total == 1:
+            node.told = {latest: base + 1}
+            return node.told
+        told: dict[int, int] = {}
         for token in after if len(after) <= WIDEST else self._most(node, latest):
             child = after[token]
             seen = child.seen if isinstance(child, Node) else 1
             size = _CLASS[_STEPS * seen // total] if seen < total else len(SHARES) + 1
-            node.told.append((token, 2 * size + 2 + (token == latest) if total > 1 else 1))
-        return node.told
+            told[token] = base + 2 * size + 2 + (token == latest)
+        node.told = told
+        return told
 
-    def _most(self, node: Node, latest: int) -> list[int]:
+    def _most(self, node: Node, latest: int) -> SequenceOf[int]:
         """The most frequent continuations, ranked anew whenever the node has grown by an eighth, and the latest."""
         if 8 * node.total >= 9 * node.ranked:
             after = node.after

@@ -79,21 +79,22 @@ class Aligned(NamedTuple):
 
     @property
     def kind(self) -> int:
-        return min(self.run, RUN) * (MISSES + 1) + min(self.misses, MISSES)
+        _, run, misses = self
+        return (run if run < RUN else RUN) * (MISSES + 1) + (misses if misses < MISSES else MISSES)
 
 
 def realign(told: list[int], at: Aligned, token: int) -> Aligned | None:
     """Where the told text goes on behind `token`: there if it agrees, else behind the next such token near by, else
     at the same place. None after too many differences."""
-    place = at.place
+    place, run, misses = at
     if place < len(told) and told[place] == token:
-        misses = 0 if at.run >= 30 else at.misses - 1 if at.run >= 4 and at.misses else at.misses
-        return Aligned(place + 1, at.run + 1, misses)
-    if at.misses >= PATIENCE:
+        fewer = 0 if run >= 30 else misses - 1 if run >= 4 and misses else misses
+        return Aligned(place + 1, run + 1, fewer)
+    if misses >= PATIENCE:
         return None
-    for ahead in range(place + 1, min(place + WINDOW, len(told))):
-        if told[ahead] == token:
-            return Aligned(ahead + 1, 1, at.misses + 1)
-        if told[ahead] == BREAK:
-            break
-    return Aligned(place, 0, at.misses + 1)
+    near = told[place + 1 : place + WINDOW]
+    if token in near:
+        ahead = near.index(token)
+        if BREAK not in near[:ahead]:
+            return Aligned(place + ahead + 2, 1, misses + 1)
+    return Aligned(place, 0, misses + 1)

@@ -10,15 +10,14 @@ exploration is "Not-a-Bandit" (HedgeSpec, ICLR 2026).
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from heapq import heappop, heappush, heapreplace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from selfdraft.core.adapt import Mean
-from selfdraft.core.guess import Guess, expand
-from selfdraft.core.sources import Source, Told
+from selfdraft.core.context import Told
+from selfdraft.core.sources import Source
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.types import Budget
 
@@ -48,26 +47,34 @@ class Counts:
     def __init__(self, beliefs: tuple[float, ...], unit: int) -> None:
         self.unit = unit
         """What one level counts in the key of a joint cell."""
-        self.levels = [unit * (1 + bisect(STEPS, belief)) for belief in beliefs for _ in range(CLASSES)]
-        """Level of kind * CLASSES + depth class, times the unit."""
+        first = [unit * (1 + bisect(STEPS, belief)) for belief in beliefs]
+        self.levels = [[*first] for _ in range(CLASSES)]
+        """By depth class, then by kind: the level, times the unit."""
         self._beliefs = beliefs
         self._means: dict[int, Mean] = {}
 
-    def observe(self, kind: int, depth: int, right: float) -> None:
-        """Book a guess. A depth that was never seen stands where the next shallower one does."""
+    def observe(self, told: Told, depth: int, token: int) -> None:
+        """Book what was told of a place where the text went on with `token`."""
+        means, levels = self._means, self.levels[depth]
+        for guessed, kind in told.items():
+            mean = means.get(kind * CLASSES + depth) or self._begin(kind, depth)
+            level = self.unit * (1 + bisect(STEPS, mean.after(1.0 if guessed == token else 0.0)))
+            if level != levels[kind]:
+                self._move(kind, depth, level)
+
+    def _begin(self, kind: int, depth: int) -> Mean:
+        """A depth that was never seen stands where the next shallower one does."""
         cell = kind * CLASSES + depth
-        mean = self._means.get(cell)
-        if mean is None:
-            above = next((self._means[c] for c in range(cell, cell - depth - 1, -1) if c in self._means), None)
-            mean = self._means[cell] = Mean(above.value if above else self._beliefs[kind], PRIOR, FADE)
-        mean.observe(right)
-        level = self.unit * (1 + bisect(STEPS, mean.value))
-        if level != self.levels[cell]:
-            self.levels[cell] = level
-            for deeper in range(cell + 1, (kind + 1) * CLASSES):
-                if deeper in self._means:
-                    break
-                self.levels[deeper] = level
+        above = next((self._means[c] for c in range(cell, cell - depth - 1, -1) if c in self._means), None)
+        mean = self._means[cell] = Mean(above.value if above else self._beliefs[kind], PRIOR, FADE)
+        return mean
+
+    def _move(self, kind: int, depth: int, level: int) -> None:
+        self.levels[depth][kind] = level
+        for deeper in range(depth + 1, CLASSES):
+            if kind * CLASSES + deeper in self._means:
+                break
+            self.levels[deeper][kind] = level
 
 
 class Cell(NamedTuple):
@@ -104,13 +111,14 @@ class Credit:
             known = self._chances[key] = mean.value
         return known
 
-    def observe(self, key: int, right: float) -> None:
-        """Book a token that was guessed."""
-        mean, family = self._cell(key)
-        mean.observe(right)
-        family.observe(right)
-        mean.guess = family.value
-        self._chances[key] = mean.value
+    def observe(self, keys: dict[int, int], token: int) -> None:
+        """Book the guesses of a place where the text went on with `token`."""
+        cells, chances = self._cells, self._chances
+        for guessed, key in keys.items():
+            mean, family = cells.get(key) or self._cell(key)
+            right = 1.0 if guessed == token else 0.0
+            mean.guess = family.after(right)
+            chances[key] = mean.after(right)
 
     def _cell(self, key: int) -> Cell:
         cell = self._cells.get(key)
@@ -124,12 +132,13 @@ class Credit:
             cell = self._cells[key] = Cell(Mean(0.0, PRIOR, FADE), self._families[kin])
         return cell
 
-    def ranked(self, keys: Mapping[int, int]) -> Guess:
-        """Tokens by their chance, the likeliest first; of equals the one that was named first."""
+    def ranked(self, keys: dict[int, int]) -> list[tuple[int, float]]:
+        """Tokens with their chance, the likeliest first; of equals the one that was named first."""
         known, chance = self._chances, self.chance
         pairs = [(token, known[key] if key in known else chance(key)) for token, key in keys.items()]
-        pairs.sort(key=_CHANCE, reverse=True)
-        return Guess(tuple([token for token, _ in pairs]), tuple([value for _, value in pairs]))
+        if len(pairs) > 1:
+            pairs.sort(key=_CHANCE, reverse=True)
+        return pairs
 
     def names(self, key: int) -> str:
         """The sources that speak for a token, joined by '+'."""
@@ -149,14 +158,19 @@ class Credit:
         return found
 
 
+Branch = tuple[float, int, int, int, float, list[tuple[int, float]]]
+"""The best that was not taken yet of what may follow a node: -chance of the path, node, rank, depth of the follower,
+chance of the node's own path, tokens and chances."""
+
+
 class Place(NamedTuple):
     """A place of the tree, or of the text, whose guesses were asked for."""
 
     states: list[Any]
     depth: int
     """Its class."""
-    told: list[Told]
-    """What each source said."""
+    told: list[tuple[Counts, Told]]
+    """What each source said that said anything."""
     keys: dict[int, int]
     """Token -> key of its joint cell."""
 
@@ -166,28 +180,53 @@ class Merger:
 
     def __init__(self, sources: SequenceOf[Source], credit: Credit) -> None:
         self.sources, self.credit = sources, credit
-        self._counts = [credit.counts_of(source) for source in sources]
-        self._steps = [source.step for source in sources]
-        self._asks = [(source.guess, counts.levels) for source, counts in zip(sources, self._counts, strict=True)]
+        self._asks = [(source.step, source.guess, credit.counts_of(source)) for source in sources]
         self._places: dict[int, Place] = {}
         """What was said at ROOT and at nodes of the draft."""
         self._draft = EMPTY
 
     def tree(self, budget: Budget, prices: SequenceOf[float]) -> Draft:
-        """The tree whose i-th node is at least as likely as `prices[i]`, within the budget. Its scores are chances."""
+        """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
+
+        Prices never fall, and there is one for each node of the budget. The scores of the draft are chances.
+        """
         self._places, self._draft = {}, EMPTY
-        if budget.depth <= 0 or budget.nodes <= 0:
+        most = min(budget.nodes, len(prices)) if budget.depth > 0 else 0
+        if most <= 0:
             return EMPTY
-        places, credit = self._places, self.credit
-
-        def after(depth: int, token: int, node: int, parent: int) -> Guess:
-            place = places[node] = self._after(places[parent], token, depth)
-            return credit.ranked(place.keys)
-
-        first = places[ROOT] = self._here()
-        draft = expand(credit.ranked(first.keys), after, believe, budget, [max(price, FLOOR) for price in prices], "")
-        names = [credit.names(places[p].keys[t]) for t, p in zip(draft.tokens, draft.parents, strict=True)]
-        self._draft = replace(draft, sources=tuple(names))
+        ranked, names, places = self.credit.ranked, self.credit.names, self._places
+        tokens: list[int] = []
+        parents: list[int] = []
+        scores: list[float] = []
+        sources: list[str] = []
+        heap: list[Branch] = []
+        place, node, reached, depth = self._here(), ROOT, 1.0, 0
+        while True:
+            floor = max(prices[len(tokens)], FLOOR)
+            if depth < budget.depth:
+                places[node] = place
+                pairs = ranked(place.keys)
+                if pairs and (likely := reached * pairs[0][1]) >= floor:
+                    heappush(heap, (-likely, node, 0, depth + 1, reached, pairs))
+            if not heap or -heap[0][0] < floor:  # it was worth an earlier node; what is left is no likelier
+                break
+            best, parent, rank, depth, above, pairs = heap[0]
+            token, chance = pairs[rank]
+            node, reached = len(tokens), -best
+            tokens.append(token)
+            parents.append(parent)
+            scores.append(chance)
+            sources.append(names(places[parent].keys[token]))
+            if len(tokens) == most:
+                break
+            rank += 1
+            if rank < len(pairs) and (likely := above * pairs[rank][1]) >= floor:
+                heapreplace(heap, (-likely, parent, rank, depth, above, pairs))
+            else:
+                heappop(heap)
+            if depth < budget.depth:
+                place = self._after(places[parent], token, depth)
+        self._draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
         return self._draft
 
     def score(self, tokens: SequenceOf[int]) -> None:
@@ -197,42 +236,34 @@ class Merger:
         """
         place = self._places.get(ROOT) or self._here()
         node: int | None = ROOT
-        children = self._draft.children()
+        children = self._draft.children() if len(tokens) > 1 else {}
         for depth, token in enumerate(tokens, 1):
-            self._book(place, token)
+            self.credit.observe(place.keys, token)
+            for counts, told in place.told:
+                counts.observe(told, place.depth, token)
             if depth < len(tokens):
                 node = children.get((node, token)) if node is not None else None
                 known = self._places.get(node) if node is not None else None
                 place = known or self._after(place, token, depth)
         self._places, self._draft = {}, EMPTY
 
-    def _book(self, place: Place, token: int) -> None:
-        for guessed, key in place.keys.items():
-            self.credit.observe(key, float(guessed == token))
-        for counts, told in zip(self._counts, place.told, strict=True):
-            for guessed, kind in told:
-                counts.observe(kind, place.depth, float(guessed == token))
-
     def _here(self) -> Place:
         return self._place([source.state for source in self.sources], 0)
 
     def _after(self, place: Place, token: int, depth: int) -> Place:
-        states = [step(s, token) if s else None for step, s in zip(self._steps, place.states, strict=True)]
+        asks, old = self._asks, place.states
+        states = [ask[0](state, token) if state else None for ask, state in zip(asks, old, strict=True)]
         return self._place(states, _CLASS[depth] if depth < len(_CLASS) else CLASSES - 1)
 
     def _place(self, states: list[Any], depth: int) -> Place:
         """Ask every source; the key of a token sums up the levels of all that named it."""
         keys: dict[int, int] = {}
-        said: list[Told] = []
+        said: list[tuple[Counts, Told]] = []
         base = TOGETHER[depth]
-        for (guess, levels), state in zip(self._asks, states, strict=True):
-            told = guess(state) if state else ()
-            said.append(told)
-            for token, kind in told:
-                keys[token] = keys.get(token, base) + levels[kind * CLASSES + depth]
+        for (_, guess, counts), state in zip(self._asks, states, strict=True):
+            if state and (told := guess(state)):
+                said.append((counts, told))
+                levels = counts.levels[depth]
+                for token, kind in told.items():
+                    keys[token] = keys.get(token, base) + levels[kind]
         return Place(states, depth, said, keys)
-
-
-def believe(depth: int, rank: int, raw: float) -> float:
-    """Chances of `Credit` are measured already."""
-    return raw

@@ -7,12 +7,11 @@ kind is worth is measured, not said (`merge.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 from weakref import ref
 
-from selfdraft.core.answers import Answers, likeliest
-from selfdraft.core.context import BELIEFS, ContextTree, State
+from selfdraft.core.answers import Answers, likeliest, topk
+from selfdraft.core.context import BELIEFS, SILENCE, ContextTree, State, Told
 from selfdraft.core.follow import COPIED, FOLLOWED, KINDS, Aligned, Match, kind_of_match, realign
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
@@ -21,8 +20,6 @@ ANCHOR = 2
 """A match of so many tokens leaves an alignment behind when it breaks."""
 SUCCESSORS = 8
 """Runners-up that are kept behind a token, as in the paper."""
-Told = SequenceOf[tuple[int, int]]
-"""(token, kind) for what may follow a place, each token once."""
 
 
 class Source(Protocol):
@@ -109,9 +106,8 @@ class Copies:
 
     def guess(self, state: tuple[int, int]) -> Told:
         place, length = state
-        if place >= len(self._told) or self._told[place] < 0:
-            return ()
-        return ((self._told[place], kind_of_match(length)),)
+        told = self._told
+        return {told[place]: kind_of_match(length)} if place < len(told) and told[place] >= 0 else SILENCE
 
 
 class Alignments:
@@ -133,10 +129,10 @@ class Alignments:
     def guess(self, state: Aligned) -> Told:
         told, place, kind = self._told, state.place, state.kind
         if place >= len(told) or told[place] < 0:
-            return ()
+            return SILENCE
         if place + 1 >= len(told) or told[place + 1] < 0 or told[place + 1] == told[place]:
-            return ((told[place], kind),)
-        return ((told[place], kind), (told[place + 1], kind + KINDS))
+            return {told[place]: kind}
+        return {told[place]: kind, told[place + 1]: kind + KINDS}
 
 
 class Successors:
@@ -152,7 +148,7 @@ class Successors:
         self.name = name
         self._of = ref(sequence)  # the drafter's note must not keep its sequence alive
         self._greedy = sequence.sampling.greedy
-        self._lists: dict[int, list[int]] = {}
+        self._told: dict[int, Told] = {}
         self._answers = Answers()
         self.awake = True
         """Whether it says anything."""
@@ -174,10 +170,9 @@ class Successors:
     def guess(self, state: tuple[int, int]) -> Told:
         token, place = state
         if self._greedy:
-            found = self._lists.get(token, ())
-        else:
-            found = self._answers.guess(token, self._sequence, place, SUCCESSORS)[0]
-        return [(follower, rank) for rank, follower in enumerate(found)]
+            return self._told.get(token, SILENCE)
+        found = self._answers.guess(token, self._sequence, place, SUCCESSORS)[0]
+        return {follower: rank for rank, follower in enumerate(found)}
 
     def learn(self, last: int, result: Result) -> None:
         """Every row that was run teaches, `last` being the token before the draft; what the text took counts most."""
@@ -186,10 +181,10 @@ class Successors:
         draft, tokens = result.draft, [last, *result.draft.tokens]
         order = [*range(len(draft), 0, -1), 0, *(node + 1 for node in result.path)]
         if self._greedy:
-            _, ids = likeliest(result.logits, self._sequence.sampling, SUCCESSORS)
-            lists = ids.tolist()
+            ids = topk(result.logits, SUCCESSORS)[1].tolist()
+            told = [dict(zip(row, range(SUCCESSORS), strict=False)) for row in ids]
             for row in order:
-                self._lists[tokens[row]] = lists[row]
+                self._told[tokens[row]] = told[row]
             return
         scores, ids = likeliest(result.logits, self._sequence.sampling)
         for row in order:
