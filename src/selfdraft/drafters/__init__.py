@@ -15,6 +15,7 @@ from selfdraft.drafters.lookup import Lookup
 from selfdraft.drafters.merged import Merged
 from selfdraft.drafters.none import NoDrafter
 from selfdraft.drafters.prediction import Prediction
+from selfdraft.drafters.quantised import Quantised
 from selfdraft.drafters.recycling import Recycling
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
@@ -33,6 +34,7 @@ NAMES: dict[str, Factory] = {
     "prediction": Prediction,
     "lookahead": Lookahead,
     "layer_skip": LayerSkip,
+    "quantised": Quantised,
     "s3d": S3D,
     "space": Space,
     "merged": Merged,
