@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from selfdraft.core.profile import Profile
-from selfdraft.core.tree import Draft
+from selfdraft.core.tree import Draft, chances_of
 from selfdraft.core.watch import PAUSES, TRIAL, Watch
-from selfdraft.drafters.auto import Auto, chances_of
+from selfdraft.drafters.auto import Auto
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
 from selfdraft.tune import profile as profiles

@@ -7,15 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfdraft.core.rows import Rows, pack
-from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.models.adapter import HFTarget
 from selfdraft.models.masks import Gate
-from selfdraft.models.rounding import LINE, RoundedLinear, decode, encode, rounding
-from selfdraft.types import Rounded, SamplingParams, Skip
-from tests.models import VOCAB, random_adapters, tiny_llama
-from tests.test_runner import TYPES, fast_target, unavailable
+from selfdraft.models.rounding import LINE, RoundedLinear, decode, encode
+from tests.models import tiny_llama
+from tests.test_runner import unavailable
 
 compiled = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 SIZES = [(16, 128), (5, 1), (1, 64), (33, 127), (17, 129), (48, 200), (3, 513), (61, 48)]

@@ -173,22 +173,32 @@ class Merger:
         """What was said at ROOT and at nodes of the draft."""
         self._draft = EMPTY
 
-    def tree(self, budget: Budget, price: float) -> Draft:
-        """The tree whose nodes are at least as likely as `price`, within the budget. Its scores are chances."""
+    def tree(self, budget: Budget, price: float, path: SequenceOf[int] = ()) -> Draft:
+        """The tree whose nodes are at least as likely as `price`, within the budget. Its scores are chances.
+
+        `path`: tokens that are thought to come first; the tree hangs under the last of them.
+        """
         self._places, self._draft = {}, EMPTY
         if budget.depth <= 0 or budget.nodes <= 0:
             return EMPTY
         places, credit = self._places, self.credit
 
         def after(depth: int, token: int, node: int, parent: int) -> Guess:
-            place = places[node] = self._after(places[parent], token, depth)
+            place = places[node] = self._after(places[parent], token, len(path) + depth)
             return credit.ranked(place.keys)
 
-        first = places[ROOT] = self._here()
+        first = self._here()
+        for depth, token in enumerate(path, 1):
+            first = self._after(first, token, depth)
+        places[ROOT] = first
         draft = expand(credit.ranked(first.keys), after, believe, budget, max(price, FLOOR), "")
         names = [credit.names(places[p].keys[t]) for t, p in zip(draft.tokens, draft.parents, strict=True)]
-        self._draft = replace(draft, sources=tuple(names))
-        return self._draft
+        draft = replace(draft, sources=tuple(names))
+        if path:
+            self._places = {}  # they are no places of the text
+        else:
+            self._draft = draft
+        return draft
 
     def score(self, tokens: SequenceOf[int]) -> None:
         """The text went on with `tokens`: book what every source said at each of these places, run or not.

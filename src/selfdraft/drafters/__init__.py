@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
 from selfdraft.drafters.auto import Auto
+from selfdraft.drafters.cascade import Cascade
 from selfdraft.drafters.context import Context
 from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.drafters.lookahead import Lookahead
@@ -35,6 +36,7 @@ NAMES: dict[str, Factory] = {
     "lookahead": Lookahead,
     "layer_skip": LayerSkip,
     "quantised": Quantised,
+    "cascade": Cascade,
     "s3d": S3D,
     "space": Space,
     "merged": Merged,

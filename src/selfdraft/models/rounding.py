@@ -98,6 +98,10 @@ def decode(codes: Tensor, scales: Tensor, bits: int, wide: int) -> Tensor:
 class RoundedLinear(nn.Module):
     """A linear layer that keeps codes and scales of its weights only; each pass makes the weights out of them anew."""
 
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None  # type: ignore[assignment]
+
     def __init__(self, layer: nn.Module, bits: int, gate: Gate) -> None:
         super().__init__()
         weight = layer.weight.T if _transposed(layer) else layer.weight
