@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from selfdraft.core.profile import Profile
+from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft, chances_of
 from selfdraft.core.watch import PAUSES, TRIAL, Watch
 from selfdraft.drafters.auto import Auto
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
 from selfdraft.tune import profile as profiles
-from selfdraft.types import SamplingParams
+from selfdraft.types import Budget, SamplingParams
 from tests.models import run, tiny_target
 
 STEPS = Profile((1, 4, 8, 16), (1.0, 1.0, 2.0, 4.0), (0.0, 0.0, 0.0, 0.01), per_sequence=0.5, host=0.1)
@@ -79,8 +80,8 @@ def test_the_watch_comes_back_when_it_pays() -> None:
 class Useless(Auto):
     """Every draft is wrong."""
 
-    def _cut(self, drafts: list[Draft], sequences: SequenceOf[object]) -> list[Draft]:
-        return [replace(draft, tokens=(60,) * len(draft)) for draft in super()._cut(drafts, sequences)]  # type: ignore[arg-type]
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        return [replace(draft, tokens=(60,) * len(draft)) for draft in super().draft(sequences, budgets)]
 
 
 @pytest.mark.parametrize("kind", [Auto, Useless])

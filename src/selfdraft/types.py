@@ -164,7 +164,7 @@ class Rounded:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
+        if type(self.bits) is not int or self.bits not in (4, 8):
             raise OptionError(f"bits={self.bits!r}: weights are rounded to 4 or 8 bits")
 
 

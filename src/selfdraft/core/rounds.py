@@ -23,6 +23,8 @@ class Rounds:
     tokens: Mean = field(default_factory=Mean)
     seconds: Mean = field(default_factory=Mean)
     """Tokens and seconds of whole steps; their ratio is rho."""
+    guessed: Mean = field(default_factory=Mean)
+    """Tokens that are expected to be right of what hangs under a chain after a pass."""
     left: int = 0
     """Steps until a pass is tried again, though it did not pay."""
     pause: int = PAUSES[0]
@@ -31,12 +33,12 @@ class Rounds:
         """Tokens that one more inner pass is expected to add to a chain of tokens with these confidences.
 
         `guessed` tokens of what hangs under the chain are expected to be right: without the pass they are accepted
-        all the same; with it they, and one more, are part of the chain, and as many hang under its new end.
+        all the same; with it they, and one more, are part of the chain, and the usual number hangs under its new end.
         """
         rate = self.confidence.acceptance.value
         survives: float = rate ** (1 + guessed)
         gained = rate * (1 - survives) / (1 - rate) if rate < 1 else 1 + guessed
-        return self.confidence.path(scores) * (gained + survives * guessed - guessed)
+        return self.confidence.path(scores) * (gained + survives * self.guessed.value - guessed)
 
     def pays(self, worth: float, rows: int, rho: float) -> bool:
         """Whether a pass of `rows` rows that adds `worth` tokens pays at `rho` tokens per second."""

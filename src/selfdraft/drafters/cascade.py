@@ -8,6 +8,7 @@ model whose passes are all overhead, this is `merged`, and where nothing pays, p
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 from selfdraft.core.chain import Chain
 from selfdraft.core.guarded import Guarded
@@ -16,7 +17,6 @@ from selfdraft.core.rows import chain_rows, tree_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
-from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, Rounded
 
@@ -31,8 +31,6 @@ class Cascade(Guarded):
     `memory` and `recycling` are those of `merged`. The rounded copy is made when it is first drafted with.
     """
 
-    predicts = True
-
     def __init__(
         self,
         target: Target,
@@ -42,9 +40,7 @@ class Cascade(Guarded):
         memory: int = 0,
         recycling: bool = True,
     ) -> None:
-        if not isinstance(recycling, bool):
-            raise OptionError(f"recycling={recycling!r} is neither True nor False")
-        super().__init__(num_speculative_tokens, memory, recycling)
+        super().__init__(target.profile, num_speculative_tokens, memory, recycling)
         self.target, self.short = target, Rounded(bits)
         self.rounds = Rounds()
         self._ready = False
@@ -77,61 +73,88 @@ class Cascade(Guarded):
             Chain(sequence, min(most, budget.nodes, budget.depth))
             for sequence, budget in zip(sequences, budgets, strict=True)
         ]
-        trees = [self._tree(chain, self._price(chain)) for chain in chains]
+        plain = self._seconds(sequences, len(sequences))[0]
+        rho = self.rounds.rho(len(sequences) / plain if plain else 0.0)
+        links = [Link(chain, *self._guess(chain)) for chain in chains]
         first = True
-        while going := self._going(chains, trees, first):
-            self._round([(chain, trees[i]) for i, chain in going])
-            for i, chain in going:
-                trees[i] = self._tree(chain, self._price(chain))
+        while going := self._going(links, rho, first):
+            began = self.clock()
+            rows = self._round(going)
+            for link in going:
+                link.tree, link.chances = self._guess(link.chain)
+                self.rounds.guessed.observe(sum(link.chances))
+            self.rounds.time.observe(rows, self.clock() - began)
             first = False
         self._chains = {chain.sequence: chain for chain in chains if chain.tokens}
+        if self.profile is not None:
+            others = sum(len(chain.tokens) for chain in chains)
+            for link in links:
+                path = self.rounds.confidence.path(link.chain.scores)
+                chances = [path * chance for chance in link.chances]
+                link.tree = self._cut(link.tree, chances, sequences, rho, others)
+                others += len(link.tree)
         self._began, self._drafted = self.clock(), len(sequences)
-        return [_hung(chain, tree) for chain, tree in zip(chains, trees, strict=True)]
+        return [_hung(link.chain, link.tree) for link in links]
 
-    def _tree(self, chain: Chain, price: float) -> Draft:
-        """What costs no pass, under the chain's end."""
-        left = chain.most - len(chain.tokens) if chain.going else 0
-        return self._note(chain.sequence).merger.tree(Budget(left, left, left), price, chain.tokens)
-
-    def _price(self, chain: Chain) -> float:
-        """What a node behind the chain must be likely, if the chain is right, for its row to pay."""
+    def _guess(self, chain: Chain) -> tuple[Draft, list[float]]:
+        """What costs no pass, under the chain's end, and the chances of its nodes if the chain is right."""
         path = self.rounds.confidence.path(chain.scores)
-        return min(1.0, self.pace.price / path) if path else 1.0
+        price = min(1.0, self.pace.price / path) if path else 1.0
+        left = chain.most - len(chain.tokens) if chain.going else 0
+        tree = self._note(chain.sequence).merger.tree(Budget(left, left, left), price, chain.tokens)
+        return tree, chances_of(tree)
 
-    def _going(self, chains: list[Chain], trees: list[Draft], first: bool) -> list[tuple[int, Chain]]:
-        """The chains that one more inner pass extends, with their numbers; none when it does not pay."""
-        going = [(i, chain) for i, chain in enumerate(chains) if chain.going]
+    def _going(self, links: list[Link], rho: float, first: bool) -> list[Link]:
+        """The chains that one more inner pass extends; none when it does not pay."""
+        going = [link for link in links if link.chain.going]
         if not going:
             return []
-        rows = sum(1 + min(len(trees[i]), INNER) for i, _ in going)
-        worth = sum(self.rounds.worth(chain.scores, sum(chances_of(trees[i]))) for i, chain in going)
-        seconds = self.pace.time.at(len(chains))
-        if self.rounds.pays(worth, rows, self.rounds.rho(len(chains) / seconds if seconds else 0.0)):
+        for link in going:
+            path = self.rounds.confidence.path(link.chain.scores)
+            dear = rho * self.rounds.time.per_row
+            link.rows = 1 + sum(path * chance >= dear for chance in link.chances[:INNER])
+        worth = sum(self.rounds.worth(link.chain.scores, sum(link.chances)) for link in going)
+        if self.rounds.pays(worth, sum(link.rows for link in going), rho):
             self.rounds.paid()
             return going
         return going if first and self.rounds.tries() else []
 
-    def _round(self, work: list[tuple[Chain, Draft]]) -> None:
-        """One inner pass: every chain goes on along its tree as far as the pass agrees, and by one token more."""
+    def _round(self, links: list[Link]) -> int:
+        """One inner pass: every chain goes on along its tree as far as the pass agrees, and by one token more.
+
+        Returns how many rows it had.
+        """
         items = []
-        for chain, tree in work:
-            sequence = chain.sequence
-            items.append((sequence.slot, sequence.cached + len(chain.tokens), chain.path[-1], tree.first(INNER)))
-        began = self.clock()
+        for link in links:
+            chain, tree = link.chain, link.tree.first(link.rows - 1)
+            place = chain.sequence.cached + len(chain.tokens)
+            items.append((chain.sequence.slot, place, chain.path[-1], tree))
         rows = tree_rows(items)
         logits = self.target.forward(rows, self.short)
-        for (chain, _), span in zip(work, rows.spans, strict=True):
+        for link, span in zip(links, rows.spans, strict=True):
             children = span.draft.children()
             node: int | None = ROOT
             order = [0]
             while node is not None:
-                token = chain.extend(logits[span.start + 1 + node])
-                node = children.get((node, token)) if chain.going else None
+                token = link.chain.extend(logits[span.start + 1 + node])
+                node = children.get((node, token)) if link.chain.going else None
                 if node is not None:
                     order.append(1 + node)
             self.target.keep(span.slot, span.base, order)
-            chain.sequence.stats.num_draft_passes += 1
-        self.rounds.time.observe(len(rows), self.clock() - began)
+            link.chain.sequence.stats.num_draft_passes += 1
+        return len(rows)
+
+
+@dataclass(slots=True)
+class Link:
+    """A chain with what hangs under its end."""
+
+    chain: Chain
+    tree: Draft
+    chances: list[float]
+    """Of every node of the tree, if the chain is right."""
+    rows: int = 1
+    """Of the next inner pass: the chain's end, and the nodes that pay."""
 
 
 def _hung(chain: Chain, tree: Draft) -> Draft:

@@ -100,7 +100,7 @@ class RoundedLinear(nn.Module):
 
     codes: Tensor
     scales: Tensor
-    bias: Tensor | None  # type: ignore[assignment]
+    bias: Tensor | None
 
     def __init__(self, layer: nn.Module, bits: int, gate: Gate) -> None:
         super().__init__()
@@ -110,7 +110,9 @@ class RoundedLinear(nn.Module):
         codes, scales = encode(weight, bits)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
-        self.bias = layer.bias
+        bias = layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        self.bias = bias
         self.bits, self.gate = bits, gate
 
     @property
