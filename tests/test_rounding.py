@@ -241,7 +241,7 @@ def test_the_pocket_model_agrees_with_its_rounded_self() -> None:
     assert rates[1] > 0.8
     made = llm.target.copies
     assert sum(copy_.seconds for copy_ in made.values()) < 5.0
-    assert made[4].bytes < made[8].bytes < sum(p.numel() for p in llm.model.parameters()) * 1.3
+    assert made[4].bytes < made[8].bytes < sum(p.numel() for p in llm.model.parameters()) * 1.5
 
 
 def test_sampled_drafts_share_the_noise() -> None:

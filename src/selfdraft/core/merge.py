@@ -172,6 +172,7 @@ class Merger:
         self._places: dict[int, Place] = {}
         """What was said at ROOT and at nodes of the draft."""
         self._draft = EMPTY
+        self._trail: tuple[list[int], Place | None] = [], None
 
     def tree(self, budget: Budget, price: float, path: SequenceOf[int] = ()) -> Draft:
         """The tree whose nodes are at least as likely as `price`, within the budget. Its scores are chances.
@@ -187,10 +188,7 @@ class Merger:
             place = places[node] = self._after(places[parent], token, len(path) + depth)
             return credit.ranked(place.keys)
 
-        first = self._here()
-        for depth, token in enumerate(path, 1):
-            first = self._after(first, token, depth)
-        places[ROOT] = first
+        first = places[ROOT] = self._behind(path)
         draft = expand(credit.ranked(first.keys), after, believe, budget, max(price, FLOOR), "")
         names = [credit.names(places[p].keys[t]) for t, p in zip(draft.tokens, draft.parents, strict=True)]
         draft = replace(draft, sources=tuple(names))
@@ -206,6 +204,7 @@ class Merger:
         To be called before the sources read the tokens.
         """
         place = self._places.get(ROOT) or self._here()
+        self._trail = [], None
         node: int | None = ROOT
         children = self._draft.children()
         for depth, token in enumerate(tokens, 1):
@@ -222,6 +221,16 @@ class Merger:
         for counts, told in zip(self._counts, place.told, strict=True):
             for guessed, kind in told:
                 counts.observe(kind, place.depth, float(guessed == token))
+
+    def _behind(self, path: SequenceOf[int]) -> Place:
+        """The place behind tokens that are thought to come. A longer path goes on where the last one ended."""
+        known, place = self._trail
+        if not path or place is None or list(path[: len(known)]) != known:
+            known, place = [], self._here()
+        for depth in range(len(known), len(path)):
+            place = self._after(place, path[depth], depth + 1)
+        self._trail = [*path], place
+        return place
 
     def _here(self) -> Place:
         return self._place([source.state for source in self.sources], 0)

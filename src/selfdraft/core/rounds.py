@@ -13,6 +13,9 @@ from selfdraft.core.adapt import TRUSTED, Mean, StepTime
 from selfdraft.core.exit import Confidence
 from selfdraft.core.watch import PAUSES
 
+HOPE = 3.0
+"""A pass that costs so many times what it is worth is not tried until its time is known."""
+
 
 @dataclass(slots=True)
 class Rounds:
@@ -44,12 +47,12 @@ class Rounds:
         """Whether a pass of `rows` rows that adds `worth` tokens pays at `rho` tokens per second."""
         return worth > rho * self.time.at(rows)
 
-    def tries(self) -> bool:
+    def tries(self, worth: float, rows: int, rho: float) -> bool:
         """Asked once a step in which no pass paid: whether to run one all the same, to measure it.
 
-        At first, until its time is known; then after pauses that double as long as it does not pay.
+        At first, until its time is known or beyond hope; then after pauses that double as long as it does not pay.
         """
-        if self.time.steps < TRUSTED:
+        if self.time.steps < TRUSTED and HOPE * worth >= rho * self.time.at(rows):
             return True
         self.left -= 1
         if self.left > 0:

@@ -114,10 +114,11 @@ class Cascade(Guarded):
             dear = rho * self.rounds.time.per_row
             link.rows = 1 + sum(path * chance >= dear for chance in link.chances[:INNER])
         worth = sum(self.rounds.worth(link.chain.scores, sum(link.chances)) for link in going)
-        if self.rounds.pays(worth, sum(link.rows for link in going), rho):
+        rows = sum(link.rows for link in going)
+        if self.rounds.pays(worth, rows, rho):
             self.rounds.paid()
             return going
-        return going if first and self.rounds.tries() else []
+        return going if first and self.rounds.tries(worth, rows, rho) else []
 
     def _round(self, links: list[Link]) -> int:
         """One inner pass: every chain goes on along its tree as far as the pass agrees, and by one token more.

@@ -395,25 +395,25 @@ inline __attribute__((always_inline)) void line_dots(const uint8_t *const *w, co
   constexpr int groups = BITS == 4 ? 2 : 1, parts = LINE / L::step / groups;
 #pragma GCC unroll 2
   for (int g = 0; g < groups; g++) {
-    v16 sum[R * M] = {};
-#pragma GCC unroll 8
-    for (int p = g * parts; p < (g + 1) * parts; p++) {
-      typename L::part part[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) part[r] = Codes<T, BITS>::part(w[r] + line * (16 * BITS), p);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
-        const T *from = x[m] + line * LINE + p * L::step;
-        const word count = left - p * L::step;
-        typename L::part row = !LAST || count >= L::step ? L::whole(from) : L::rest(from, std::max<word>(count, 0));
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) sum[m * R + r] = L::add(sum[m * R + r], part[r], row);
-      }
-    }
+    typename L::part part[R][parts];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int p = 0; p < parts; p++) part[r][p] = Codes<T, BITS>::part(w[r] + line * (16 * BITS), g * parts + p);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; m++) acc[m * R + r] += sum[m * R + r] * scales[r][line * groups + g];
+    for (int m = 0; m < M; m++) {
+      v16 sum[R] = {};
+#pragma GCC unroll 8
+      for (int p = 0; p < parts; p++) {
+        const T *from = x[m] + line * LINE + (g * parts + p) * L::step;
+        const word count = left - (g * parts + p) * L::step;
+        typename L::part row = !LAST || count >= L::step ? L::whole(from) : L::rest(from, std::max<word>(count, 0));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) sum[r] = L::add(sum[r], part[r][p], row);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) acc[m * R + r] += sum[r] * scales[r][line * groups + g];
+    }
   }
 }
 
@@ -458,8 +458,10 @@ void rounded_products(const Instr &op, const char *X, char *Y, word from, word t
 template <class T, int BITS> void rounded(const Pass &pass, const Instr &op, word rows, word from, word to) {
   const char *X = at(pass, op.a, 0, 0);
   char *Y = at(pass, op.out, 0, 0);
-  auto go = rows == 1 ? rounded_products<T, BITS, 8, 1> : rows == 2 ? rounded_products<T, BITS, 4, 2>
-    : rounded_products<T, BITS, 2, 4>;
+  // measured: one row at a time the weights come too slowly, from four on the sums are as fast as they get
+  constexpr int four = BITS == 4 ? 4 : 2;
+  auto go = rows == 1 ? rounded_products<T, BITS, 4, 1> : rows == 2 ? rounded_products<T, BITS, 4, 2>
+    : rows <= 4 ? rounded_products<T, BITS, four, 4> : rounded_products<T, BITS, 2, 8>;
   for (word r = 0; r < rows; r += CHUNK)
     go(op, X + r * op.a.row, Y + r * op.out.row, from, to, std::min(CHUNK, rows - r));
 }
