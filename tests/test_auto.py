@@ -102,6 +102,21 @@ def test_it_comes_back() -> None:
     assert steps <= (TRIAL + 1) / SHARE + 1
 
 
+def test_a_new_request_is_a_new_chance_that_gets_rarer() -> None:
+    watch, tried = Watch(), 0
+    for _ in range(100):
+        if watch.aside:
+            watch.begin()
+        if not watch.aside:
+            tried += 1
+        while not watch.aside:
+            watch.book(-0.5)
+    assert 6 <= tried <= 9
+    watch.aside, watch.balance = False, START
+    watch.book(1.0)
+    assert watch.patience == 1
+
+
 class Useless(Auto):
     """Every draft is wrong."""
 

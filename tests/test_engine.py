@@ -24,7 +24,7 @@ from selfdraft.drafters import build
 from selfdraft.engine import scheduler
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
-from selfdraft.types import Budget, SamplingParams, Skip
+from selfdraft.types import Budget, SamplingParams, Short
 from tests.models import run, tiny_target
 
 VOCAB, CONTEXT, END = 13, 60, 0
@@ -75,7 +75,7 @@ class FakeTarget:
     def advice(self, method: str) -> dict[str, object]:
         return {}
 
-    def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         if self.fails:
             raise RuntimeError("planted")
         self.tentative = {}

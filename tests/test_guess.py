@@ -23,7 +23,7 @@ from selfdraft.errors import MissingMasks, OptionError
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.protocols import Drafter
-from selfdraft.types import Budget, SamplingParams, Skip
+from selfdraft.types import Budget, SamplingParams, Short
 from tests.models import VOCAB, run, tiny_llama, tiny_target
 
 WIDE = Budget(nodes=64, depth=8, reach=8)
@@ -209,7 +209,7 @@ def test_a_link_is_added_before_the_noise() -> None:
 class Mirror(HFTarget):
     """Its short pass leaves nothing out, so what the last token's row says there is what it will say in the end."""
 
-    def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         return super().forward(rows)
 
 

@@ -31,7 +31,7 @@ from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result, walk
 from selfdraft.engine.step import step
 from selfdraft.errors import EngineError
-from selfdraft.types import Budget, SamplingParams, Skip
+from selfdraft.types import Budget, SamplingParams, Short
 
 Prefix = tuple[int, ...]
 Weights = list[float]
@@ -200,7 +200,7 @@ class TableTarget:
     def advice(self, method: str) -> dict[str, object]:
         return {}
 
-    def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         (span,) = rows.spans
         assert span.base == len(self.memory)
         self.rows = rows.tokens.tolist()

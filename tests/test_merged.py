@@ -117,8 +117,8 @@ def test_nothing_reaches_over_a_separation() -> None:
     tree.separate()
     for token in (3, 1, 2):
         tree.push(token)
-    assert [token for token, _ in tree.guess(tree.state)] == []  # what followed 1 2 was the end
-    assert BREAK not in [token for token, _ in tree.guess(tree.step([], 2))]
+    assert [*tree.guess(tree.state)] == []  # what followed 1 2 was the end
+    assert BREAK not in tree.guess(tree.step([], 2))
     state = tree.step(tree.step([], 2), 3)
     assert len(state) == 1
 
@@ -442,7 +442,7 @@ def test_a_prediction_as_text_and_who_reads_none() -> None:
     with pytest.raises(RequestError, match="token id 99999 in the prediction"):
         llm.generate(TEXTS[0], SamplingParams(prediction=(99999,)))
     llm.use("lookup")
-    with pytest.raises(RequestError, match=r"'lookup' reads no prediction; these do: prediction, merged"):
+    with pytest.raises(RequestError, match=r"'lookup' reads no prediction; these do: prediction"):
         llm.generate(TEXTS[0], SamplingParams(prediction="a dog"))
 
 

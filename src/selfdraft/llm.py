@@ -146,7 +146,7 @@ class LLM:
         """Counts over all requests so far."""
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
-        if drafter == "auto" and self.target.profile is None:
+        if getattr(find(drafter, options), "profiled", False) and self.target.profile is None:
             self._measure()
         return Engine(self.target, build(drafter, self.target, options), **self._sizes)
 

@@ -13,7 +13,7 @@ from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
-from selfdraft.types import Budget, Skip
+from selfdraft.types import Budget, Short
 
 
 class Target(Protocol):
@@ -52,8 +52,11 @@ class Target(Protocol):
     def context(self) -> int:
         """Most tokens of a slot."""
 
-    def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
-        """Logits [len(rows.answers), vocab]. Rows are tentative: nothing is remembered until `keep`."""
+    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+        """Logits [len(rows.answers), vocab]. Rows are tentative: nothing is remembered until `keep`.
+
+        `short`: how a drafting pass is made cheaper; None is the whole model.
+        """
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         """Of the last forward's rows of this slot, remember these (in order) behind the first `base` tokens."""

@@ -33,6 +33,8 @@ COLOURS = {
     "suffix": "cyan",
     "lookahead": "magenta",
     "layer_skip": "yellow",
+    "quantised": "bright_yellow",
+    "cascade": "bright_cyan",
     "s3d": "bright_blue",
     "space": "bright_green",
 }

@@ -154,6 +154,24 @@ class Skip:
         return min(self.attention | self.mlp, default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """All sublayers in a drafting pass, with the weights of their linear layers rounded to so many bits.
+
+    Source: ML-SpecQD (arXiv 2503.13565), SubSpec (arXiv 2509.18344): a rounded copy of the same weights drafts.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in (4, 8):
+            raise OptionError(f"bits={self.bits!r}: weights are rounded to 4 or 8 bits")
+
+
+Short = Skip | Rounded
+"""How a drafting pass is made cheaper than a whole one."""
+
+
 def middle(layers: int, width: int) -> Skip:
     """The symmetric middle range of S3D (arXiv 2405.20314): `width` whole blocks out of `layers`, the first ones kept.
 

@@ -27,7 +27,7 @@ from selfdraft.engine.scheduler import share
 from selfdraft.engine.step import budget
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter
-from selfdraft.types import SamplingParams, Skip, Stats, within
+from selfdraft.types import SamplingParams, Short, Stats, within
 
 BEHIND = -1
 """What the log says behind its end: no token."""
@@ -57,7 +57,7 @@ class LogTarget:
     def advice(self, method: str) -> Mapping[str, object]:
         return {}
 
-    def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         raise OptionError("this drafter runs the model; a log holds tokens only")
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:

@@ -69,6 +69,34 @@ class ExitThreshold:
 
 
 @dataclass(slots=True)
+class Confidence:
+    """How often a token was accepted, all before it being accepted, by the chance that the drafter gave to it."""
+
+    acceptance: Mean = field(default_factory=lambda: Mean(0.8, 4.0))
+    bins: list[Mean] = field(default_factory=lambda: [Mean((i + 0.5) / BINS, 4.0, 0.995) for i in range(BINS)])
+
+    def chance(self, confidence: float) -> float:
+        """Calibrated chance that a token of this confidence is accepted, all before it being accepted."""
+        return self._bin(confidence).value
+
+    def path(self, confidences: SequenceOf[float]) -> float:
+        """Calibrated chance that tokens of these confidences are all accepted."""
+        path = 1.0
+        for confidence in confidences:
+            path *= self.chance(confidence)
+        return path
+
+    def observe(self, confidences: SequenceOf[float], accepted: int) -> None:
+        """Book a chain whose first `accepted` tokens were right."""
+        for i, confidence in enumerate(confidences[: accepted + 1]):
+            self._bin(confidence).observe(float(i < accepted))
+            self.acceptance.observe(float(i < accepted))
+
+    def _bin(self, confidence: float) -> Mean:
+        return self.bins[min(int(confidence * BINS), BINS - 1)]
+
+
+@dataclass(slots=True)
 class ThroughputExit:
     """Drafting stops when the next token is expected to bring less than it costs; no target rate is needed.
 
@@ -87,20 +115,15 @@ class ThroughputExit:
     tokens: Mean = field(default_factory=Mean)
     seconds: Mean = field(default_factory=Mean)
     """Tokens and seconds of a step; their ratio is rho."""
-    acceptance: Mean = field(default_factory=lambda: Mean(0.8, 4.0))
-    bins: list[Mean] = field(default_factory=lambda: [Mean((i + 0.5) / BINS, 4.0, 0.995) for i in range(BINS)])
-    """Acceptance of a token by the drafter's confidence in it."""
+    confidence: Confidence = field(default_factory=Confidence)
 
     def chance(self, confidence: float) -> float:
         """Calibrated chance that a token of this confidence is accepted, all before it being accepted."""
-        return self._bin(confidence).value
+        return self.confidence.chance(confidence)
 
     def stops(self, confidences: SequenceOf[float]) -> bool:
         """Whether a draft with tokens of these confidences ends here."""
-        path = 1.0
-        for confidence in confidences:
-            path *= self.chance(confidence)
-        return path < self.value
+        return self.confidence.path(confidences) < self.value
 
     def observe(self, drafts: Iterable[Verified], seconds: StepSeconds) -> None:
         """Book one step of all its drafts."""
@@ -109,9 +132,7 @@ class ThroughputExit:
         if not count:
             return
         for draft in drafts:
-            for i, confidence in enumerate(draft.confidences[: draft.accepted + 1]):
-                self._bin(confidence).observe(float(i < draft.accepted))
-                self.acceptance.observe(float(i < draft.accepted))
+            self.confidence.observe(draft.confidences, draft.accepted)
         self.links.observe(seconds.drafting / count)
         self.steps.observe(seconds.rows, seconds.verifying)
         self.tokens.observe(sum(draft.accepted + 1 for draft in drafts))
@@ -119,7 +140,4 @@ class ThroughputExit:
         if self.steps.steps >= TRUSTED:
             speed = self.tokens.value / self.seconds.value
             price = speed * (self.links.value + self.steps.per_row)
-            self.value = min(1.0, max(0.0, price / self.acceptance.value))
-
-    def _bin(self, confidence: float) -> Mean:
-        return self.bins[min(int(confidence * BINS), BINS - 1)]
+            self.value = min(1.0, max(0.0, price / self.confidence.acceptance.value))

@@ -184,11 +184,13 @@ class Merger:
         self._places: dict[int, Place] = {}
         """What was said at ROOT and at nodes of the draft."""
         self._draft = EMPTY
+        self._trail: tuple[list[int], Place | None] = [], None
 
-    def tree(self, budget: Budget, prices: SequenceOf[float]) -> Draft:
+    def tree(self, budget: Budget, prices: SequenceOf[float], path: SequenceOf[int] = ()) -> Draft:
         """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
 
         Prices never fall, and there is one for each node of the budget. The scores of the draft are chances.
+        `path`: tokens that are thought to come first; the tree hangs under the last of them.
         """
         self._places, self._draft = {}, EMPTY
         most = min(budget.nodes, len(prices)) if budget.depth > 0 else 0
@@ -200,7 +202,7 @@ class Merger:
         scores: list[float] = []
         sources: list[str] = []
         heap: list[Branch] = []
-        place, node, reached, depth = self._here(), ROOT, 1.0, 0
+        place, node, reached, depth = self._behind(path), ROOT, 1.0, 0
         while True:
             floor = max(prices[len(tokens)], FLOOR)
             if depth < budget.depth:
@@ -225,9 +227,13 @@ class Merger:
             else:
                 heappop(heap)
             if depth < budget.depth:
-                place = self._after(places[parent], token, depth)
-        self._draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
-        return self._draft
+                place = self._after(places[parent], token, len(path) + depth)
+        draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
+        if path:
+            self._places = {}  # they are no places of the text
+        else:
+            self._draft = draft
+        return draft
 
     def score(self, tokens: SequenceOf[int]) -> None:
         """The text went on with `tokens`: book what every source said at each of these places, run or not.
@@ -235,6 +241,7 @@ class Merger:
         To be called before the sources read the tokens.
         """
         place = self._places.get(ROOT) or self._here()
+        self._trail = [], None
         node: int | None = ROOT
         children = self._draft.children() if len(tokens) > 1 else {}
         for depth, token in enumerate(tokens, 1):
@@ -246,6 +253,16 @@ class Merger:
                 known = self._places.get(node) if node is not None else None
                 place = known or self._after(place, token, depth)
         self._places, self._draft = {}, EMPTY
+
+    def _behind(self, path: SequenceOf[int]) -> Place:
+        """The place behind tokens that are thought to come. A longer path goes on where the last one ended."""
+        known, place = self._trail
+        if not path or place is None or list(path[: len(known)]) != known:
+            known, place = [], self._here()
+        for depth in range(len(known), len(path)):
+            place = self._after(place, path[depth], depth + 1)
+        self._trail = [*path], place
+        return place
 
     def _here(self) -> Place:
         return self._place([source.state for source in self.sources], 0)

@@ -87,11 +87,19 @@ def chain_rows(items: SequenceOf[tuple[int, int, int]]) -> Rows:
 
 def group_rows(items: SequenceOf[tuple[int, int, int, SequenceOf[int]]], source: str) -> Rows:
     """For each (slot, base, last token, masks): the token and a chain of mask probes, all of them answered."""
+    groups = [
+        (slot, base, token, EMPTY.with_probes(masks, range(-1, len(masks) - 1), source))
+        for slot, base, token, masks in items
+    ]
+    return tree_rows(groups)
+
+
+def tree_rows(items: SequenceOf[tuple[int, int, int, Draft]]) -> Rows:
+    """For each (slot, base, last token, tree): the token and the tree under it, all of them answered."""
     spans: list[Span] = []
     tokens: list[int] = []
-    for slot, base, token, masks in items:
-        draft = EMPTY.with_probes(masks, range(-1, len(masks) - 1), source)
+    for slot, base, token, draft in items:
         spans.append(Span(slot, base, len(tokens), 1, draft, 1 + len(draft)))
-        tokens += [token, *masks]
+        tokens += [token, *draft.tokens]
     positions = [position for span in spans for position in span.positions]
     return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(range(len(tokens))))

@@ -140,6 +140,14 @@ class Draft:
 EMPTY = Draft()
 
 
+def chances_of(draft: Draft) -> list[float]:
+    """The chance of every node's whole path, out of the chances of each node behind its parent."""
+    reached: list[float] = []
+    for parent, own in zip(draft.parents[: draft.candidates], draft.scores, strict=False):
+        reached.append(own * (reached[parent] if parent != ROOT else 1.0))
+    return reached
+
+
 def merge(drafts: Sequence[Draft]) -> Draft:
     """One tree out of many: shared prefixes become one node that keeps all its sources; probes follow unmerged."""
     tokens: list[int] = []

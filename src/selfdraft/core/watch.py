@@ -21,6 +21,9 @@ class Watch:
 
     balance: float = START
     aside: bool = False
+    patience: int = 1
+    """Requests until one is tried again though the purse is empty; doubled each time that fails."""
+    waited: int = 0
 
     def rest(self) -> None:
         """A step while standing aside."""
@@ -28,8 +31,17 @@ class Watch:
         if self.balance >= TRIAL:
             self.aside = False
 
+    def begin(self) -> None:
+        """A request begins while standing aside: its text may be of another kind."""
+        self.waited += 1
+        if self.waited >= self.patience:
+            self.aside, self.waited, self.patience = False, 0, 2 * self.patience
+            self.balance = max(self.balance, 1.0)
+
     def book(self, gain: float) -> None:
         """A step that brought `gain` plain steps more than it took; less than 0 when it lost."""
         self.balance = min(self.balance + gain + SHARE, MOST)
         if self.balance < 0:
             self.aside = True
+        elif self.balance > START:
+            self.patience = 1

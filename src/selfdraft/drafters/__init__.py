@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
 from selfdraft.drafters.auto import Auto
+from selfdraft.drafters.cascade import Cascade
 from selfdraft.drafters.context import Context
 from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.drafters.lookahead import Lookahead
@@ -15,6 +16,7 @@ from selfdraft.drafters.lookup import Lookup
 from selfdraft.drafters.merged import Merged
 from selfdraft.drafters.none import NoDrafter
 from selfdraft.drafters.prediction import Prediction
+from selfdraft.drafters.quantised import Quantised
 from selfdraft.drafters.recycling import Recycling
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
@@ -33,6 +35,8 @@ NAMES: dict[str, Factory] = {
     "prediction": Prediction,
     "lookahead": Lookahead,
     "layer_skip": LayerSkip,
+    "quantised": Quantised,
+    "cascade": Cascade,
     "s3d": S3D,
     "space": Space,
     "merged": Merged,

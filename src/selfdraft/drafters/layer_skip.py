@@ -7,35 +7,21 @@ LayerSkip's shorthand (arXiv 2404.16710): every block from there on is left out.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
-from selfdraft.core.choose import choose, process
-from selfdraft.core.exit import ExitThreshold, StepSeconds, ThroughputExit, Verified
-from selfdraft.core.rows import chain_rows
-from selfdraft.core.sequence import Sequence
+from selfdraft.core.chain import Chaining, exit_of
 from selfdraft.core.skipset import checked, parse_sets, pick_set, skip_of
-from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
-from selfdraft.types import Budget, Skip, within
+from selfdraft.types import Skip, within
 
 SOURCE = "layer_skip"
-POLICIES = ("target", "throughput")
-"""What the exit threshold follows: the acceptance rate asked for, or the measured tokens per second."""
 
 
-class LayerSkip:
-    """A chain of up to `num_speculative_tokens`, one short pass of the target per link.
+class LayerSkip(Chaining):
+    """A chain of up to `num_speculative_tokens`, one short pass of the target per link (`core/chain.py`).
 
-    The passes read the target's own cache and write behind what it remembers, so there is nothing to undo. A
-    sampled request drafts with the noise the target will use: that is what makes sampled drafts agree.
     `skip_set`: a JSON file of skip sets, 'FILE' or 'FILE#NAME'. Without any set the checkpoint's own is taken
     (`Target.advice`), else the pattern of the published ones.
     """
@@ -54,84 +40,11 @@ class LayerSkip:
         target_acceptance_rate: float = 0.9,
         adaptive: bool = True,
     ) -> None:
-        within("num_speculative_tokens", num_speculative_tokens, 1, 256)
-        within("confidence_threshold", confidence_threshold, 0.0, 1.0)
-        within("target_acceptance_rate", target_acceptance_rate, 0.0, 1.0)
-        if exit_policy not in POLICIES:
-            raise OptionError(f"exit_policy={exit_policy!r} is unknown; there are {' and '.join(POLICIES)}")
-        if exit_policy == "throughput" and not adaptive:
-            raise OptionError("exit_policy='throughput' adapts: adaptive=False belongs to exit_policy='target'")
-        self.target = target
+        rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
+        super().__init__(lambda rows: target.forward(rows, self.skip), SOURCE, num_speculative_tokens, rule)
         told = any(option is not None for option in (skip_attention, skip_mlp, exit_layer, skip_set))
         named = skip_set if told else target.advice(SOURCE).get("skip_set")
         self.skip = choose_skip(target.layers, skip_attention, skip_mlp, exit_layer, named)
-        self.most = num_speculative_tokens
-        self.exit: ExitThreshold | ThroughputExit = (
-            ThroughputExit(confidence_threshold)
-            if exit_policy == "throughput"
-            else ExitThreshold(confidence_threshold, target_acceptance_rate, adaptive)
-        )
-        self.clock = time.perf_counter
-        self._seconds = self._ended = 0.0
-
-    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        began = self.clock()
-        chains = [
-            _Chain(sequence, min(self.most, budget.depth, budget.nodes))
-            for sequence, budget in zip(sequences, budgets, strict=True)
-        ]
-        while going := [chain for chain in chains if chain.going]:
-            rows = chain_rows([(c.sequence.slot, c.sequence.cached + len(c.tokens), c.path[-1]) for c in going])
-            for chain, logits in zip(going, self.target.forward(rows, self.skip), strict=True):
-                chain.extend(logits, self.exit)
-        self._ended = self.clock()
-        self._seconds = self._ended - began
-        return [Draft.chain(c.tokens, SOURCE, c.scores) if c.tokens else EMPTY for c in chains]
-
-    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        rows = sum(len(result.answers) for result in results)
-        seconds = StepSeconds(self._seconds, self.clock() - self._ended, rows)
-        drafts = [
-            Verified(
-                result.draft.scores[: result.draft.candidates], len(result.path), result.draft.candidates == self.most
-            )
-            for result in results
-            if result.draft.candidates
-        ]
-        self.exit.observe(drafts, seconds)
-
-
-@dataclass(slots=True)
-class _Chain:
-    """The draft of one sequence while it grows."""
-
-    sequence: Sequence
-    most: int
-    tokens: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    path: list[int] = field(init=False)
-    """The sequence's tokens and the drafted ones: what processors see."""
-    going: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.path = list(self.sequence.tokens)
-        self.going = self.most > 0
-
-    def extend(self, logits: Tensor, exit_: ExitThreshold | ThroughputExit) -> None:
-        """Add what the short pass says; the token at which drafting stops is still verified."""
-        sequence, sampling = self.sequence, self.sequence.sampling
-        if sampling.plain:
-            token = int(logits.argmax())
-        else:
-            scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.ends)
-            token = choose(scores, sampling, sequence.seed, len(self.path))
-        confidence = float(logits.float().softmax(-1)[token])
-        self.tokens.append(token)
-        self.scores.append(confidence)
-        self.path.append(token)
-        sequence.stats.num_draft_passes += 1
-        ended = token in sequence.ends and not sampling.ignore_eos
-        self.going = len(self.tokens) < self.most and not ended and not exit_.stops(self.scores)
 
 
 def choose_skip(

@@ -19,9 +19,10 @@ from selfdraft.models import view
 from selfdraft.models.attention import NAME, Plan, attend, make_plan
 from selfdraft.models.masks import Gate, MaskAdapter, gate_rows, gated, linked
 from selfdraft.models.reuse import EarlyStates, unknown_part
+from selfdraft.models.rounding import Copy, rounding
 from selfdraft.models.runner import Runner
 from selfdraft.models.shapes import NATURAL, Shapes
-from selfdraft.types import Skip
+from selfdraft.types import Rounded, Short, Skip
 
 AttentionInterface.register(NAME, attend)  # transformers' own table of attention functions: adds a name, changes none
 
@@ -73,6 +74,8 @@ class HFTarget:
         self._gate = Gate()
         self._gated = gated(self._view, self.adapters, self._gate) if adapters else self._view
         self._views: dict[object, PreTrainedModel] = {}
+        self.copies: dict[int, Copy] = {}
+        """What the rounded copies took that were made so far, by bits."""
         self._early = EarlyStates()
         self._context = context or context_of(model)
         self._device = next(model.parameters()).device
@@ -140,24 +143,27 @@ class HFTarget:
             (self.runner or self.cache).keep(slot, base, order)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         self._make_room(rows)
-        acting = gate_rows(rows, self.adapters, self.vocab, skipped=skip is not None) if self.adapters else {}
+        skipped = isinstance(short, Skip)
+        acting = gate_rows(rows, self.adapters, self.vocab, skipped=skipped) if self.adapters else {}
         if acting:
-            return self._run_gated(rows, skip, acting)
-        if skip is None:
+            return self._run_gated(rows, short, acting)
+        if short is None:
             return self._full(rows)
-        logits, noted = self._pass(self.view(skip), rows)
-        if noted is not None:
-            self._early.note(rows, noted, skip.first)
+        logits, noted = self._pass(self.view(short), rows)
+        if isinstance(short, Skip) and noted is not None:
+            self._early.note(rows, noted, short.first)
+        else:
+            self._early.forget(rows)
         return logits
 
-    def _run_gated(self, rows: Rows, skip: Skip | None, acting: dict[int, slice | Tensor]) -> Tensor:
+    def _run_gated(self, rows: Rows, short: Short | None, acting: dict[int, slice | Tensor]) -> Tensor:
         """A pass in which some rows use their adapter. What it leaves in the cache is nothing to build on."""
         self._early.forget(rows)
         self._gate.rows = acting
         try:
-            return self._pass(self._gated if skip is None else self._gated_view(skip), rows)[0]
+            return self._pass(self._gated if short is None else self._gated_view(short), rows)[0]
         finally:
             self._gate.rows = {}
 
@@ -214,17 +220,25 @@ class HFTarget:
         )
         return output.logits[0, : len(rows.answers)], plan
 
-    def view(self, skip: Skip) -> PreTrainedModel:
-        """The model with the sublayers of `skip` left out; it notes the states entering the first of them."""
-        if skip not in self._views:
-            short = self._short(self._view, skip)
-            self._views[skip] = view.noting(short, self.layers, skip.first) if skip.first else short
-        return self._views[skip]
+    def view(self, short: Short) -> PreTrainedModel:
+        """The model as `short` says. One with sublayers left out notes the states entering the first of them."""
+        if short not in self._views:
+            if isinstance(short, Rounded):
+                with torch.inference_mode(False):
+                    self._views[short], self.copies[short.bits] = rounding(self._view, short.bits, self._gate)
+                return self._views[short]
+            made = self._short(self._view, short)
+            self._views[short] = view.noting(made, self.layers, short.first) if short.first else made
+        return self._views[short]
 
-    def _gated_view(self, skip: Skip) -> PreTrainedModel:
-        if ("gated", skip) not in self._views:
-            self._views["gated", skip] = self._short(self._gated, skip)
-        return self._views["gated", skip]
+    def _gated_view(self, short: Short) -> PreTrainedModel:
+        if ("gated", short) not in self._views:
+            if isinstance(short, Rounded):
+                made = gated(self.view(short), self.adapters, self._gate)
+            else:
+                made = self._short(self._gated, short)
+            self._views["gated", short] = made
+        return self._views["gated", short]
 
     def _short(self, whole: PreTrainedModel, skip: Skip) -> PreTrainedModel:
         outside = [i for i in skip.attention | skip.mlp if not 0 <= i < self.layers]

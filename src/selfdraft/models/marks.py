@@ -14,6 +14,7 @@ _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, int layer, int window, float scale, float cap, Tensor? sinks) -> Tensor"
 )
 _LIBRARY.define("gated(Tensor y, Tensor x, Tensor down, Tensor up, int number) -> Tensor")
+_LIBRARY.define("rounded(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int wide, int bits) -> Tensor")
 
 
 def _attend(
@@ -26,8 +27,13 @@ def _gated(y: Tensor, x: Tensor, down: Tensor, up: Tensor, number: int) -> Tenso
     return torch.empty_like(y)
 
 
+def _rounded(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, wide: int, bits: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
 torch.library.register_fake("selfdraft::attend", _attend, lib=_LIBRARY)
 torch.library.register_fake("selfdraft::gated", _gated, lib=_LIBRARY)
+torch.library.register_fake("selfdraft::rounded", _rounded, lib=_LIBRARY)
 
 
 @dataclass(eq=False, slots=True)
@@ -58,4 +64,10 @@ class Recorder:
 def gate(y: Tensor, x: Tensor, down: Tensor, up: Tensor, number: int) -> Tensor:
     """`y`, and on the rows of adapter `number` also x @ down @ up, by name only."""
     said: Tensor = torch.ops.selfdraft.gated(y, x, down, up, number)
+    return said
+
+
+def product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, wide: int, bits: int) -> Tensor:
+    """A linear layer of `wide` inputs with rounded weights (`rounding.py`), by name only."""
+    said: Tensor = torch.ops.selfdraft.rounded(x, codes, scales, bias, wide, bits)
     return said

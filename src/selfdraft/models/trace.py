@@ -202,6 +202,8 @@ class _Writer:
             return self._attend(*args)
         if name == "selfdraft.gated.default":
             return self._gated(*args)
+        if name == "selfdraft.rounded.default":
+            return self._rounded(node.meta["val"], *args)
         space, _, short = name.partition(".")
         if space == "aten":
             family = short.partition(".")[0]
@@ -437,6 +439,17 @@ class _Writer:
                 keep=(table,) if bias is None else (table, bias),
             )
         )
+        return out
+
+    def _rounded(
+        self, example: Tensor, x: Value, codes: Tensor, scales: Tensor, bias: Tensor | None, wide: int, bits: int
+    ) -> Value:
+        x = self._contiguous(x)
+        out = self._new(example)
+        address = 0 if bias is None else bias.data_ptr()
+        kept = (codes, scales) if bias is None else (codes, scales, bias)
+        more = (codes.data_ptr(), address, codes.shape[0], wide, scales.data_ptr())
+        self.instrs.append(Instr(Kind.LINEAR, bits, _operand(out), (_operand(x),), more=more, keep=kept))
         return out
 
     def _bmm(self, example: Tensor, one: Value | Tensor, other: Value | Tensor) -> Value:

@@ -1,0 +1,155 @@
+"""Drafting as large as this machine's passes make worth while, and plain decoding where nothing pays.
+
+What a pass costs by its rows was measured (`core/profile.py`); where nothing was, the cost of a row is learned while
+decoding. What was gained and lost is booked by the clock: on text where nothing is accepted it stands aside and tries
+again later (`core/watch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+from selfdraft.core.adapt import Mean, StepTime
+from selfdraft.core.drafting import Drafting, Note, Sources
+from selfdraft.core.memory import Memory
+from selfdraft.core.profile import Profile
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.stepcost import StepCost
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.verify import Result
+from selfdraft.core.watch import Watch
+from selfdraft.errors import OptionError
+from selfdraft.types import Budget
+
+PLAIN_EVERY = 256
+"""Steps after which one is plain, when none was: else nobody would know what drafting saves."""
+
+
+class Guarded(Drafting):
+    """`Drafting` over everything that costs no pass, with trees cut and pauses made where that pays.
+
+    The model's runners-up (`recycling`) are a source as long as what they alone brought is worth their cost.
+    Errors: OptionError for values out of range.
+    """
+
+    predicts = True
+    profiled = True
+    """It asks for the target's profile."""
+    logit_options = ("recycling",)
+    """Options that make it read logits."""
+
+    def __init__(self, profile: Profile | None, nodes: int, memory: int, recycling: bool) -> None:
+        if not isinstance(recycling, bool):
+            raise OptionError(f"recycling={recycling!r} is neither True nor False")
+        sources = Sources(request=True, prediction=True, recycling=recycling)
+        super().__init__(sources, nodes, None, Memory(memory) if memory else None)
+        self.cost = None if profile is None else StepCost(profile)
+        self.watch, self.recycled = Watch(), Watch()
+        self.seconds = Mean()
+        """Of a step, drafting included."""
+        self.node_time = StepTime()
+        """Seconds of making trees by their nodes."""
+        self._drafting = self._recycling = 0.0
+        self._aside = False
+        self._since_plain = 0
+
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        if self.watch.aside and any(sequence.written == 1 for sequence in sequences):
+            self.watch.begin()
+        self._aside = self.watch.aside
+        if self._aside:
+            self.watch.rest()
+            self._began, self._drafted = self.clock(), len(sequences)
+            return [EMPTY] * len(sequences)
+        began = self.clock()
+        drafts = self._make(sequences, budgets)
+        self._since_plain += 1
+        if self._since_plain > PLAIN_EVERY:
+            drafts = [EMPTY] * len(sequences)
+        self._began, self._drafted = began, len(sequences)
+        self._drafting = self.clock() - began
+        return drafts
+
+    def _make(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        """The trees of this step."""
+        began = self.clock()
+        drafts = super().draft(sequences, budgets)
+        self.node_time.observe(sum(map(len, drafts)), self.clock() - began)
+        return drafts
+
+    def _learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        """What a step said about the sources."""
+        super().observe(sequences, results)
+
+    def _ready(self, sequence: Sequence) -> Note:
+        note = self._note(sequence)
+        note.catch_up(sequence)  # what was said while nothing was read
+        if note.successors is not None:
+            note.successors.awake = not self.recycled.aside
+        return note
+
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        steps = len(sequences) == self._drafted and all(result.tokens for result in results)
+        if self._aside:
+            if steps:
+                self._rest(sequences)
+            self._drafted = 0
+            self._forget(sequences)
+            return
+        began = self.clock()
+        self._learn(sequences, results)
+        if steps:
+            self._judge(sequences, results, began)
+
+    def _rest(self, sequences: SequenceOf[Sequence]) -> None:
+        """Now and then a step while standing aside tells what plain decoding takes."""
+        self._since_plain = 0
+        if self.cost is not None:
+            took = self.clock() - self._began
+            self.cost.observe(len(sequences), len(sequences), sum(s.cached for s in sequences), took)
+
+    def _judge(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result], began: float) -> None:
+        """What this step brought, counted in plain steps, and what it took. Learning began at `began`."""
+        count, remembered = len(sequences), sum(s.cached for s in sequences)
+        rows = sum(1 + len(result.draft) for result in results)
+        ended = self.clock()
+        drafting = self._drafting + ended - began
+        took = ended - self._began - drafting
+        if self.cost is None:
+            plain = self.pace.time.at(count) or took
+        else:
+            self.cost.observe(rows, count, remembered, took)
+            plain, took = self.cost.at(count, count, remembered), self.cost.at(rows, count, remembered)
+        if rows == count:
+            self._since_plain = 0
+        self.seconds.observe(took + drafting)
+        if self._recycling:
+            self.recycled.book(sum(map(only_recycled, results)) / count - self._recycling / plain)
+        brought = sum(len(result.tokens) for result in results) / count
+        self._recycling = 0.0
+        self.watch.book(brought - (took + drafting) / plain)
+
+    def _recycle(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        if self.recycled.aside:
+            self.recycled.rest()
+            return
+        began = self.clock()
+        super()._recycle(sequences, results)
+        self._recycling = self.clock() - began
+
+    def _prices(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
+        if self.cost is None:
+            return super()._prices(sequences, most)
+        remembered, count = sum(s.cached for s in sequences), len(sequences)
+        seconds = self.seconds.value or self.cost.at(count, count, remembered)
+        rho, own = max(self.pace.tokens.value, float(count)) / seconds, self.node_time.per_row
+        return [rho * (each + own) for each in self.cost.prices(most, count, remembered)]
+
+    def _room(self) -> int:
+        return self.most if self.cost is not None else super()._room()
+
+
+def only_recycled(result: Result) -> int:
+    """Accepted tokens that would not have been there without the runners-up: from the first of them on."""
+    sources = [result.draft.sources[node] for node in result.path]
+    return len(sources) - sources.index("recycling") if "recycling" in sources else 0

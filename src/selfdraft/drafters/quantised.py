@@ -1,0 +1,35 @@
+"""Quantised self-drafting: the target drafts for itself with the weights of its linear layers rounded.
+
+Source: ML-SpecQD (arXiv 2503.13565), SubSpec (arXiv 2509.18344): the same weights at 4 bits draft, the model verifies.
+Here both share one memory of keys and values, so a prompt is read once.
+"""
+
+from __future__ import annotations
+
+from selfdraft.core.chain import Chaining, exit_of
+from selfdraft.protocols import Target
+from selfdraft.types import Rounded
+
+SOURCE = "quantised"
+
+
+class Quantised(Chaining):
+    """A chain of up to `num_speculative_tokens`, one pass with rounded weights per link (`core/chain.py`).
+
+    The rounded copy is made when it is first drafted with.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        bits: int = 4,
+        num_speculative_tokens: int = 8,
+        confidence_threshold: float = 0.4,
+        exit_policy: str = "throughput",
+        target_acceptance_rate: float = 0.9,
+        adaptive: bool = True,
+    ) -> None:
+        rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
+        self.short = Rounded(bits)
+        super().__init__(lambda rows: target.forward(rows, self.short), SOURCE, num_speculative_tokens, rule)

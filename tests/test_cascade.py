@@ -1,0 +1,216 @@
+"""The cascade: inner passes where they pay, what costs no pass where they do not, and the plain text in every case."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+from selfdraft.core.adapt import TRUSTED
+from selfdraft.core.context import ContextTree
+from selfdraft.core.memory import Memory
+from selfdraft.core.merge import Credit, Merger
+from selfdraft.core.profile import Profile
+from selfdraft.core.rounds import PAUSES, Rounds
+from selfdraft.core.rows import Rows, tree_rows
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.sources import Contexts, Copies, Reader
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.drafters import build
+from selfdraft.drafters.cascade import Cascade
+from selfdraft.types import Budget, Rounded, SamplingParams, Short
+from tests.models import VOCAB, run, tiny_target
+
+PROMPTS = [[(i * i * 7 + k) % VOCAB for i in range(9)] for k in range(2)]
+
+
+class Machine:
+    """A clock that moves only while the target runs: `whole` and `inner` are seconds of a pass, `row` of each row."""
+
+    def __init__(self, whole: float, inner: float, row: float = 0.0) -> None:
+        self.now = 0.0
+        self.whole, self.inner, self.row = whole, inner, row
+        self.inner_rows: list[int] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def timed(machine: Machine, drafter: str, sampling: SamplingParams, slots: int = 1) -> tuple[object, list[Sequence]]:
+    """The answers to PROMPTS on a machine of these costs."""
+    target = tiny_target(slots=slots)
+    forward: Callable[..., Tensor] = target.forward
+
+    def slow(rows: Rows, short: Short | None = None) -> Tensor:
+        machine.now += (machine.whole if short is None else machine.inner) + machine.row * len(rows)
+        if short is not None:
+            machine.inner_rows.append(len(rows))
+        return forward(rows, short)
+
+    target.forward = slow  # type: ignore[method-assign]
+    made = build(drafter, target)
+    if hasattr(made, "clock"):
+        made.clock = machine
+    return made, run(target, made, PROMPTS, sampling, slots=slots)
+
+
+SAMPLINGS = {"greedy": SamplingParams(max_tokens=100), "warm": SamplingParams(max_tokens=100, temperature=1.0, seed=3)}
+
+
+@pytest.mark.parametrize(
+    ("inner", "row", "sampling"), [(0.1, 0.0, "warm"), (0.3, 0.01, "greedy"), (1.0, 0.0, "warm"), (3.0, 0.1, "warm")]
+)
+def test_never_slower_than_what_it_is_made_of(inner: float, row: float, sampling: str) -> None:
+    """On simulated machines: as fast as the better of plain and merged, but for the passes that measure."""
+    seconds = {}
+    for drafter in ("none", "merged", "cascade"):
+        machine = Machine(1.0, inner, row)
+        _, texts = timed(machine, drafter, SAMPLINGS[sampling])
+        seconds[drafter] = machine.now
+        if drafter == "none":
+            wanted = [sequence.output for sequence in texts]
+        assert [sequence.output for sequence in texts] == wanted
+    trials = (TRUSTED + 6) * (inner + row)
+    assert seconds["cascade"] <= 1.05 * min(seconds["none"], seconds["merged"]) + trials
+
+
+def test_cheap_passes_are_used_and_pay() -> None:
+    machine, alone = Machine(1.0, 0.1), Machine(1.0, 0.1)
+    _, texts = timed(machine, "cascade", SAMPLINGS["warm"])
+    timed(alone, "merged", SAMPLINGS["warm"])
+    steps = sum(sequence.stats.num_steps for sequence in texts)
+    assert sum(sequence.stats.num_draft_passes for sequence in texts) > 2 * steps
+    assert sum(sequence.stats.num_output_tokens for sequence in texts) > 4 * steps
+    assert machine.now < 0.8 * alone.now
+
+
+def test_dear_passes_are_only_tried() -> None:
+    machine = Machine(1.0, 2.0)
+    drafter, texts = timed(machine, "cascade", SAMPLINGS["warm"])
+    assert isinstance(drafter, Cascade)
+    passes = sum(sequence.stats.num_draft_passes for sequence in texts)
+    assert TRUSTED <= passes <= TRUSTED + 8
+    assert drafter.rounds.pause > PAUSES[0]
+
+
+def test_inner_trees_are_verified_in_one_pass() -> None:
+    """On a text that repeats itself, inner passes have a tree under the chain, and bring more than one token each."""
+    target = tiny_target()
+    drafter = build("cascade", target)
+    assert isinstance(drafter, Cascade)
+    machine = Machine(1.0, 0.05)
+    forward = target.forward
+
+    def slow(rows: Rows, short: Short | None = None) -> Tensor:
+        machine.now += machine.whole if short is None else machine.inner
+        if short is not None:
+            machine.inner_rows.append(len(rows))
+        return forward(rows, short)
+
+    target.forward = slow  # type: ignore[method-assign]
+    drafter.clock = machine
+    (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=120))
+    assert sequence.output == run(tiny_target(), "none", [[1, 2, 3]], SamplingParams(max_tokens=120))[0].output
+    assert max(machine.inner_rows) > 2
+    assert "cascade" in sequence.sources
+
+
+@pytest.mark.parametrize("profile", [None, Profile((1, 8, 64), (1.0, 1.2, 3.0), (0.0, 0.0, 0.0), host=0.1)])
+def test_a_batch_of_chains(profile: Profile | None) -> None:
+    """Sequences of different lengths, ends and limits in one inner pass."""
+    wanted = [s.output for s in run(tiny_target(), "none", PROMPTS, SAMPLINGS["warm"], eos=frozenset({5, 9}))]
+    target = tiny_target(slots=3)
+    target.profile = profile
+    drafter = build("cascade", target)
+    assert isinstance(drafter, Cascade)
+    drafter.rounds.pays = lambda worth, rows, rho: worth > 0.3  # type: ignore[method-assign]
+    texts = run(target, drafter, PROMPTS, SAMPLINGS["warm"], slots=3, eos=frozenset({5, 9}))
+    assert [sequence.output for sequence in texts] == wanted
+    assert sum(s.stats.num_draft_passes for s in texts) > sum(s.stats.num_steps for s in texts) / 2
+
+
+# the rule
+
+
+def test_worth_is_what_a_simulation_says() -> None:
+    """Tokens with an inner pass minus tokens without, over many draws of independent tokens."""
+    rounds, draw = Rounds(), random.Random(1)
+    for _ in range(3000):
+        rounds.confidence.observe([0.95], int(draw.random() < 0.9))
+    rate = rounds.confidence.acceptance.value
+    guessed, later = 2, 1
+    rounds.guessed.observe(later)
+
+    def streak(most: int, chance: float) -> int:
+        length = 0
+        while length < most and draw.random() < chance:
+            length += 1
+        return length
+
+    gained = []
+    for _ in range(20000):
+        right = streak(1 + guessed, rate)
+        gained.append(right + (later if right == 1 + guessed else 0) - guessed)
+    assert rounds.worth([], guessed) == pytest.approx(sum(gained) / len(gained), abs=0.05)
+    assert rounds.worth([0.95], guessed) == pytest.approx(rate * rounds.worth([], guessed), rel=0.1)
+
+
+def test_trials_become_rare() -> None:
+    rounds, tried = Rounds(), []
+    for step in range(5000):
+        if rounds.tries(0.9, 1, 1.0):
+            tried.append(step)
+            rounds.time.observe(1, 1.0)
+    assert tried[:TRUSTED] == list(range(TRUSTED))
+    assert len(tried) <= TRUSTED + 12
+    rounds.paid()
+    assert sum(rounds.tries(0.9, 1, 1.0) for _ in range(PAUSES[0])) == 1
+
+
+def test_a_hopeless_pass_is_tried_once() -> None:
+    """Where the plain path makes its weights anew for every pass, eight of them would be felt."""
+    machine = Machine(1.0, 20.0)
+    _, texts = timed(machine, "cascade", SAMPLINGS["warm"])
+    assert sum(sequence.stats.num_draft_passes for sequence in texts) <= 5
+
+
+def test_what_hangs_under_a_path_is_what_hangs_there_later() -> None:
+    """The tree under a path that is only thought equals the tree once the path was said, but for depth."""
+    text = [1, 2, 3, 4, 5, 6, 7] * 4 + [1, 2]
+    trees = []
+    ways: list[tuple[list[int], list[int]]] = [(text, [3, 4]), ([*text, 3, 4], [])]
+    for read, path in ways:
+        reader = Reader(ContextTree(), own=True)
+        merger = Merger([Contexts("context", reader), Copies("copy", reader)], Credit())
+        for token in read:
+            reader.push(token)
+        trees.append(merger.tree(Budget(4, 4, 4), [0.05] * 4, path).tokens)
+    assert trees[0] == trees[1] == (5, 6, 7, 1)
+
+
+def test_a_tree_under_a_path_is_not_booked_as_the_texts() -> None:
+    reader = Reader(ContextTree(), own=True)
+    merger = Merger([Copies("copy", reader)], Credit())
+    for token in [1, 2, 3, 4, 5] * 3:
+        reader.push(token)
+    merger.tree(Budget(4, 4, 4), [0.05] * 4, [1, 2])
+    merger.score([1])
+    (mean,) = merger.credit.counts["copy"]._means.values()
+    assert mean.value > mean.guess, "the copy said 1, and 1 it was"
+
+
+def test_tree_rows() -> None:
+    tree = Draft((5, 6, 7), (-1, -1, 1), ("x",) * 3, 3)
+    rows = tree_rows([(2, 10, 4, tree), (0, 3, 9, EMPTY)])
+    assert rows.tokens.tolist() == [4, 5, 6, 7, 9]
+    assert rows.positions.tolist() == [10, 11, 11, 12, 3]
+    assert rows.answers == (0, 1, 2, 3, 4)
+
+
+def test_memory_is_its_own() -> None:
+    drafter = build("cascade", tiny_target(), {"memory": 50})
+    assert isinstance(drafter, Cascade)
+    assert isinstance(drafter.memory, Memory)
+    assert drafter.short == Rounded(4)

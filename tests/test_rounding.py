@@ -1,0 +1,252 @@
+"""Rounded weights: how near they come, and that the compiled products say what the weights say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfdraft import LLM
+from selfdraft.core.rows import Rows, chain_rows, pack
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.drafters import build
+from selfdraft.errors import OptionError
+from selfdraft.models.adapter import HFTarget
+from selfdraft.models.masks import Gate
+from selfdraft.models.rounding import LINE, RoundedLinear, decode, encode, rounding
+from selfdraft.models.tape import Buffer, Instr, Kind, Operand, Slot, assemble
+from selfdraft.models.trace import Traced
+from selfdraft.types import Rounded, SamplingParams, Skip, Stats
+from tests.models import random_adapters, run, tiny_llama, tiny_target
+from tests.test_runner import TYPES, fast_target, unavailable
+
+compiled = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+SIZES = [(16, 128), (5, 1), (1, 64), (33, 127), (17, 129), (48, 200), (3, 513), (61, 48)]
+"""(outputs, inputs): lines that are full, short, and just too long."""
+
+
+def weights(out: int, wide: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(out, wide, generator=torch.Generator().manual_seed(out * wide)).to(dtype)
+
+
+@pytest.mark.parametrize(("out", "wide"), SIZES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_weight_is_the_nearest_level(bits: int, out: int, wide: int) -> None:
+    """Half a step at most where nothing is clipped; 4 bits may clip, and err less in squares for it."""
+    weight = weights(out, wide)
+    codes, scales = encode(weight, bits)
+    assert codes.shape == (out, -(-wide // LINE) * LINE * bits // 8)
+    near = decode(codes, scales, bits, wide)
+    assert near.shape == weight.shape
+    group = LINE if bits == 8 else LINE // 2
+    step = scales.abs().repeat_interleave(group, 1)[:, :wide]
+    levels = near / step
+    assert torch.allclose(levels, levels.round(), atol=1e-4)
+    if bits == 8:
+        assert ((near - weight).abs() <= 0.5001 * step).all()
+    clipped = (levels.abs() >= 6.9) if bits == 4 else torch.zeros_like(near, dtype=torch.bool)
+    assert ((near - weight).abs() <= 0.5001 * step)[~clipped].all()
+
+
+def test_a_search_for_the_scale_helps() -> None:
+    weight = weights(64, 1024)
+    codes, scales = encode(weight, 4)
+    error = (decode(codes, scales, 4, 1024) - weight).square().mean().sqrt()
+    grouped = weight.view(64, -1, 64)
+    step = grouped.abs().amax(-1, keepdim=True) / 7
+    usual = ((grouped / step).round() * step - grouped).square().mean().sqrt()
+    assert error < 0.88 * usual
+    assert error < 0.10
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zeros_and_giants(bits: int) -> None:
+    weight = torch.zeros(3, 130)
+    weight[1, 5], weight[2, 129] = -3.0, 1e30
+    codes, scales = encode(weight, bits)
+    near = decode(codes, scales, bits, 130)
+    assert torch.isfinite(scales).all()
+    assert torch.equal(near[0], weight[0])
+    torch.testing.assert_close(near[1:], weight[1:], rtol=1e-5, atol=0.0)
+
+
+def layer(out: int, wide: int, bits: int, dtype: torch.dtype) -> RoundedLinear:
+    made = nn.Linear(wide, out, dtype=dtype)
+    with torch.no_grad():
+        made.weight.copy_(weights(out, wide, dtype))
+        made.bias.copy_(weights(out, 1, dtype)[:, 0])
+    return RoundedLinear(made, bits, Gate())
+
+
+def compiled_product(target: HFTarget, rounded: RoundedLinear, x: Tensor) -> Tensor:
+    """Rows x [n, in] through a tape that is nothing but this layer."""
+    assert target.runner is not None
+    out, wide = rounded.out_features, rounded.in_features
+    bias = rounded.bias
+    assert bias is not None
+    instr = Instr(
+        Kind.LINEAR,
+        rounded.bits,
+        Operand(Buffer(x.dtype, out, slot=Slot.HIDDEN)),
+        (Operand(Buffer(x.dtype, wide, slot=Slot.EMBEDS)),),
+        more=(rounded.codes.data_ptr(), bias.data_ptr(), out, wide, rounded.scales.data_ptr()),
+        keep=(rounded.codes, rounded.scales, bias),
+    )
+    traced = Traced(assemble([instr]), (), {}, 1, out)
+    _, said = target.runner.run(traced, chain_of(len(x)), embeds=x)
+    assert said is not None
+    return said
+
+
+def chain_of(rows: int) -> Rows:
+    sequence = Sequence([1] * rows, rows, SamplingParams(), slot=0)
+    return pack([(sequence, rows, EMPTY)])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TYPES.values())
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiled_products(bits: int, dtype: torch.dtype) -> None:
+    """Against the weights written out, in float64, for every size; rows have the same bits in any company."""
+    target = fast_target(dtype)
+    target.forward(chain_of(3))
+    for out, wide in SIZES:
+        rounded = layer(out, wide, bits, dtype)
+        x = weights(20, wide, dtype)
+        alone = torch.cat([compiled_product(target, rounded, row[None]) for row in x])
+        assert rounded.bias is not None
+        wanted = x.double() @ rounded.weight.double().T + rounded.bias.double()
+        scale = x.double().abs() @ rounded.weight.double().abs().T + 1
+        assert ((alone - wanted).abs() / scale).max() < (2e-6 if dtype == torch.float32 else 4e-3), (out, wide)
+        for rows in range(2, 21):
+            said = compiled_product(target, rounded, x[:rows].contiguous())
+            assert torch.equal(said, alone[:rows]), (out, wide, rows)
+
+
+@compiled
+def test_what_lies_behind_a_row_is_not_read() -> None:
+    """The last line of a row ends within it; the next row holds infinities."""
+    target = fast_target(torch.bfloat16)
+    target.forward(chain_of(3))
+    for bits in (4, 8):
+        rounded = layer(9, 130, bits, torch.bfloat16)
+        x = weights(3, 130, torch.bfloat16)
+        wanted = compiled_product(target, rounded, x)
+        x[1] = float("inf")
+        assert torch.equal(compiled_product(target, rounded, x)[[0, 2]], wanted[[0, 2]])
+
+
+# passes
+
+
+def passes(target: HFTarget, bits: int) -> list[Tensor]:
+    """A chain, a tree and mask rows in rounded passes behind a prompt."""
+    sequence = Sequence([3, 1, 4, 1, 5, 9, 2], 7, SamplingParams(), slot=0)
+    target.forward(pack([(sequence, 7, EMPTY)]))
+    target.keep(0, 0, range(7))
+    sequence.cached, sequence.tokens = 7, [*sequence.tokens, 6]
+    tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
+    masked = tree.with_probes(list(target.masks_of("space")), [-4, 0, 1, -1], "space")
+    return [
+        target.forward(pack([(sequence, 1, draft)]), Rounded(bits)) for draft in (Draft.chain([5, 6], ""), tree, masked)
+    ]
+
+
+@compiled
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_tape_says_what_the_plain_path_says(bits: int) -> None:
+    model = tiny_llama(torch.float32)
+    plain = HFTarget(model, adapters=random_adapters(model))
+    for a, b in zip(passes(fast_target(torch.float32), bits), passes(plain, bits), strict=True):
+        assert torch.allclose(a, b, atol=3e-6), (a - b).abs().max()
+
+
+def test_eight_bits_are_nearer_than_four() -> None:
+    model = tiny_llama()
+    target = HFTarget(model, adapters=random_adapters(model))
+    whole = HFTarget(model, adapters=random_adapters(model))
+    sequence = Sequence([3, 1, 4, 1, 5, 9, 2], 7, SamplingParams(), slot=0)
+    rows = pack([(sequence, 7, Draft.chain([5, 6], ""))])
+    wanted = whole.forward(rows)
+    errors = [(target.forward(rows, Rounded(bits)) - wanted).abs().max().item() for bits in (8, 4)]
+    assert 0 < errors[0] < errors[1] / 4 < 0.05
+    assert target.copies[4].layers == target.copies[8].layers == 4 * 7 + 1
+    assert target.copies[4].bytes < target.copies[8].bytes
+
+
+def test_verification_takes_nothing_from_a_rounded_pass() -> None:
+    """Not its keys and values, and no states that a skipped pass had left where it has written since."""
+    said = []
+    for drafted in (True, False):
+        target = HFTarget(tiny_llama())
+        sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
+        target.forward(pack([(sequence, 3, EMPTY)]))
+        target.keep(0, 0, range(3))
+        sequence.cached, sequence.tokens = 3, [3, 1, 4, 9]
+        rows = pack([(sequence, 1, Draft.chain([2, 6, 7], "x"))])
+        if drafted:
+            target.forward(rows, Skip(frozenset({2})))
+            for i, token in enumerate((9, 2, 6, 7)):
+                target.forward(chain_rows([(0, 3 + i, token)]), Skip(frozenset({2})))
+                target.forward(chain_rows([(0, 3 + i, token)]), Rounded(4))
+        said.append(target.forward(rows))
+        said += [target.cache.view(layer, 0, 7)[part].clone() for layer in range(4) for part in (0, 1)]
+    half = len(said) // 2
+    for one, other in zip(said[:half], said[half:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_of_another_kind_stay_as_they_are() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = copy.deepcopy(tiny_llama())
+    old = model.model.layers[1].mlp.up_proj
+    own = Own(old.in_features, old.out_features, bias=False, dtype=torch.float64)
+    own.weight = old.weight
+    model.model.layers[1].mlp.up_proj = own
+    changed, made = rounding(model, 4, Gate())
+    assert (made.layers, made.kept) == (4 * 7, 1)
+    assert changed.model.layers[1].mlp.up_proj is own
+    assert model.model.layers[0].mlp.up_proj.weight.shape == own.weight.shape, "the model itself is not touched"
+    assert isinstance(changed.lm_head, RoundedLinear)
+    assert changed.lm_head.bits == 8
+
+
+def test_bits_are_checked() -> None:
+    for wrong in (3, 16, "4", 4.0, None):
+        with pytest.raises(OptionError, match=r"bits=.*: weights are rounded to 4 or 8 bits"):
+            build("quantised", tiny_target(), {"bits": wrong})
+        with pytest.raises(OptionError, match="4 or 8 bits"):
+            build("cascade", tiny_target(), {"bits": wrong})
+
+
+# the drafter
+
+
+def test_the_pocket_model_agrees_with_its_rounded_self() -> None:
+    """Every token drafted, on texts of its own: 8 bits are nearly the model, 4 bits come near."""
+    llm = LLM("pocket", max_num_seqs=1)
+    rates = []
+    for bits in (8, 4):
+        options = {"bits": bits, "confidence_threshold": 0.0, "exit_policy": "target", "adaptive": False}
+        llm.use("quantised", {**options, "num_speculative_tokens": 1})
+        llm.stats = Stats()
+        llm.generate(["def add(a, b):", "Once upon a time", "Question: What is 7 + 8?"], SamplingParams(max_tokens=60))
+        rates.append(llm.stats.draft_acceptance_rate)
+    assert rates[0] > 0.9
+    assert rates[1] > 0.8
+    made = llm.target.copies
+    assert sum(copy_.seconds for copy_ in made.values()) < 5.0
+    assert made[4].bytes < made[8].bytes < sum(p.numel() for p in llm.model.parameters()) * 1.5
+
+
+def test_sampled_drafts_share_the_noise() -> None:
+    """At temperature 1 a draft without the noise would be right one time in ten."""
+    target = tiny_target()
+    drafter = build("quantised", target, {"bits": 8, "exit_policy": "target", "confidence_threshold": 0.0})
+    (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(temperature=1.0, max_tokens=100, seed=4))
+    assert sequence.stats.draft_acceptance_rate > 0.9
