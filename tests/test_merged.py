@@ -377,6 +377,7 @@ def test_a_memory_file_comes_back_and_a_wrong_one_changes_nothing(tmp_path: Path
         (path.read_text(), Memory(5), "holds 9 tokens", OptionError),
         ('{"selfdraft_memory": 1, "outp', Memory(50), "is broken", RequestError),
         ("[]", Memory(50), "no memory file", RequestError),
+        ("[" * 10**5, Memory(50), "is broken", RequestError),
         (json.dumps({"selfdraft_memory": 1, "outputs": [[1, -2]]}), Memory(50), "lists of token ids", RequestError),
     ]
     for text, mine, says, kind in cases:
