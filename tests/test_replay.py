@@ -11,6 +11,7 @@ import pytest
 
 from selfdraft import cli
 from selfdraft.bench.log import Logged, append, check_log, entry, read_logs
+from selfdraft.bench.reliability import EDGES, Reliability
 from selfdraft.bench.replay import LogTarget, Replayed, open_drafter, replay, time_of
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
@@ -134,6 +135,36 @@ def test_acceptance_by_depth_rows_and_projection() -> None:
     assert Replayed().as_dict()["tokens_per_forward"] == 0.0
 
 
+def test_predicted_against_actual_acceptance() -> None:
+    """Path chances, in classes, behind the first tokens; probes and drafts without chances do not count."""
+    draft = Draft((5, 6, 7), (-1, 0, -1), ("x",) * 3, 3, (0.5, 0.5, 0.2))
+    found = Reliability(behind=3)
+    found.book(draft, (0, 1), 3)
+    assert (found.nodes, found.ratio, found.tokens) == (0, None, 3)
+    found.book(draft, (0,), 2)
+    found.book(draft, (), 1)
+    found.book(Draft((5,), (-1,), ("x",), 1), (0,), 2)
+    found.book(draft.with_probes((1, 2), (-1, -3), "y"), (2,), 2)
+    assert (found.tokens, found.nodes, found.accepted) == (10, 9, 2)
+    assert found.predicted == pytest.approx(3 * (0.5 + 0.25 + 0.2))
+    assert found.ratio == pytest.approx(2.85 / 2)
+    said = [(round(one.predicted / one.nodes, 6), one.nodes, one.accepted) for one in found.bins if one.nodes]
+    assert said == [(0.225, 6, 1), (0.5, 3, 1)]
+    assert list(EDGES) == sorted(EDGES)
+
+
+def test_a_replay_counts_what_was_predicted() -> None:
+    logged = Logged(tuple(MOTIF * 30), tuple(MOTIF * 400), limit=10**5)
+    found = replay([logged], open_drafter("context", {"min_probability": 0.0}), 8)
+    said = found.reliability
+    assert said.tokens == found.stats.num_output_tokens - 1  # the first one came with the prompt
+    assert 0 < said.accepted < sum(found.accepted)
+    assert said.ratio == pytest.approx(1.0, abs=0.05)
+    assert found.as_dict()["predicted_by_actual"] == round(said.ratio or 0.0, 4)
+    assert len(found.drafting) == len(found.host)
+    assert all(one <= both for one, both in zip(found.drafting, found.host, strict=True))
+
+
 def test_time_of_goes_on_as_a_straight_line() -> None:
     times = {1: 1.0, 3: 2.0, 4: 4.0}
     assert [time_of(times, rows) for rows in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.0, 4.0, 8.0]
@@ -182,6 +213,8 @@ GOOD = {"prompt_token_ids": [1, 2], "generated_token_ids": [3, 4]}
     [
         ('{"prompt_token_ids": [1, 2], "generated', "log.jsonl:2: broken JSON"),
         ("[1, 2]", "log.jsonl:2: "),
+        ("[" * 10**5, "log.jsonl:2: JSON nested too deeply"),
+        ('{"generated_token_ids": [' + "9" * 5000 + "]}", "log.jsonl:2: a number of thousands of digits"),
         (json.dumps({"prompt_token_ids": [1]}), "log.jsonl:2: generated_token_ids"),
         (json.dumps({**GOOD, "prompt_token_ids": []}), "log.jsonl:2: prompt_token_ids"),
         (json.dumps({**GOOD, "generated_token_ids": [3, -4]}), "log.jsonl:2: .*-4.*no token id"),
@@ -265,6 +298,33 @@ def test_mistakes_are_one_line(
     assert code == 2
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_the_picture_of_predicted_against_actual(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log, picture = tmp_path / "log.jsonl", tmp_path / "reliability.png"
+    append(log, {"prompt_token_ids": MOTIF * 30, "generated_token_ids": [*MOTIF, *range(40, 60)] * 90})
+    words = ["replay", log, "--drafter", "context", "--speculative-config", '{"min_probability": 0.0}']
+    code, out, _ = call(monkeypatch, capsys, *words, "--reliability", picture)
+    assert code == 0
+    assert "predicted by actual acceptance: " in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for wrong, says in (
+        ([*words, "--reliability", tmp_path], "cannot be written: a folder"),
+        ([*words, "--reliability", "/dev/full"], "cannot be written: a folder, or no regular file"),
+        (["replay", log, "--drafter", "merged", "--memory", tmp_path / "no" / "m"], "cannot be written: no folder"),
+        (["replay", log, "--drafter", "merged", "--memory", tmp_path], "cannot be written: a folder"),
+        (["replay", log, "--drafter", "merged", "--memory", "/dev/full"], "cannot be written: no regular file"),
+        ([*words, "--reliability", tmp_path / "no" / "x.png"], "cannot be written: no folder"),
+        (["replay", log, "--reliability", tmp_path / "x.png"], "the drafter gives no chances"),
+        ([*words, "--limit", 0, "--reliability", tmp_path / "x.png"], "--limit"),
+    ):
+        code, _, err = call(monkeypatch, capsys, *wrong)
+        assert code == 2
+        assert says in err
+        assert len(err.strip().splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "reliability.png"}
 
 
 def test_generate_writes_a_log_that_can_be_replayed(

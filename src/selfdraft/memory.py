@@ -41,6 +41,14 @@ def memory_of(drafter: Drafter) -> Memory:
     return memory
 
 
+def check_memory(path: Path) -> None:
+    """Errors: RequestError when a memory could not be written there; asked before anything runs."""
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise RequestError(f"memory {path} cannot be written: {'a folder' if path.is_dir() else 'no regular file'}")
+    if not path.parent.is_dir():
+        raise RequestError(f"memory {path} cannot be written: no folder {path.parent}")
+
+
 def load_memory(path: Path, memory: Memory, tokenizer: str | None) -> str | None:
     """Read a file into a memory. `tokenizer` is the fingerprint that it must have; None takes any. Returns the file's.
 
@@ -51,7 +59,7 @@ def load_memory(path: Path, memory: Memory, tokenizer: str | None) -> str | None
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RequestError(f"memory {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"memory {path} is broken: {error}") from error
     if not isinstance(value, dict) or value.get("selfdraft_memory") != FORMAT:
         raise RequestError(f"{path} is no memory file of format {FORMAT}")

@@ -293,7 +293,12 @@ def replayed(record: dict[str, Any]) -> None:
     )
     shares = [f"{depth}: {100 * share:.1f}" for depth, share in enumerate(record["acceptance_by_depth"][:16], 1)]
     out.print(f"steps that accepted to depth, %: {', '.join(shares) or 'none'}")
-    out.print(f"drafter's own time: {record['host_us_median']:.0f} us a step (median)")
+    out.print(
+        f"drafter's own time: {record['host_us_median']:.0f} us a step (median), "
+        f"{record['host_us_draft']:.0f} drafting and {record['host_us_observe']:.0f} learning"
+    )
+    if record["predicted_by_actual"] is not None:
+        out.print(f"predicted by actual acceptance: {record['predicted_by_actual']:.3f}")
     if "projected_speedup" in record:
         out.print(f"projected speed-up over plain decoding: {record['projected_speedup']:.2f}x")
 

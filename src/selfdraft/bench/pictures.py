@@ -1,4 +1,7 @@
-"""Pictures of a bench: speed-up by task, acceptance by position, where the time goes, and other engines beside ours."""
+"""Pictures of a bench: speed-up by task, acceptance by position, where the time goes, and other engines beside ours.
+
+And one of a replay: predicted against actual acceptance.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from selfdraft.bench.reliability import Reliability
 
 Record = dict[str, Any]
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#6A4C93")
@@ -30,12 +35,12 @@ WIDE = 3
 """Panels beside one another."""
 
 
-def need_matplotlib() -> None:
+def need_matplotlib(option: str = "--pictures") -> None:
     """Errors: OptionError when matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise OptionError("--pictures needs matplotlib, which is missing: pip install 'selfdraft[bench]'") from error
+        raise OptionError(f"{option} needs matplotlib, which is missing: pip install 'selfdraft[bench]'") from error
 
 
 def draw(records: SequenceOf[Record], folder: Path) -> list[Path]:
@@ -189,6 +194,43 @@ def peers(records: SequenceOf[Record]) -> Figure:
     axes.grid(axis="x", color="#E3E3E3", linewidth=0.7)
     _legend(figure, [axes])
     _foot(figure, records)
+    return figure
+
+
+def draw_reliability(found: Reliability, path: Path, conditions: str) -> None:
+    """Predicted chance of a node against the share of such nodes that were accepted. Errors: RequestError."""
+    _save(reliability(found, conditions), path)
+
+
+def reliability(found: Reliability, conditions: str) -> Figure:
+    """One dot for each class of predicted chances: all of them, and the small ones on logarithmic axes."""
+    figure, panels = _canvas(2, 9.0, 5.2, "Predicted against actual acceptance")
+    figure.subplots_adjust(wspace=0.24)
+    said = [one for one in found.bins if one.nodes]
+    points = [(one.predicted / one.nodes, one.accepted / one.nodes, one.nodes) for one in said]
+    for axes, scale in zip(panels, ("linear", "log"), strict=True):
+        shown = [point for point in points if scale == "linear" or point[1] > 0]
+        low = 0.0 if scale == "linear" else 0.8 * min((min(x, y) for x, y, _ in shown), default=0.001)
+        axes.plot([low, 1], [low, 1], color=OTHERS, linewidth=1.2, label="predicted = actual")
+        style: dict[str, Any] = {"color": PALETTE[0], "fmt": "o", "markersize": 4.5, "elinewidth": 1.0}
+        spread = [1.96 * (y * (1 - y) / nodes) ** 0.5 for _, y, nodes in shown]
+        down = [min(width, y - low) for width, (_, y, _) in zip(spread, shown, strict=True)]
+        across, up = [x for x, _, _ in shown], [y for _, y, _ in shown]
+        axes.errorbar(across, up, yerr=[down, spread], label="nodes of about this chance; bar: 95 %", **style)
+        axes.set_xscale(scale)
+        axes.set_yscale(scale)
+        axes.set_xlim(low, 1)
+        axes.set_ylim(low, 1)
+        axes.set_xlabel("predicted chance of the path to a node")
+        axes.grid(color="#E3E3E3", linewidth=0.7)
+    panels[0].set_ylabel("share that was accepted")
+    _legend(figure, panels)
+    height = figure.get_size_inches()[1]
+    ratio = f"{found.predicted:,.0f} accepted tokens predicted, {found.accepted:,} actual"
+    ratio += f" ({100 * (found.ratio - 1):+.1f} %)" if found.ratio is not None else ""
+    ratio += f"; {found.nodes:,} nodes behind the first {found.behind:,} of {found.tokens:,} tokens"
+    for line, place in ((conditions, 0.34), (ratio, 0.16)):
+        figure.text(0.02, place / height, line, fontsize=7.5, color=FAINT, va="center")
     return figure
 
 

@@ -65,6 +65,10 @@ def _listed(path: Path) -> Iterator[tuple[str, Record]]:
         records = json.loads(path.read_text("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: {_unreadable(error)}") from error
     if not isinstance(records, list):
         raise RequestError(f"{path}: a .json file must hold a list of records; one record a line is .jsonl")
     for number, record in enumerate(records, 1):
@@ -73,9 +77,17 @@ def _listed(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _object(line: str, place: str) -> Record:
     try:
-        return _record(json.loads(line), place)
+        value = json.loads(line)
     except json.JSONDecodeError as error:
         raise RequestError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{place}: {_unreadable(error)}") from error
+    return _record(value, place)
+
+
+def _unreadable(error: Exception) -> str:
+    """What Python's JSON reader gives up on though it is JSON."""
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
 def _record(value: object, place: str) -> Record:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from selfdraft.bench.log import FAR, Logged
+from selfdraft.bench.reliability import Reliability
 from selfdraft.core.commit import commit
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
@@ -78,6 +79,9 @@ class Replayed:
     """Rows of a decode step (1 + candidates) -> number of steps."""
     host: list[float] = field(default_factory=list)
     """Seconds of drafting and observing, for every decode step."""
+    drafting: list[float] = field(default_factory=list)
+    """Of these, the seconds of drafting."""
+    reliability: Reliability = field(default_factory=Reliability)
     requests: int = 0
 
     @property
@@ -103,15 +107,25 @@ class Replayed:
 
     def as_dict(self) -> dict[str, Any]:
         steps = sum(self.rows.values())
+        learning = [both - one for both, one in zip(self.host, self.drafting, strict=False)]
+        ratio = self.reliability.ratio
         return {
             "requests": self.requests,
             "tokens_per_forward": round(self.tokens_per_forward, 4),
             "rows_per_step": round(sum(n * count for n, count in self.rows.items()) / max(steps, 1), 2),
             "acceptance_by_depth": [round(value, 4) for value in self.by_depth],
-            "host_us_median": round(1e6 * median(self.host), 1) if self.host else 0.0,
+            "host_us_median": middle(self.host),
             "host_us_mean": round(1e6 * sum(self.host) / len(self.host), 1) if self.host else 0.0,
+            "host_us_draft": middle(self.drafting),
+            "host_us_observe": middle(learning),
+            "predicted_by_actual": None if ratio is None else round(ratio, 4),
             **self.stats.as_dict(),
         }
+
+
+def middle(seconds: SequenceOf[float]) -> float:
+    """The median, in microseconds."""
+    return round(1e6 * median(seconds), 1) if seconds else 0.0
 
 
 def time_of(times: Mapping[int, float], rows: int) -> float:
@@ -206,12 +220,14 @@ def _step(
     sequence.cached += size + len(result.path[: max(emitted - 1, 0)])
     if pending == 1:
         result.proposed, result.nodes = proposed, which
+        found.reliability.book(draft, result.path, emitted)
         found.rows[1 + len(draft)] += 1
         virtual[0] += time_of(times, 1 + len(draft)) if times else 0.0
     began = now()
     drafter.observe([sequence], [result])
     if pending == 1:
         found.host.append(took + now() - began)
+        found.drafting.append(took)
     if emitted:
         found.accepted.append(min(emitted, len(result.path)))
 

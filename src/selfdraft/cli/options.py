@@ -61,7 +61,7 @@ def open_llm(
     """The model behind the options. Broken options are named before anything is loaded."""
     options = parse_config(config)
     from selfdraft.llm import LLM, check_drafter, drafter_of, pick_dtype
-    from selfdraft.memory import with_memory
+    from selfdraft.memory import check_memory, with_memory
     from selfdraft.models.stock import quiet
 
     quiet()
@@ -69,6 +69,7 @@ def open_llm(
     if memory is not None:
         drafter, options = drafter_of(drafter, options)
         options = with_memory(drafter, options)
+        check_memory(memory)
     pick_dtype(dtype)
     if threads is not None:
         import torch
@@ -98,6 +99,8 @@ def parse_config(config: str | None, option: str = "--speculative-config") -> di
         options = json.loads(config)
     except json.JSONDecodeError as error:
         raise OptionError(f"{option} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{option} cannot be read: nested too deeply, or a number of thousands of digits") from error
     if not isinstance(options, dict):
         raise OptionError(f"{option} must be a JSON object, not {config!r}")
     return options

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from selfdraft import show
 from selfdraft.cli.options import AsJson, Config, Memory, parse_config
 from selfdraft.errors import OptionError
+
+if TYPE_CHECKING:
+    from selfdraft.bench.reliability import Reliability
 
 
 def replay(
@@ -28,6 +32,9 @@ def replay(
         typer.Option(help="Seconds of a pass by rows, as JSON: '[0.036, 0.037]' or '{\"1\": 0.036, \"8\": 0.051}'."),
     ] = None,
     memory: Memory = None,
+    reliability: Annotated[
+        Path | None, typer.Option(help="Draw predicted against actual acceptance into this PNG.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a drafter over recorded answers, no model needed.
@@ -38,11 +45,14 @@ def replay(
     from selfdraft.bench.replay import open_drafter
     from selfdraft.bench.replay import replay as run
     from selfdraft.llm import drafter_of
-    from selfdraft.memory import load_memory, memory_of, save_memory, with_memory
+    from selfdraft.memory import check_memory, load_memory, memory_of, save_memory, with_memory
 
     name, options = drafter_of(drafter, parse_config(speculative_config))
     times = parse_times(step_times)
+    picture = painter(reliability)
     guesser = open_drafter(name, with_memory(name, options) if memory is not None else options)
+    if memory is not None:
+        check_memory(memory)
     requests = read_logs(traces, limit)
     (tokenizer, *others) = {request.tokenizer for request in requests} - {None} or {None}
     if others:
@@ -53,6 +63,7 @@ def replay(
         found = run(requests, guesser, max_nodes, times=times, done=done)
     if memory is not None:
         save_memory(memory, memory_of(guesser), tokenizer)
+    picture(found.reliability, f"{', '.join(path.stem for path in traces)}: {name} {json.dumps(options)}")
     record = {"drafter": name, "options": options, "max_nodes": max_nodes, **found.as_dict()}
     if times is not None:
         record["projected_speedup"] = round(found.speedup(times), 4)
@@ -60,6 +71,28 @@ def replay(
         show.document({"traces": [str(path) for path in traces], **record})
     else:
         show.replayed(record)
+
+
+def painter(path: Path | None) -> Callable[[Reliability, str], None]:
+    """Draws into the file, whole or not at all. Errors: OptionError, before anything runs, when it could not."""
+    from selfdraft.bench import pictures
+
+    if path is None:
+        return lambda found, conditions: None
+    pictures.need_matplotlib("--reliability")
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        why = f"no folder {path.parent}" if not path.parent.is_dir() else "a folder, or no regular file"
+        raise OptionError(f"--reliability {path} cannot be written: {why}")
+
+    def draw(found: Reliability, conditions: str) -> None:
+        if not found.nodes:
+            why = "the drafter gives no chances" if found.tokens > found.behind else "none is behind them"
+            raise OptionError(
+                f"--reliability counts nodes behind the first {found.behind} tokens; of {found.tokens} replayed, {why}"
+            )
+        pictures.draw_reliability(found, path, conditions)
+
+    return draw
 
 
 def parse_times(text: str | None) -> dict[int, float] | None:
@@ -72,7 +105,7 @@ def parse_times(text: str | None) -> dict[int, float] | None:
         value = json.loads(text)
         pairs = value.items() if isinstance(value, dict) else enumerate(value, 1)
         times = {int(rows): float(seconds) for rows, seconds in pairs}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"--step-times must be a JSON list or object of seconds by rows, not {text!r}") from error
     check_times(times)
     return times

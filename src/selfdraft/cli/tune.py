@@ -142,17 +142,11 @@ def tune(
 ) -> None:
     """Measure this machine for auto, or find a drafter's best settings.
 
-    auto: what a pass costs by its rows, kept for the drafter auto in the user's cache folder, and what pays at
-    that cost. Takes less than a minute; needs no prompts.
+    auto: what a pass costs by its rows, kept in the user's cache folder, and what pays at that cost. Under a minute.
 
-    layer_skip: which sublayers to leave out when drafting, and how long to draft. Writes a skip set. A search that
-    was stopped or killed goes on when the same command is given again.
-
-    s3d: how many blocks to leave out, and with how many masks. Needs --adapter.
-
-    lookahead: the sizes of its window and pool.
-
-    Give prompts like those you will ask. What the figures mean: docs/tune.md.
+    layer_skip: which sublayers to leave out, and how long to draft. A search that was stopped goes on when the same
+    command is given again. s3d: blocks and masks; needs --adapter. lookahead: window and pool. Give these prompts like
+    those you will ask. What the figures mean: docs/tune.md.
     """
     _refuse_foreign(context, method)
     if method == "auto":

@@ -141,7 +141,7 @@ class ContextTree:
     def guess(self, state: State) -> Told:
         """What may follow: each token with the kind of the longest context that it followed."""
         text, found = self.text, SILENCE
-        last = state[-1]
+        last = state[-1] if state else None
         if isinstance(last, Node) and last.heard == len(text):
             return last.whole
         for order in range(len(state), 0, -1):

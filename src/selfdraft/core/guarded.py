@@ -49,7 +49,7 @@ class Guarded(Drafting):
         """Of a step, drafting included."""
         self.node_time = StepTime()
         """Seconds of making trees by their nodes."""
-        self._drafting = self._recycling = 0.0
+        self._start = self._drafting = self._recycling = 0.0
         self._aside = False
         self._since_plain = 0
 
@@ -57,17 +57,16 @@ class Guarded(Drafting):
         if self.watch.aside and any(sequence.written == 1 for sequence in sequences):
             self.watch.begin()
         self._aside = self.watch.aside
+        self._start = self._began = self.clock()
+        self._drafted = len(sequences)
         if self._aside:
             self.watch.rest()
-            self._began, self._drafted = self.clock(), len(sequences)
             return [EMPTY] * len(sequences)
-        began = self.clock()
         drafts = self._make(sequences, budgets)
         self._since_plain += 1
         if self._since_plain > PLAIN_EVERY:
             drafts = [EMPTY] * len(sequences)
-        self._began, self._drafted = began, len(sequences)
-        self._drafting = self.clock() - began
+        self._drafting = self.clock() - self._start
         return drafts
 
     def _make(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
@@ -105,7 +104,7 @@ class Guarded(Drafting):
         """Now and then a step while standing aside tells what plain decoding takes."""
         self._since_plain = 0
         if self.cost is not None:
-            took = self.clock() - self._began
+            took = self.clock() - self._start
             self.cost.observe(len(sequences), len(sequences), sum(s.cached for s in sequences), took)
 
     def _judge(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result], began: float) -> None:
@@ -114,7 +113,7 @@ class Guarded(Drafting):
         rows = sum(1 + len(result.draft) for result in results)
         ended = self.clock()
         drafting = self._drafting + ended - began
-        took = ended - self._began - drafting
+        took = ended - self._start - drafting
         if self.cost is None:
             plain = self.pace.time.at(count) or took
         else:

@@ -181,8 +181,8 @@ class Successors:
         draft, tokens = result.draft, [last, *result.draft.tokens]
         order = [*range(len(draft), 0, -1), 0, *(node + 1 for node in result.path)]
         if self._greedy:
-            lists = topk(result.logits, SUCCESSORS)[1].tolist()
-            told = [dict(zip(row, range(SUCCESSORS), strict=False)) for row in lists]
+            best = topk(result.logits, SUCCESSORS)[1].tolist()
+            told = [dict(zip(found, range(SUCCESSORS), strict=False)) for found in best]
             for row in order:
                 self._told[tokens[row]] = told[row]
             return
