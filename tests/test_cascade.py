@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfdraft.core.adapt import TRUSTED
 from selfdraft.core.context import ContextTree
@@ -21,9 +22,11 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.watch import PAUSES
 from selfdraft.drafters import build
 from selfdraft.drafters.cascade import Cascade
+from selfdraft.models.adapter import HFTarget
+from selfdraft.models.rounding import decode, encode
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, Rounded, SamplingParams, Short
-from tests.models import VOCAB, run, tiny_target
+from tests.models import VOCAB, run, tiny_llama, tiny_target
 
 PROMPTS = [[(i * i * 7 + k) % VOCAB for i in range(9)] for k in range(2)]
 
@@ -167,6 +170,25 @@ def test_a_batch_of_chains(profile: Profile | None) -> None:
     texts = run(target, drafter, PROMPTS, WARM, slots=3, eos=frozenset({5, 9}))
     assert [sequence.output for sequence in texts] == wanted
     assert sum(s.stats.num_draft_passes for s in texts) > sum(s.stats.num_steps for s in texts) / 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: SamplingParams) -> None:
+    """Every link is right then: rows of inner trees are moved to their places, noise and positions are the target's."""
+    model = copy.deepcopy(tiny_llama())
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(decode(*encode(layer.weight, 8), 8, layer.in_features).double())
+    target = HFTarget(model)
+    drafter = build("cascade", target, {"bits": 8})
+    assert isinstance(drafter, Cascade)
+    drafter.rounds = Eager()
+    texts = run(target, drafter, [[1, 2, 3], *PROMPTS], sampling)
+    acceptance = drafter.rounds.confidence.acceptance
+    assert acceptance.total == acceptance.weight > 30
+    passes = sum(sequence.stats.num_draft_passes for sequence in texts)
+    chained = sum(source == "cascade" for sequence in texts for source in sequence.sources)
+    assert chained > 1.3 * passes, "inner passes accept nodes of their trees, too"
 
 
 # the rule
