@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfdraft.core.adapt import TRUSTED
 from selfdraft.core.context import ContextTree
@@ -20,8 +21,11 @@ from selfdraft.core.sources import Contexts, Copies, Reader
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
 from selfdraft.drafters.cascade import Cascade
+from selfdraft.models.adapter import HFTarget
+from selfdraft.models.rounding import decode, encode
+from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, Rounded, SamplingParams, Short
-from tests.models import VOCAB, run, tiny_target
+from tests.models import VOCAB, run, tiny_llama, tiny_target
 
 PROMPTS = [[(i * i * 7 + k) % VOCAB for i in range(9)] for k in range(2)]
 
@@ -30,7 +34,7 @@ class Machine:
     """A clock that moves only while the target runs: `whole` and `inner` are seconds of a pass, `row` of each row."""
 
     def __init__(self, whole: float, inner: float, row: float = 0.0) -> None:
-        self.now = 0.0
+        self.now = self.began = 0.0
         self.whole, self.inner, self.row = whole, inner, row
         self.inner_rows: list[int] = []
 
@@ -38,9 +42,11 @@ class Machine:
         return self.now
 
 
-def timed(machine: Machine, drafter: str, sampling: SamplingParams, slots: int = 1) -> tuple[object, list[Sequence]]:
-    """The answers to PROMPTS on a machine of these costs."""
-    target = tiny_target(slots=slots)
+def timed(
+    machine: Machine, name: str, sampling: SamplingParams, options: dict[str, object] | None = None, again: bool = False
+) -> tuple[Drafter, list[Sequence]]:
+    """The answers to PROMPTS on a machine of these costs; `again`: when the drafter has answered them once before."""
+    target = tiny_target()
     forward: Callable[..., Tensor] = target.forward
 
     def slow(rows: Rows, short: Short | None = None) -> Tensor:
@@ -50,45 +56,72 @@ def timed(machine: Machine, drafter: str, sampling: SamplingParams, slots: int =
         return forward(rows, short)
 
     target.forward = slow  # type: ignore[method-assign]
-    made = build(drafter, target)
-    if hasattr(made, "clock"):
-        made.clock = machine
-    return made, run(target, made, PROMPTS, sampling, slots=slots)
+    drafter = build(name, target, options)
+    if hasattr(drafter, "clock"):
+        drafter.clock = machine
+    for _ in range(again):
+        run(target, drafter, PROMPTS, sampling)
+    machine.began = machine.now
+    return drafter, run(target, drafter, PROMPTS, sampling)
 
 
-SAMPLINGS = {"greedy": SamplingParams(max_tokens=100), "warm": SamplingParams(max_tokens=100, temperature=1.0, seed=3)}
+GREEDY, WARM = SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, temperature=1.0, seed=3)
+NOTHING_KNOWN: dict[str, object] = {"recycling": False}
+"""On sampled text that does not repeat itself, whatever costs no pass then has nothing to say."""
 
 
 @pytest.mark.parametrize(
-    ("inner", "row", "sampling"), [(0.1, 0.0, "warm"), (0.3, 0.01, "greedy"), (1.0, 0.0, "warm"), (3.0, 0.1, "warm")]
+    ("inner", "row", "sampling"), [(0.1, 0.0, WARM), (0.3, 0.01, GREEDY), (1.0, 0.0, WARM), (3.0, 0.1, GREEDY)]
 )
-def test_never_slower_than_what_it_is_made_of(inner: float, row: float, sampling: str) -> None:
-    """On simulated machines: as fast as the better of plain and merged, but for the passes that measure."""
-    seconds = {}
-    for drafter in ("none", "merged", "cascade"):
+def test_never_slower_than_what_it_is_made_of(inner: float, row: float, sampling: SamplingParams) -> None:
+    """Once it knows the machine: as fast as the better of plain and merged, but for a trial or two, and a step."""
+    seconds, texts = {}, []
+    for name in ("none", "merged", "cascade"):
         machine = Machine(1.0, inner, row)
-        _, texts = timed(machine, drafter, SAMPLINGS[sampling])
-        seconds[drafter] = machine.now
-        if drafter == "none":
-            wanted = [sequence.output for sequence in texts]
-        assert [sequence.output for sequence in texts] == wanted
-    trials = (TRUSTED + 6) * (inner + row)
-    assert seconds["cascade"] <= 1.05 * min(seconds["none"], seconds["merged"]) + trials
+        options = NOTHING_KNOWN if name != "none" else None
+        texts.append([sequence.output for sequence in timed(machine, name, sampling, options, again=name != "none")[1]])
+        seconds[name] = machine.now - machine.began
+    assert texts[0] == texts[1] == texts[2]
+    assert seconds["cascade"] <= 1.05 * min(seconds["none"], seconds["merged"]) + 4 * (inner + row) + 1
+
+
+class Never(Rounds):
+    """No pass pays, and none is tried."""
+
+    def pays(self, worth: float, rows: int, rho: float) -> bool:
+        return False
+
+    def tries(self, worth: float, rows: int, rho: float) -> bool:
+        return False
+
+
+def test_without_inner_passes_it_is_merged() -> None:
+    """The very same trees, through an end of a bucket, the end of the answer, and the first small steps."""
+    counts = []
+    for name in ("merged", "cascade"):
+        target = tiny_target()
+        drafter = build(name, target)
+        assert hasattr(drafter, "clock")
+        drafter.clock = lambda: 0.0
+        if isinstance(drafter, Cascade):
+            drafter.rounds = Never()
+        texts = run(target, drafter, PROMPTS, WARM)
+        counts.append([(s.stats.num_draft_tokens, s.stats.acceptance_histogram) for s in texts])
+    assert counts[0] == counts[1]
 
 
 def test_cheap_passes_are_used_and_pay() -> None:
     machine, alone = Machine(1.0, 0.1), Machine(1.0, 0.1)
-    _, texts = timed(machine, "cascade", SAMPLINGS["warm"])
-    timed(alone, "merged", SAMPLINGS["warm"])
+    _, texts = timed(machine, "cascade", WARM, NOTHING_KNOWN)
+    timed(alone, "merged", WARM, NOTHING_KNOWN)
     steps = sum(sequence.stats.num_steps for sequence in texts)
     assert sum(sequence.stats.num_draft_passes for sequence in texts) > 2 * steps
-    assert sum(sequence.stats.num_output_tokens for sequence in texts) > 4 * steps
-    assert machine.now < 0.8 * alone.now
+    assert machine.now < 0.5 * alone.now
 
 
 def test_dear_passes_are_only_tried() -> None:
     machine = Machine(1.0, 2.0)
-    drafter, texts = timed(machine, "cascade", SAMPLINGS["warm"])
+    drafter, texts = timed(machine, "cascade", WARM, NOTHING_KNOWN)
     assert isinstance(drafter, Cascade)
     passes = sum(sequence.stats.num_draft_passes for sequence in texts)
     assert TRUSTED <= passes <= TRUSTED + 8
@@ -117,18 +150,44 @@ def test_inner_trees_are_verified_in_one_pass() -> None:
     assert "cascade" in sequence.sources
 
 
+class Eager(Rounds):
+    """Whatever a pass costs, it pays."""
+
+    def pays(self, worth: float, rows: int, rho: float) -> bool:
+        return worth > 0.3
+
+
 @pytest.mark.parametrize("profile", [None, Profile((1, 8, 64), (1.0, 1.2, 3.0), (0.0, 0.0, 0.0), host=0.1)])
 def test_a_batch_of_chains(profile: Profile | None) -> None:
     """Sequences of different lengths, ends and limits in one inner pass."""
-    wanted = [s.output for s in run(tiny_target(), "none", PROMPTS, SAMPLINGS["warm"], eos=frozenset({5, 9}))]
+    wanted = [s.output for s in run(tiny_target(), "none", PROMPTS, WARM, eos=frozenset({5, 9}))]
     target = tiny_target(slots=3)
     target.profile = profile
     drafter = build("cascade", target)
     assert isinstance(drafter, Cascade)
-    drafter.rounds.pays = lambda worth, rows, rho: worth > 0.3  # type: ignore[method-assign]
-    texts = run(target, drafter, PROMPTS, SAMPLINGS["warm"], slots=3, eos=frozenset({5, 9}))
+    drafter.rounds = Eager()
+    texts = run(target, drafter, PROMPTS, WARM, slots=3, eos=frozenset({5, 9}))
     assert [sequence.output for sequence in texts] == wanted
     assert sum(s.stats.num_draft_passes for s in texts) > sum(s.stats.num_steps for s in texts) / 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: SamplingParams) -> None:
+    """Every link is right then: rows of inner trees are moved to their places, noise and positions are the target's."""
+    model = copy.deepcopy(tiny_llama())
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(decode(*encode(layer.weight, 8), 8, layer.in_features).double())
+    target = HFTarget(model)
+    drafter = build("cascade", target, {"bits": 8})
+    assert isinstance(drafter, Cascade)
+    drafter.rounds = Eager()
+    texts = run(target, drafter, [[1, 2, 3], *PROMPTS], sampling)
+    acceptance = drafter.rounds.confidence.acceptance
+    assert acceptance.total == acceptance.weight > 30
+    passes = sum(sequence.stats.num_draft_passes for sequence in texts)
+    chained = sum(source == "cascade" for sequence in texts for source in sequence.sources)
+    assert chained > 1.3 * passes, "inner passes accept nodes of their trees, too"
 
 
 # the rule
@@ -172,7 +231,7 @@ def test_trials_become_rare() -> None:
 def test_a_hopeless_pass_is_tried_once() -> None:
     """Where the plain path makes its weights anew for every pass, eight of them would be felt."""
     machine = Machine(1.0, 20.0)
-    _, texts = timed(machine, "cascade", SAMPLINGS["warm"])
+    _, texts = timed(machine, "cascade", WARM, NOTHING_KNOWN)
     assert sum(sequence.stats.num_draft_passes for sequence in texts) <= 5
 
 

@@ -36,11 +36,11 @@ NAMES: dict[str, Factory] = {
     "lookahead": Lookahead,
     "layer_skip": LayerSkip,
     "quantised": Quantised,
-    "cascade": Cascade,
     "s3d": S3D,
     "space": Space,
     "merged": Merged,
     "auto": Auto,
+    "cascade": Cascade,
 }
 
 ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}

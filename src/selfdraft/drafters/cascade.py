@@ -8,14 +8,14 @@ model whose passes are all overhead, this is `merged`, and where nothing pays, p
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from selfdraft.core.chain import Chain
 from selfdraft.core.guarded import Guarded
 from selfdraft.core.rounds import Rounds
 from selfdraft.core.rows import chain_rows, tree_rows
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import ROOT, Draft, chances_of
+from selfdraft.core.tree import EMPTY, ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, Rounded
@@ -72,36 +72,37 @@ class Cascade(Guarded):
     def _make(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         most = self._room()
         self._price = self._prices(sequences, most)
-        for sequence in sequences:
+        links = []
+        for sequence, budget in zip(sequences, budgets, strict=True):
             self._ready(sequence)
-        chains = [
-            Chain(sequence, min(most, budget.nodes, budget.depth))
-            for sequence, budget in zip(sequences, budgets, strict=True)
-        ]
+            room = Budget(min(most, budget.nodes), budget.depth, budget.reach)
+            links.append(Link(Chain(sequence, min(room.nodes, room.depth)), room))
         count, remembered = len(sequences), sum(s.cached for s in sequences)
         plain = self.pace.time.at(count) if self.cost is None else self.cost.at(count, count, remembered)
         rho = self.rounds.rho(count / plain if plain else 0.0)
-        links = [Link(chain, *self._guess(chain)) for chain in chains]
         first = True
+        for link in links:
+            self._guess(link)
         while going := self._going(links, rho, first):
             began = self.clock()
             rows = self._round(going)
             for link in going:
-                link.tree, link.chances = self._guess(link.chain)
+                self._guess(link)
                 self.rounds.guessed.observe(sum(link.chances))
             self.rounds.time.observe(rows, self.clock() - began)
             first = False
-        self._chains = {chain.sequence: chain for chain in chains if chain.tokens}
+        self._chains = {link.chain.sequence: link.chain for link in links if link.chain.tokens}
+        self._began = self.clock()  # what rows cost the model is not blurred by inner passes
         return [_hung(link.chain, link.tree) for link in links]
 
-    def _guess(self, chain: Chain) -> tuple[Draft, list[float]]:
-        """What costs no pass, under the chain's end, and the chances of its nodes if the chain is right."""
-        path = self.rounds.confidence.path(chain.scores)
-        size = len(chain.tokens)
-        prices = [min(1.0, price / path) if path else 1.0 for price in self._price[size:]]
-        left = chain.most - size if chain.going else 0
-        tree = self._note(chain.sequence).merger.tree(Budget(left, left, left), prices, chain.tokens)
-        return tree, chances_of(tree)
+    def _guess(self, link: Link) -> None:
+        """What costs no pass, under the chain's end."""
+        chain, room = link.chain, link.room
+        path, done = self.rounds.confidence.path(chain.scores), len(chain.tokens)
+        prices = [min(1.0, price / path) if path else 1.0 for price in self._price[done:]]
+        left = Budget(room.nodes - done, room.depth - done, room.reach) if chain.going else Budget(0, 0, 0)
+        link.tree = self._note(chain.sequence).merger.tree(left, prices, chain.tokens)
+        link.chances = chances_of(link.tree)
 
     def _going(self, links: list[Link], rho: float, first: bool) -> list[Link]:
         """The chains that one more inner pass extends; none when it does not pay."""
@@ -150,8 +151,9 @@ class Link:
     """A chain with what hangs under its end."""
 
     chain: Chain
-    tree: Draft
-    chances: list[float]
+    room: Budget
+    tree: Draft = EMPTY
+    chances: list[float] = field(default_factory=list)
     """Of every node of the tree, if the chain is right."""
     rows: int = 1
     """Of the next inner pass: the chain's end, and the nodes that pay."""

@@ -389,10 +389,10 @@ template <int BITS> struct Codes<bf16, BITS> {
 };
 #endif
 
-// acc[m * R + r] += line of weights r . 128 numbers of x[m]; of the last line only `left` numbers are there.
-template <class T, int BITS, int R, int M, bool LAST>
+// acc[m * R + r] += line of weights r . 128 numbers of x[m] from place `first` on.
+template <class T, int BITS, int R, int M>
 inline __attribute__((always_inline)) void line_dots(const uint8_t *const *w, const float *const *scales,
-                                                     const T *const *x, word line, word left, v16 *acc) {
+                                                     const T *const *x, word first, word line, v16 *acc) {
   typedef Lanes<T> L;
   constexpr int groups = BITS == 4 ? 2 : 1, parts = LINE / L::step / groups;
 #pragma GCC unroll 2
@@ -407,9 +407,7 @@ inline __attribute__((always_inline)) void line_dots(const uint8_t *const *w, co
       v16 sum[R] = {};
 #pragma GCC unroll 8
       for (int p = 0; p < parts; p++) {
-        const T *from = x[m] + line * LINE + (g * parts + p) * L::step;
-        const word count = left - (g * parts + p) * L::step;
-        typename L::part row = !LAST || count >= L::step ? L::whole(from) : L::rest(from, std::max<word>(count, 0));
+        typename L::part row = L::whole(x[m] + first + (g * parts + p) * L::step);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) sum[r] = L::add(sum[r], part[r][p], row);
       }
@@ -425,7 +423,12 @@ void rounded_products(const Instr &op, const char *X, char *Y, word from, word t
   const uint8_t *W = (const uint8_t *)op.more[0];
   const float *S = (const float *)op.more[4];
   const T *bias = (const T *)op.more[1];
-  const word K = op.more[3], lines = (K + LINE - 1) / LINE;
+  const word K = op.more[3], whole = K / LINE, lines = (K + LINE - 1) / LINE, left = K - whole * LINE;
+  T tails[CHUNK * LINE]; // what the last line meets, filled up: behind a row stands another, which may hold anything
+  for (word m = 0; left && m < rows; m++) {
+    memset(tails + m * LINE, 0, LINE * sizeof(T));
+    memcpy(tails + m * LINE, (const T *)(X + m * op.a.row) + whole * LINE, left * sizeof(T));
+  }
   for (word n = from; n < to; n += R) {
     const uint8_t *w[R], *next[R];
     const float *scales[R];
@@ -440,18 +443,20 @@ void rounded_products(const Instr &op, const char *X, char *Y, word from, word t
       for (int i = 0; i < M; i++)
         for (word r = 0; r < wide; r++) shift[i * R + r] = widen(bias[n + r]);
     for (word g = 0; g < rows; g += M) {
-      const T *x[M];
-      for (int i = 0; i < M; i++) x[i] = (const T *)(X + std::min(g + i, rows - 1) * op.a.row);
+      const T *x[M], *tail[M];
+      for (int i = 0; i < M; i++) {
+        x[i] = (const T *)(X + std::min(g + i, rows - 1) * op.a.row);
+        tail[i] = tails + std::min(g + i, rows - 1) * LINE;
+      }
       v16 acc[16] = {};
-      word line = 0;
-      for (; line < K / LINE; line++) {
+      for (word line = 0; line < whole; line++) {
         if (!g)
 #pragma GCC unroll 16
           for (int r = 0; r < R; r++)
             for (int b = 0; b < bytes; b += 64) __builtin_prefetch(next[r] + line * bytes + b);
-        line_dots<T, BITS, R, M, false>(w, scales, x, line, LINE, acc);
+        line_dots<T, BITS, R, M>(w, scales, x, line * LINE, line, acc);
       }
-      if (line < lines) line_dots<T, BITS, R, M, true>(w, scales, x, line, K - line * LINE, acc);
+      if (left) line_dots<T, BITS, R, M>(w, scales, tail, 0, whole, acc);
       finish<T, R, M>(acc, shift, Y + g * op.out.row, op.out.row, n, wide, std::min<word>(M, rows - g));
     }
   }
