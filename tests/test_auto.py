@@ -12,7 +12,7 @@ from selfdraft.core.guess import Guess, expand
 from selfdraft.core.profile import Profile
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.core.watch import MOST, SHARE, START, TRIAL, Watch
+from selfdraft.core.watch import MOST, RAREST, SHARE, START, TRIAL, Watch
 from selfdraft.drafters.auto import Auto
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
@@ -111,7 +111,7 @@ def test_a_new_request_is_a_new_chance_that_gets_rarer() -> None:
             tried += 1
         while not watch.aside:
             watch.book(-0.5)
-    assert 6 <= tried <= 9
+    assert 100 / RAREST <= tried <= 100 / RAREST + 3
     watch.aside, watch.balance = False, START
     watch.book(1.0)
     assert watch.patience == 1

@@ -21,6 +21,8 @@ from selfdraft.core.watch import Watch
 from selfdraft.errors import OptionError
 from selfdraft.types import Budget
 
+REST_EVERY = 16
+"""Of so many steps while standing aside one is timed."""
 PLAIN_EVERY = 256
 """Steps after which one is plain, when none was: else nobody would know what drafting saves."""
 
@@ -51,7 +53,7 @@ class Guarded(Drafting):
         """Seconds of making trees by their nodes."""
         self._start = self._drafting = self._recycling = 0.0
         self._aside = False
-        self._since_plain = 0
+        self._since_plain = self._rested = 0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         if self.watch.aside and any(sequence.written == 1 for sequence in sequences):
@@ -90,7 +92,8 @@ class Guarded(Drafting):
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         steps = len(sequences) == self._drafted and all(result.tokens for result in results)
         if self._aside:
-            if steps:
+            self._rested += 1
+            if steps and self._rested % REST_EVERY == 0:
                 self._rest(sequences)
             self._drafted = 0
             self._forget(sequences)

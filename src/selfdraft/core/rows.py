@@ -55,6 +55,11 @@ class Rows:
     def __len__(self) -> int:
         return self.tokens.numel()
 
+    @property
+    def probing(self) -> bool:
+        """Whether there are probes among them: only these may be mask ids."""
+        return any(len(span.draft) > span.draft.candidates for span in self.spans)
+
 
 def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
     """Lay out (sequence, how many pending tokens, draft) end to end.

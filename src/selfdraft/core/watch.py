@@ -9,7 +9,9 @@ SHARE = 0.005
 START, MOST = 16.0, 32.0
 """Plain steps that may be lost at first, and after any success."""
 TRIAL = 4.0
-"""Plain steps that must be there again before something is tried again."""
+"""Plain steps that must be there again before something is tried again, and what a new request is given for a trial."""
+RAREST = 4
+"""At least one of so many requests is given a trial."""
 
 
 @dataclass(slots=True)
@@ -35,8 +37,8 @@ class Watch:
         """A request begins while standing aside: its text may be of another kind."""
         self.waited += 1
         if self.waited >= self.patience:
-            self.aside, self.waited, self.patience = False, 0, 2 * self.patience
-            self.balance = max(self.balance, 1.0)
+            self.aside, self.waited, self.patience = False, 0, min(2 * self.patience, RAREST)
+            self.balance = max(self.balance, TRIAL)
 
     def book(self, gain: float) -> None:
         """A step that brought `gain` plain steps more than it took; less than 0 when it lost."""

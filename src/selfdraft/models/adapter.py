@@ -146,7 +146,7 @@ class HFTarget:
     def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         self._make_room(rows)
         skipped = isinstance(short, Skip)
-        acting = gate_rows(rows, self.adapters, self.vocab, skipped=skipped) if self.adapters else {}
+        acting = gate_rows(rows, self.adapters, self.vocab, skipped=skipped) if rows.probing else {}
         if acting:
             return self._run_gated(rows, short, acting)
         if short is None:
@@ -191,8 +191,7 @@ class HFTarget:
         if self.runner is None:
             logits, plan = self._run(model, rows, hidden)
             return logits, None if plan.hidden is None else plan.hidden[0]
-        inputs = self._inputs(rows.tokens[None])
-        embeds = inputs.get("inputs_embeds")
+        embeds = self._inputs(rows.tokens[None]).get("inputs_embeds") if rows.probing else None
         self._gate.traced = True
         try:
             traced = self.runner.tape(model, embedded=embeds is not None, resuming=hidden is not None)
