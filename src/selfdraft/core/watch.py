@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARE = 0.005
+SHARE = 0.004
 """Of the time, what may be lost to trials that fail."""
-START, MOST = 16.0, 32.0
+START, MOST = 12.0, 32.0
 """Plain steps that may be lost at first, and after any success."""
 TRIAL = 4.0
 """Plain steps that must be there again before something is tried again, and what a new request is given for a trial."""
