@@ -49,7 +49,8 @@ RECORD = {
     *("task", "drafter", "options", "prompts", "tokens", "seconds", "tokens_per_second", "plain_tokens_per_second"),
     *("speedup_vs_plain", "speedup_lowest", "speedup_highest", "decode_tokens_per_second", "decode_speedup_vs_plain"),
     *("first_token_seconds", "texts_equal", "prompts_different", "tokens_per_pass", "draft_acceptance_rate"),
-    *("acceptance_by_position", "draft_tokens_per_pass", "draft_passes_per_token", "time_split", "host_ms_per_step"),
+    *("acceptance_by_position", "draft_tokens_per_pass", "draft_passes_per_token", "time_split"),
+    *("ms_per_step", "host_ms_per_step"),
     *("weights_bytes", "cache_bytes", "working_bytes", "extra_bytes", "peak_bytes", "memory_vs_plain"),
     *("speed_memory_ratio", "scores", "unscored", "load_average_max", "conditions", "peer", "equal_tokens"),
 }

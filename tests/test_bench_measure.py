@@ -312,6 +312,7 @@ def test_the_figures_of_a_record() -> None:
     assert drafted["tokens_per_pass"] == 3.0
     assert drafted["acceptance_by_position"] == [1.0, 0.5, 0.5]
     assert drafted["time_split"] == {"prefill": 0.25, "target": 0.5, "drafting": 0.125, "rest": 0.125}
+    assert drafted["ms_per_step"] == {"target": 2000.0, "drafting": 500.0, "rest": 500.0}
     assert drafted["host_ms_per_step"] == 500.0
     assert (drafted["extra_bytes"], drafted["peak_bytes"], drafted["memory_vs_plain"]) == (30, 180, 1.2)
     assert drafted["speed_memory_ratio"] == pytest.approx(2 / 1.2, abs=1e-3)

@@ -225,7 +225,7 @@ def test_generate(run: Any, folder: Path) -> None:
     done = run("generate", PROMPT, "--model", folder, "--max-new-tokens", 20, "--dtype", "float64")
     assert done.code == 0
     assert done.out == answer(PROMPT, max_tokens=20) + "\n"
-    assert re.fullmatch(r"20 tokens in \d+ steps \(\d\.\d\d a step\), [\d.]+ tokens/s, lookup.*\n", done.err)
+    assert re.fullmatch(r"20 tokens in \d+ steps \(\d\.\d\d a step\), [\d.]+ tokens/s, auto.*\n", done.err)
 
 
 def test_text_is_written_as_it_is(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_generate_json(run: Any, folder: Path) -> None:
     assert (done.code, done.err) == (0, "")
     said = done.said
     assert said.keys() == {"model", "dtype", "exactness", "runner", "machine", "drafter", "results"}
-    assert (said["drafter"], said["machine"]["threads"]) == ("lookup", 1)
+    assert (said["drafter"], said["machine"]["threads"]) == ("auto", 1)
     (result,) = said["results"]
     assert len(result["token_ids"]) == len(result["sources"]) == result["num_output_tokens"] == 30
     assert (result["prompt"], result["finish_reason"], result["stop_reason"]) == (PROMPT, "length", None)
@@ -262,7 +262,7 @@ def test_generate_json(run: Any, folder: Path) -> None:
 
 def test_compare_in_words(run: Any, folder: Path) -> None:
     done = run("generate", PROMPT, "--model", folder, "--max-new-tokens", 8, "--compare", "--temperature", 1)
-    assert re.search(r"plain [\d.]+ tokens/s, lookup [\d.]+ tokens/s: [\d.]+x; texts equal: yes", done.err)
+    assert re.search(r"plain [\d.]+ tokens/s, auto [\d.]+ tokens/s: [\d.]+x; texts equal: yes", done.err)
 
 
 def test_seeds(run: Any, folder: Path) -> None:
@@ -290,7 +290,7 @@ def test_generate_chat(run: Any, folder: Path) -> None:
 
 def test_colours(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The codes of colour are all that a terminal sees more."""
-    arguments = ("generate", PROMPT, "--model", folder, "--max-new-tokens", 60)
+    arguments = ("generate", PROMPT, "--model", folder, "--max-new-tokens", 60, "--drafter", "lookup")
     plain = run(*arguments).out
     monkeypatch.setattr(show, "out", Console(force_terminal=True, color_system="standard", highlight=False))
     done = run(*arguments)

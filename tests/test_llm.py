@@ -169,7 +169,7 @@ def test_a_stream_never_breaks_a_character() -> None:
 
 
 def test_chat() -> None:
-    talker = LLM(model(), tokenizer=tokenizer(template=True))
+    talker = LLM(model(), tokenizer=tokenizer(template=True), drafter="lookup")
     said = talker.chat([{"role": "user", "content": "the dog"}], GREEDY)
     assert talker.decode(said.prompt_token_ids) == "[user]the dog[bot]"
     assert said.outputs[0] == talker.generate("[user]the dog[bot]", GREEDY)[0].outputs[0]

@@ -317,7 +317,7 @@ def test_the_picture_of_predicted_against_actual(
         (["replay", log, "--drafter", "merged", "--memory", tmp_path], "cannot be written: a folder"),
         (["replay", log, "--drafter", "merged", "--memory", "/dev/full"], "cannot be written: no regular file"),
         ([*words, "--reliability", tmp_path / "no" / "x.png"], "cannot be written: no folder"),
-        (["replay", log, "--reliability", tmp_path / "x.png"], "the drafter gives no chances"),
+        (["replay", log, "--drafter", "lookup", "--reliability", tmp_path / "x.png"], "the drafter gives no chances"),
         ([*words, "--limit", 0, "--reliability", tmp_path / "x.png"], "--limit"),
     ):
         code, _, err = call(monkeypatch, capsys, *wrong)

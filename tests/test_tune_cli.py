@@ -31,7 +31,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fo
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
 
     def call(*arguments: object) -> Done:
-        small = ["--prompts", "prompts.jsonl", "--model", folder, "--dtype", "float32"]
+        small = ["--method", "layer_skip", "--prompts", "prompts.jsonl", "--model", folder, "--dtype", "float32"]
         small += ["--trials", 8, "--max-new-tokens", 12, "--num-speculative-tokens", 3, "--confirm", 0, "--runs", 1]
         return typed(monkeypatch, capsys, "tune", *small, *arguments)
 
@@ -73,6 +73,35 @@ def test_measured_costs_can_be_given(tune: Any, folder: Path) -> None:
     assert {**second, "output": ""} == {**first, "output": ""}
 
 
+def test_the_machine_is_measured_and_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("selfdraft.tune.profile.MOST", 1)
+    monkeypatch.setattr("selfdraft.tune.profile.STEADY", 1e9)
+    done = typed(monkeypatch, capsys, "tune", "--model", "pocket", "--dtype", "float32")
+    assert done.code == 0, done.err
+    assert "A plain step takes" in done.out
+    assert "lookahead off: its 57 rows take" in done.out
+    (kept,) = (tmp_path / "selfdraft" / "profiles").iterdir()
+    assert str(kept) in done.out
+    said = json.loads(typed(monkeypatch, capsys, "tune", "--model", "pocket", "--dtype", "float32", "--json").out)
+    assert said["profile"]["rows"][0] == 1
+    assert {"lookahead", "space", "s3d", "layer_skip"} < {verdict["drafter"] for verdict in said["verdicts"]}
+
+
+def test_a_profile_of_a_busy_machine_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("selfdraft.tune.profile.MOST", 1)
+    monkeypatch.setattr("selfdraft.tune.profile.STEADY", 0.5)
+    done = typed(monkeypatch, capsys, "tune", "--model", "pocket", "--dtype", "float32")
+    assert done.code == 0
+    assert "the machine is busy" in done.err
+    assert not (tmp_path / "selfdraft").exists()
+
+
 def test_a_set_in_the_checkpoints_folder_is_taken(folder: Path) -> None:
     place = folder / "selfdraft_skip.json"
     try:
@@ -92,10 +121,11 @@ def test_a_set_in_the_checkpoints_folder_is_taken(folder: Path) -> None:
     ("arguments", "said"),
     [
         (["--trials", 0], "trials=0"),
-        (["--method", "guessing"], "'guessing' is not one of 'layer_skip', 's3d', 'lookahead'"),
+        (["--method", "guessing"], "'guessing' is not one of 'auto', 'layer_skip', 's3d', 'lookahead'"),
         (["--sweep"], "--sweep belongs to --method s3d, not to layer_skip"),
         (["--adapter", "."], "--adapter belongs to --method s3d"),
         (["--method", "s3d", "--trials", 1000], "--trials belongs to --method layer_skip, not to s3d"),
+        (["--method", "auto", "--trials", 5], "--prompts belongs to --method layer_skip"),
         (["--sampler", "dice"], "'dice' is unknown"),
         (["--prompts", "empty.jsonl"], "holds no prompt"),
         (["--output", "nowhere/out.json"], "there is no folder 'nowhere'"),

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from selfdraft.llm import Piece
     from selfdraft.types import Stats
 
+STAGES = ("target", "drafting", "rest")
+"""What a decode step goes into: passes of the target, guessing and learning, the host's other work."""
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -194,6 +196,24 @@ def evaluation(records: SequenceOf[dict[str, Any]], output: Path | None) -> None
     out.print(f"\nload average up to {load:.1f}" + (f"; rows in {output}" if output is not None else ""))
     if not all(record["texts_equal"] for record in records if record["peer"] is None):
         err.print(Text("some texts DIFFER from plain decoding: no speed-up is given there", style="bold red"))
+
+
+def stages(records: SequenceOf[dict[str, Any]]) -> None:
+    """Milliseconds of a decode step of every drafter by what they went into, from the run through stopwatches."""
+    for task in dict.fromkeys(record["task"] for record in records):
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"{task}, ms per step", min_width=12)
+        for head in STAGES:
+            table.add_column(head, justify="right", no_wrap=True)
+        for record in records:
+            if record["task"] == task and record["peer"] is None:
+                spent = record["ms_per_step"]
+                table.add_row(record["drafter"], *(_milliseconds(spent[stage]) for stage in STAGES))
+        out.print(table)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _engine(peer: dict[str, Any]) -> str:

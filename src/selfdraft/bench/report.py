@@ -16,7 +16,7 @@ KS = (1, 10, 100)
 """Of pass@k, where there are so many samples; and the number of samples itself."""
 INSIDE = (
     *("tokens_per_pass", "draft_acceptance_rate", "acceptance_by_position", "draft_tokens_per_pass"),
-    *("draft_passes_per_token", "time_split", "host_ms_per_step"),
+    *("draft_passes_per_token", "time_split", "ms_per_step", "host_ms_per_step"),
     *("weights_bytes", "cache_bytes", "working_bytes", "extra_bytes", "peak_bytes", "memory_vs_plain"),
 )
 """Figures that are only known of our own engine."""
@@ -106,6 +106,11 @@ def _acceptance(rows: SequenceOf[Row]) -> Record:
         "draft_tokens_per_pass": round(stats.num_draft_tokens / stats.num_steps, 4) if stats.num_steps else 0.0,
         "draft_passes_per_token": round(stats.num_draft_passes / stats.num_output_tokens, 4),
         "time_split": {name: round(seconds / total, 4) for name, seconds in split.items()},
+        "ms_per_step": {
+            name: round(1000 * seconds / stats.num_steps, 4) if stats.num_steps else None
+            for name, seconds in split.items()
+            if name != "prefill"
+        },
         "host_ms_per_step": round(1000 * split["rest"] / stats.num_steps, 4) if stats.num_steps else None,
     }
 

@@ -77,6 +77,7 @@ def bench(
     exactness: Exact = "bitwise",
     output: Output = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -108,6 +109,8 @@ def bench(
     for path in draw(records):  # before the table: whoever reads that may leave early
         show.note(f"wrote {path}")
     show.document(records) if as_json else show.evaluation(records, output)
+    if profile and not as_json:
+        show.stages(records)
     raise typer.Exit(0 if all(record["texts_equal"] for record in records if record["peer"] is None) else 1)
 
 

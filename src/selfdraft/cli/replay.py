@@ -21,9 +21,7 @@ def replay(
     traces: Annotated[
         list[Path], typer.Argument(help="jsonl files with prompt_token_ids and generated_token_ids in each line.")
     ],
-    drafter: Annotated[
-        str | None, typer.Option(help="Who guesses: one that reads only tokens. Default: lookup.")
-    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="Who guesses: one that reads only tokens. Default: auto.")] = None,
     speculative_config: Config = None,
     max_nodes: Annotated[int, typer.Option(help="Most draft tokens of a step.", min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Only the first so many requests of each file.", min=1)] = None,

@@ -140,7 +140,7 @@ def tune(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine for auto, or find a drafter's best settings.
+    """Measure this machine, or tune a drafter.
 
     auto: what a pass costs by its rows, kept in the user's cache folder, and what pays at that cost. Under a minute.
 

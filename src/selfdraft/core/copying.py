@@ -63,6 +63,8 @@ class Copying:
         self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()
         self._means = [[Mean(belief, PRIOR, FADE) for belief in COPIED] for _ in range(MOODS)]
         """By class of how copies held lately, and class of match length."""
+        self._chances = [[mean.value for mean in means] for means in self._means]
+        """Their values."""
 
     def knows(self, sequence: Sequence) -> bool:
         """Whether it has drafted for the sequence."""
@@ -80,12 +82,15 @@ class Copying:
             note = self._notes.get(sequence)
             if note is None or note.read == len(sequence.tokens):
                 continue
-            means = self._of(note)
+            mood = _mood(note)
+            means, chances = self._means[mood], self._chances[mood]
             came = sequence.tokens[note.read :]
             if note.copied:
                 note.held.observe(float(note.copied[0] == came[0]))
             for depth, (copied, token) in enumerate(zip(note.copied, came, strict=False)):
-                means[kind_of_match(note.length + depth)].observe(float(copied == token))
+                kind = kind_of_match(note.length + depth)
+                means[kind].observe(float(copied == token))
+                chances[kind] = means[kind].value
                 if copied != token:
                     break
 
@@ -95,14 +100,16 @@ class Copying:
             note = self._notes[sequence] = Note(sequence)
         note.look_up(sequence)
         most = min(len(note.copied), budget.depth, budget.nodes, len(prices))
-        means, reached, scores = self._of(note), 1.0, list[float]()
+        chances, reached, scores = self._chances[_mood(note)], 1.0, list[float]()
         for depth in range(most):
-            own = means[kind_of_match(note.length + depth)].value
+            own = chances[kind_of_match(note.length + depth)]
             reached *= own
             if reached < prices[depth]:
                 break
             scores.append(own)
         return Draft.chain(note.copied[: len(scores)], SOURCE, scores) if scores else EMPTY
 
-    def _of(self, note: Note) -> list[Mean]:
-        return self._means[min(int(MOODS * note.held.value), MOODS - 1)]
+
+def _mood(note: Note) -> int:
+    """The class of how copies held lately."""
+    return min(int(MOODS * note.held.value), MOODS - 1)

@@ -125,11 +125,12 @@ class Guarded(Drafting):
         if rows == count:
             self._since_plain = 0
         self.seconds.observe(took + drafting)
-        if self._recycling:
-            self.recycled.book(sum(map(only_recycled, results)) / count - self._recycling / plain)
-        brought = sum(len(result.tokens) for result in results) / count
+        if plain > 0:
+            if self._recycling:
+                self.recycled.book(sum(map(only_recycled, results)) / count - self._recycling / plain)
+            brought = sum(len(result.tokens) for result in results) / count
+            self.watch.book(brought - (took + drafting) / plain)
         self._recycling = 0.0
-        self.watch.book(brought - (took + drafting) / plain)
 
     def _recycle(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         if self.recycled.aside:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-from selfdraft.core.copying import Copying
+from selfdraft.core.copying import AHEAD, Copying
 from selfdraft.core.guarded import Guarded
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
@@ -42,7 +42,7 @@ class Auto(Guarded):
         if self._trees:
             return super()._make(sequences, budgets)
         began = self.clock()
-        drafts = self.copying.draft(sequences, budgets, self._prices(sequences, self.most))
+        drafts = self.copying.draft(sequences, budgets, self._prices(sequences, min(self.most, AHEAD)))
         self.node_time.observe(sum(map(len, drafts)), self.clock() - began)
         return drafts
 
