@@ -67,6 +67,8 @@ class Bench:
     all_turns: bool = False
     peers: Mapping[str, Peer] = field(default_factory=dict)
     """Other engines by label, loaded."""
+    log: Callable[[Sequence, SequenceOf[int]], None] | None = None
+    """Told every request that was measured, with the tokens of its plain answer."""
     skipped: list[str] = field(default_factory=list)
     """What was left out, and why."""
     measured: int = 0
@@ -157,6 +159,8 @@ class Question:
         running = {label: engines[label] for label in labels if label in engines}
         peers = {label: self.bench.peers[label] for label in labels if label in self.bench.peers}
         found = measure(running, self.request(), self.bench.runs, self.bench.gauge, self.bench.settle, peers)
+        if self.bench.log is not None:
+            self.bench.log(self.request()(), found[plain].median.tokens)
         texts = self._more_samples(running, found)
         for contender in missing:
             row = self._row(contender, found[contender.label], found[plain])

@@ -15,6 +15,7 @@ from selfdraft.cli.options import (
     AsJson,
     Dtype,
     Exact,
+    Log,
     MaxNew,
     Model,
     Threads,
@@ -77,6 +78,7 @@ def bench(
     exactness: Exact = "bitwise",
     output: Output = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None,
+    log: Log = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -86,6 +88,7 @@ def bench(
     Speed against plain decoding and other engines, scores, memory; exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
+    from selfdraft.bench.log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
@@ -94,11 +97,13 @@ def bench(
     guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
+    check_log(log)
     with Ledger(output) as ledger:
         llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
         setting = set_up(llm, model, adapter or [], fit, plan)
+        setting.log = logger(llm, log)
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [contender.label for contender in setting.contenders])
@@ -106,6 +111,18 @@ def bench(
         show.note(f"skipped: {reason}")
     if not records:
         raise RequestError(f"nothing was measured: none of the prompts fits into the context of {llm.target.context}")
+    tell(records, output, draw, profile=profile, as_json=as_json)
+
+
+def tell(
+    records: list[dict[str, Any]],
+    output: Path | None,
+    draw: Callable[[Any], list[Path]],
+    *,
+    profile: bool,
+    as_json: bool,
+) -> None:
+    """Pictures and tables; ends the command, with 1 if a text of ours differs."""
     for path in draw(records):  # before the table: whoever reads that may leave early
         show.note(f"wrote {path}")
     show.document(records) if as_json else show.evaluation(records, output)
@@ -203,6 +220,15 @@ def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Pa
     except OSError as error:
         raise OptionError(f"--pictures {folder} cannot be written: {error.strerror}") from error
     return lambda records: pictures.draw(records, folder)
+
+
+def logger(llm: LLM, log: Path | None) -> Callable[[Request, Sequence[int]], None] | None:
+    """Writes a line of a token log for every request, if there is a log."""
+    from selfdraft.bench.log import append
+
+    if log is None:
+        return None
+    return lambda request, said: append(log, llm.logged(request.tokens, said, request.sampling))
 
 
 def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[Contender], plan: Plan) -> Bench:
