@@ -13,7 +13,7 @@ PROMPTS = (
 )
 
 for flag, prompt in PROMPTS:
-    command = ["generate", prompt, "--model", "pocket", "--drafter", "lookup", "--max-new-tokens", "96", "--compare"]
+    command = ["generate", prompt, "--model", "pocket", "--max-new-tokens", "96", "--compare"]
     line = " ".join(repr(part) if " " in part else part for part in [*command, flag]).strip()
     print(f"\n$ selfdraft {line}", flush=True)
     code = subprocess.run(

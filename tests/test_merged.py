@@ -19,7 +19,7 @@ from selfdraft.core.context import BREAK, ORDER, ContextTree, Node
 from selfdraft.core.drafting import Drafting
 from selfdraft.core.follow import PATIENCE, Aligned, realign
 from selfdraft.core.memory import Memory
-from selfdraft.core.merge import LEVELS, MIDDLES, STEPS, Credit, Merger
+from selfdraft.core.merge import CLASSES, LEVELS, MIDDLES, STEPS, Credit, Merger, Paths
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.sources import ANCHOR, Copies, Reader
 from selfdraft.core.tree import ROOT, Draft
@@ -242,6 +242,33 @@ def test_every_source_is_scored_whether_it_was_run_or_not() -> None:
     merger.score([4, 1, 9])
     means = credit.counts["copy"]._means
     assert sorted(mean.value > mean.guess for mean in means.values()) == [False, True, True]
+
+
+def test_paths_are_corrected_by_how_often_their_depth_came_true() -> None:
+    paths = Paths()
+    foretold = [0.0] * CLASSES
+    foretold[1], foretold[-1] = 0.5, 2.0
+    for _ in range(300):
+        paths.observe(foretold, 1)  # the first depth always, the deepest never
+    assert paths.ratios[1] > 1.5
+    assert paths.ratios[-1] < 0.2
+    assert paths.ratios[2:-1] == [1.0] * (CLASSES - 3)
+
+
+def test_what_paths_are_worth_moves_the_chances_of_the_tree() -> None:
+    """Behind many trees that were accepted less deep than foretold, deep nodes are thought less likely."""
+    sequence = opened([*MOTIF, *MOTIF, *MOTIF[:3]])
+    drafter = build("context", tiny_target(), FREE)
+    assert isinstance(drafter, Drafting)
+    before = scores_by_path(one(drafter, sequence))
+    ratios = drafter.credit.paths.ratios
+    ratios[:] = [1.0 if depth < 3 else 0.25 for depth in range(CLASSES)]
+    after = scores_by_path(one(drafter, sequence))
+    deep = tuple([*MOTIF[3:], *MOTIF][:3])
+    assert after[deep[:1]] == before[deep[:1]]
+    assert after[deep] == pytest.approx(before[deep] / 4)
+    ratios[:] = [9.0] * CLASSES
+    assert max(scores_by_path(one(drafter, sequence)).values()) <= 1.0
 
 
 def test_credit_learns_which_source_is_right() -> None:

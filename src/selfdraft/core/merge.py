@@ -35,6 +35,8 @@ TOGETHER = [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
 _COARSE = TOGETHER[-1] + 1
 _CHANCE = itemgetter(1)
 PRIOR, FADE = 4.0, 0.998
+WEIGHT = 20.0
+"""Nodes that were foretold rightly before any was seen."""
 TRUST = 0.7
 """Weight of the best level against the others before any such token was seen: the best of several is often luck."""
 FLOOR = 0.002
@@ -84,11 +86,36 @@ class Cell(NamedTuple):
     family: Mean
 
 
+class Paths:
+    """How many nodes of a depth were accepted, for each one that the product of chances foretold.
+
+    Some stretches of text are easier than others, and a product of means does not know which one it stands in: the
+    paths that are deep are those of the easy stretches, and would be foretold too low.
+    """
+
+    def __init__(self) -> None:
+        self.ratios = [1.0] * CLASSES
+        """By depth class."""
+        self._foretold, self._accepted = [WEIGHT] * CLASSES, [WEIGHT] * CLASSES
+
+    def observe(self, foretold: SequenceOf[float], accepted: int) -> None:
+        """Book a tree: its nodes' products, summed up by depth class, and how deep it was accepted."""
+        came = [0] * CLASSES
+        for depth in range(1, accepted + 1):
+            came[_CLASS[depth] if depth < len(_CLASS) else CLASSES - 1] += 1
+        for depth, (said, right) in enumerate(zip(foretold, came, strict=True)):
+            if said:
+                self._foretold[depth] = FADE * self._foretold[depth] + (1 - FADE) * WEIGHT + said
+                self._accepted[depth] = FADE * self._accepted[depth] + (1 - FADE) * WEIGHT + right
+                self.ratios[depth] = self._accepted[depth] / self._foretold[depth]
+
+
 class Credit:
     """What the evidence of all sources together is worth. Outlives the requests; knows no token."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counts] = {}
+        self.paths = Paths()
         self._cells: dict[int, Cell] = {}
         self._families: dict[tuple[int, ...], Mean] = {}
         self._chances: dict[int, float] = {}
@@ -158,9 +185,9 @@ class Credit:
         return found
 
 
-Branch = tuple[float, int, int, int, float, list[tuple[int, float]]]
+Branch = tuple[float, int, int, int, float, float, list[tuple[int, float]]]
 """The best that was not taken yet of what may follow a node: -chance of the path, node, rank, depth of the follower,
-chance of the node's own path, tokens and chances."""
+chance of the node's own path, product of the chances along it, tokens and chances."""
 
 
 class Place(NamedTuple):
@@ -185,6 +212,8 @@ class Merger:
         """What was said at ROOT and at nodes of the draft."""
         self._draft = EMPTY
         self._trail: tuple[list[int], Place | None] = [], None
+        self._foretold: list[float] = []
+        """By depth class, the sum of the products of chances of the draft's nodes."""
 
     def tree(self, budget: Budget, prices: SequenceOf[float], path: SequenceOf[int] = ()) -> Draft:
         """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
@@ -202,28 +231,34 @@ class Merger:
         scores: list[float] = []
         sources: list[str] = []
         heap: list[Branch] = []
-        place, node, reached, depth = self._behind(path), ROOT, 1.0, 0
+        ratios, foretold = self.credit.paths.ratios, [0.0] * CLASSES
+        place, node, reached, product, depth = self._behind(path), ROOT, 1.0, 1.0, 0
         while True:
             floor = max(prices[len(tokens)], FLOOR)
             if depth < budget.depth:
                 places[node] = place
                 pairs = ranked(place.keys)
-                if pairs and (likely := reached * pairs[0][1]) >= floor:
-                    heappush(heap, (-likely, node, 0, depth + 1, reached, pairs))
+                depth += 1
+                if pairs:
+                    ratio = ratios[_CLASS[depth] if depth < len(_CLASS) else CLASSES - 1]
+                    if (likely := min(reached, product * pairs[0][1] * ratio)) >= floor:
+                        heappush(heap, (-likely, node, 0, depth, reached, product, pairs))
             if not heap or -heap[0][0] < floor:  # it was worth an earlier node; what is left is no likelier
                 break
-            best, parent, rank, depth, above, pairs = heap[0]
+            best, parent, rank, depth, above, before, pairs = heap[0]
             token, chance = pairs[rank]
-            node, reached = len(tokens), -best
+            node, reached, product = len(tokens), -best, before * chance
+            level = _CLASS[depth] if depth < len(_CLASS) else CLASSES - 1
+            foretold[level] += product
             tokens.append(token)
             parents.append(parent)
-            scores.append(chance)
+            scores.append(reached / above)
             sources.append(names(places[parent].keys[token]))
             if len(tokens) == most:
                 break
             rank += 1
-            if rank < len(pairs) and (likely := above * pairs[rank][1]) >= floor:
-                heapreplace(heap, (-likely, parent, rank, depth, above, pairs))
+            if rank < len(pairs) and (likely := min(above, before * pairs[rank][1] * ratios[level])) >= floor:
+                heapreplace(heap, (-likely, parent, rank, depth, above, before, pairs))
             else:
                 heappop(heap)
             if depth < budget.depth:
@@ -232,7 +267,7 @@ class Merger:
         if path:
             self._places = {}  # they are no places of the text
         else:
-            self._draft = draft
+            self._draft, self._foretold = draft, foretold
         return draft
 
     def score(self, tokens: SequenceOf[int]) -> None:
@@ -243,6 +278,7 @@ class Merger:
         place = self._places.get(ROOT) or self._here()
         self._trail = [], None
         node: int | None = ROOT
+        accepted = 0
         children = self._draft.children() if len(tokens) > 1 else {}
         for depth, token in enumerate(tokens, 1):
             self.credit.observe(place.keys, token)
@@ -250,8 +286,11 @@ class Merger:
                 counts.observe(told, place.depth, token)
             if depth < len(tokens):
                 node = children.get((node, token)) if node is not None else None
+                accepted += node is not None
                 known = self._places.get(node) if node is not None else None
                 place = known or self._after(place, token, depth)
+        if len(self._draft):
+            self.credit.paths.observe(self._foretold, accepted)
         self._places, self._draft = {}, EMPTY
 
     def _behind(self, path: SequenceOf[int]) -> Place:
