@@ -4,7 +4,8 @@ Source: Fu et al., "Break the Sequential Dependency of LLM Inference Using Looka
 Unlike the paper's code: candidates are verified from the first step on, a full match gets its bonus token, and the
 window moves as far as the text did. A sampled request's window is answered with the noise that the target will use
 at the cell's own place, so that its trajectories run to the sampled text, not to the greedy one. With `adaptive`
-(the default) sizes follow what rows bring and cost here, and the model's own runners-up are guesses, too.
+(the default) sizes follow what rows bring and cost here, the model's own runners-up are guesses, too, and short trials
+find out by the clock whether that, the sizes as they were given or plain decoding is the quickest (`core/trials.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from selfdraft.core.answers import Answers, likeliest
 from selfdraft.core.noise import gumbel_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.core.trials import Trials
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
@@ -36,6 +38,9 @@ CONTEXT = 4
 """Tokens before its key by which a tuple is ranked."""
 BRANCHES = 3
 """Branches out of runners-up under the last token."""
+PLAIN, GUESSES, WINDOWED, GIVEN = range(4)
+"""Ways to run a step with `adaptive`: no rows; guesses that pay; those and a window that follows its price; W, N and G
+as they were given, exactly as without `adaptive`."""
 
 
 class Pool:
@@ -109,11 +114,12 @@ class Window:
         """Tokens of the probes, in the order of `window_parents`."""
         return [column[level] for level in range(self.height) for column in self.columns][1:]
 
-    def restart(self, text: list[int]) -> None:
-        """Stand under the end of `text` with guesses only."""
+    def restart(self, text: list[int], *, filled: bool = True) -> None:
+        """Stand under the end of `text` with guesses only, or without any cell where it is not run."""
         self.columns, self.ages, self.base = [], [], len(text)
         self.fed = self.pool.feed(text, self.fed)
-        self._fill(text)
+        if filled:
+            self._fill(text)
 
     def resize(self, width: int, text: list[int]) -> None:
         """Give up columns at the right end, or add some."""
@@ -271,18 +277,16 @@ class _Counts:
 
 
 TRIAL = 32
-"""Steps a window runs before it is judged."""
+"""Steps with a window before its width moves."""
 MOVE = 8
 """Steps between two moves of a size."""
-PAUSES = (64, 1024)
-"""Steps until a window that did not pay is tried again: at first, and at most; doubled each time."""
 COLUMNS = 64
 LEVELS = 12
 """Largest window that adaptation goes to."""
 
 
 class Sizes:
-    """W, N and G and whether the window runs, moved by what rows bring and what they cost on this machine.
+    """W, N and G, moved by what rows bring and what they cost on this machine.
 
     The price of a row is rho dT/dn: tokens per second now, times the seconds one more row takes. What a window brings
     is counted, not tried out: accepted tokens that no guess from another source would have given. Between sizes the
@@ -291,16 +295,17 @@ class Sizes:
 
     def __init__(self, width: int, size: int, guesses: int) -> None:
         self.width, self.size, self.guesses, self.most = width, size, guesses, 4 * guesses
+        self.given = width, guesses
+        """W and G as they were given."""
         self.running = True
-        """Whether windows run."""
+        """Whether this step has a window whose width may move."""
         self.time, self.own, self.tokens = StepTime(), Mean(), Mean()
         self.gain = Mean()
         """Accepted tokens of a sequence's step that only the window gave."""
         self.acceptance, self.ranks = Acceptance(), Acceptance()
         self.full, self.deepest, self.last = Mean(), Mean(), Mean(0.5, 2.0)
         """Steps whose accepted path has N - 1 tokens; guesses at that depth; how often such a guess was right."""
-        self._since = self._age = self._wait = 0
-        self._pause = PAUSES[0]
+        self._since = self._age = self._windows = 0
 
     @property
     def price(self) -> float:
@@ -313,11 +318,8 @@ class Sizes:
         self.tokens.observe(tokens)
         self._since += 1
         self._age += 1
-        if not self.running:
-            if self._since >= self._wait:
-                self.running, self._since, self.gain = True, 0, Mean()
-            return
-        if self._since >= TRIAL and self._since % MOVE == 0:
+        self._windows += self.running
+        if self.running and self._windows >= TRIAL and self._windows % MOVE == 0:
             self._move_window()
         if self._since % MOVE == 0 and self.price:
             pays = self.ranks.rate(self.guesses - 1) >= self.price
@@ -328,11 +330,6 @@ class Sizes:
         if not price:
             return
         wanted = self.gain.value / log1p(self.width) / (price * height) - 1  # where one column more just pays
-        if wanted < 1 and self.gain.value <= price * (self.width * height - 1):
-            self.running, self._since, self._wait = False, 0, self._pause
-            self._pause = min(2 * self._pause, PAUSES[1])
-            return
-        self._pause = PAUSES[0]
         if abs(wanted - self.width) >= 1:
             self.width = min(max(self.width + (1 if wanted > self.width else -1), 1), COLUMNS)
 
@@ -366,8 +363,9 @@ class _Note:
 class Lookahead:
     """Candidates: the pool's n-grams behind the last token, as a trie. Probes: the window that keeps the pool fresh.
 
-    `adaptive`: W, N and G are where it starts; only rows that pay are run. Otherwise they stay as given, as in the
-    paper. What is learned about machine and text in general outlives a request; pools and windows do not.
+    `adaptive`: W, N and G are where it starts, only rows that pay are run, and the way of a step (plain, guesses
+    alone, with a window, sizes as given) is the one that took the least time per token. Otherwise W, N and G stay as
+    given, as in the paper. What is learned about machine and text outlives a request; pools and windows do not.
     """
 
     _clock: Callable[[], float] = staticmethod(time.perf_counter)
@@ -390,6 +388,12 @@ class Lookahead:
                 raise OptionError(f"{name}={value!r} is neither True nor False")
         self.sizes = Sizes(window_size, ngram_size, guess_set_size)
         self.from_prompt, self.adaptive = pool_from_prompt, adaptive
+        self.trials = Trials(GIVEN + 1)
+        self._way = GIVEN
+        """How this step runs."""
+        self._drafting = 0
+        """Sequences that were drafted for in this step."""
+        self._began = 0.0
         self._total = _Counts()
         self._drafted: tuple[float, float] = (0.0, 0.0)
         """When the last draft was ready, and how long it took together with the learning before it."""
@@ -397,7 +401,11 @@ class Lookahead:
         self._notes: WeakKeyDictionary[Sequence, _Note] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        began = self._clock()
+        began = self._began = self._clock()
+        if self.adaptive:
+            self._way = self.trials.way
+            self.sizes.running = self._way == WINDOWED
+        self._drafting = len(sequences)
         drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
         ready = self._clock()
         self._drafted = ready, ready - began + self._learning
@@ -412,16 +420,22 @@ class Lookahead:
             rows += 1 + len(result.draft)
             if note is not None and result.tokens:
                 self._learn(note, sequence, result)
-        if self.adaptive and emitted and all(sequence in self._notes for sequence in sequences):
-            self.sizes.time.observe(rows, began - self._drafted[0])  # nothing was prefilled in this pass
-            self.sizes.own.observe(self._drafted[1])
-            self.sizes.step(emitted)
+        alone = self._drafting == len(sequences) and all(result.tokens for result in results)
+        if self.adaptive and alone:  # nothing was prefilled in this pass
+            self.sizes.time.observe(rows, began - self._drafted[0])
+            if self._way != GIVEN:
+                self.sizes.own.observe(self._drafted[1])
+                self.sizes.step(emitted)
         for sequence in sequences:
             if sequence.finished and sequence in self._notes:
                 del self._notes[sequence]
                 if self.adaptive:
                     self.sizes.between_requests()
-        self._learning = self._clock() - began
+        self._drafting = 0
+        ended = self._clock()
+        self._learning = ended - began
+        if self.adaptive and alone:
+            self.trials.step(emitted, ended - self._began)
 
     def statistics(self, sequence: Sequence | None = None) -> PoolStatistics:
         """What the pool was good for: in one running request, or in all so far."""
@@ -438,17 +452,19 @@ class Lookahead:
             pool = Pool(sizes.size, most, sequence.prompt_length)
             note = self._notes[sequence] = _Note(Window(sizes.width, sizes.size - 1, pool, fed))
         note.nodes, note.ran = [], False
-        if sequence.room <= 1:
-            return EMPTY  # the next token is the last one: nothing to accept, nothing to learn for
+        if sequence.room <= 1 or self._way == PLAIN:
+            return EMPTY  # if the next token is the last one there is nothing to accept and nothing to learn for
         window = note.window
+        windowed = self._way in (WINDOWED, GIVEN)
         if window.base != len(sequence.tokens):
-            window.restart(sequence.tokens)
+            window.restart(sequence.tokens, filled=windowed)
         note.nodes = trie(self._guesses(note, sequence, max(budget.depth, 0)))
         draft = self._candidates(note.nodes, max(budget.nodes, 0))
-        if not sizes.running:
+        if not windowed:
             return draft
-        if window.width != sizes.width:
-            window.resize(sizes.width, sequence.tokens)
+        width = sizes.given[0] if self._way == GIVEN else sizes.width
+        if window.width != width or len(window.columns) != width:
+            window.resize(width, sequence.tokens)
         if window.width + window.height - 2 > budget.reach:
             return draft
         note.ran = True
@@ -458,9 +474,10 @@ class Lookahead:
         """Paths behind the last token, most trusted first; none goes on behind an end or below `depth`."""
         text, window = sequence.tokens, note.window
         found = [Guess(path, TEXT, 0) for path in window.copies(text)]
-        for followers, source, matched in window.pool.ranked(text)[: self.sizes.guesses]:
+        most = self.sizes.given[1] if self._way == GIVEN else self.sizes.guesses
+        for followers, source, matched in window.pool.ranked(text)[:most]:
             found.append(Guess(followers, source, len(found), matched, source == WINDOW))
-        if self.adaptive and depth:
+        if self._way != GIVEN and depth:
             found += self._runners_up(note, sequence, min(depth, window.height), len(found))
         return [Guess(cut(g.tokens[:depth], sequence.ends), g.source, g.rank, g.matched, g.from_window) for g in found]
 
@@ -482,7 +499,7 @@ class Lookahead:
     def _candidates(self, nodes: list[Node], most: int) -> Draft:
         """Nodes that pay, at most so many, the likeliest first; without adaptation the first ones."""
         chosen = list(range(len(nodes)))
-        if self.adaptive:
+        if self._way != GIVEN:
             for node in nodes:
                 above = nodes[node.parent].chance if node.parent != ROOT else 1.0
                 node.chance = above * self.sizes.acceptance.rate(node.kind)
@@ -496,6 +513,8 @@ class Lookahead:
 
     def _learn(self, note: _Note, sequence: Sequence, result: Result) -> None:
         """Score every guess by the text, then read the model's answers."""
+        if self._way == PLAIN:
+            return
         said = self._score(note, result)
         if note.nodes or note.ran:
             note.counts.book(note.nodes, said)
@@ -504,9 +523,10 @@ class Lookahead:
         if sequence.finished:
             return
         top = None
-        if result.logits is not None and (self.adaptive or not sequence.sampling.greedy):
+        reads = self._way in (GUESSES, WINDOWED)
+        if result.logits is not None and (reads or (note.ran and not sequence.sampling.greedy)):
             top = likeliest(result.logits, sequence.sampling)
-        if self.adaptive and top is not None:
+        if reads and top is not None and window.base >= 1:
             self._recall(note.answers, sequence.tokens[window.base - 1], result, *top)
         probes = len(result.proposed) - result.proposed.candidates
         if note.ran and probes == window.width * window.height - 1:
