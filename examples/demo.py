@@ -1,6 +1,6 @@
 """What `make demo` runs: a small real model answers three prompts, each compared with plain decoding.
 
-The model is SmolLM2-135M-Instruct, downloaded once (93 MB). Without a network the toy model of the tests takes its place.
+The model is SmolLM2-135M-Instruct, downloaded once (93 MB); without a network the tests' toy model takes its place.
 """
 
 import subprocess
