@@ -18,6 +18,7 @@ from selfdraft.cli.options import (
     MaxNew,
     Memory,
     Model,
+    NoCache,
     Threads,
     conditions,
     encode_all,
@@ -70,6 +71,7 @@ def generate(
     memory: Memory = None,
     log: Log = None,
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
@@ -93,7 +95,9 @@ def generate(
     )
     texts = gather(prompt, prompts, limit)
     check_log(log)
-    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory)
+    llm = open_llm(
+        model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory, no_cache=no_cache
+    )
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
@@ -174,12 +178,13 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Talk with a model through its template. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
-    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter)
+    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache)
     messages: list[dict[str, str]] = []
     while (said := show.ask()) is not None:
         messages.append({"role": "user", "content": said})

@@ -43,6 +43,9 @@ Memory = Annotated[
     Path | None,
     typer.Option(help="Earlier outputs to guess from (merged): read from this file if there is one, and written."),
 ]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Prove the model again, whatever was kept of an earlier start.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -57,6 +60,7 @@ def open_llm(
     slots: int = 1,
     runner: str = "auto",
     memory: Path | None = None,
+    no_cache: bool = False,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = parse_config(config)
@@ -85,6 +89,7 @@ def open_llm(
             adapters=adapters or (),
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
+            cache=not no_cache,
             measuring=measuring,
         )
     if memory is not None and memory.exists():

@@ -15,6 +15,7 @@ from selfdraft.cli.options import (
     Exact,
     MaxNew,
     Model,
+    NoCache,
     Threads,
     conditions,
     drafter_names,
@@ -42,6 +43,7 @@ def verify(
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
@@ -55,7 +57,7 @@ def verify(
     sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
     requests = [
         repeatable(llm, sampling, seed + i, ids) for i, ids in enumerate(encode_all(llm, texts, False, sampling))
@@ -81,6 +83,7 @@ def doctor(
     model: Model = "pocket",
     max_new_tokens: MaxNew = 48,
     threads: Threads = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Do the proof at load again, kept or not.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
@@ -91,7 +94,7 @@ def doctor(
     trials: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
-            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner)
+            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner, no_cache=prove)
             if runner == "auto" and llm.target.runner is None:
                 continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]

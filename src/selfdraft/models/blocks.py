@@ -124,7 +124,7 @@ def _only(whole: PreTrainedModel, count: int, chosen: int) -> PreTrainedModel:
         if module is head:
             return nn.Identity()
         if module is table:
-            return nn.Embedding(1, int(table.weight.shape[1]), dtype=torch.float32)  # type: ignore[union-attr,arg-type]
+            return nn.Embedding(1, int(whole.config.get_text_config().hidden_size))
         shell = view.shallow(module)
         for own in (shell._parameters, shell._buffers):
             for key, tensor in own.items():

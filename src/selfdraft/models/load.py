@@ -7,9 +7,9 @@ adapter and are compared with the stock model's own forward pass.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
+from selfdraft.models.kept import ProofStore, Record, identity_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.models.probe import probe_fast, probe_shapes
@@ -29,6 +30,8 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Weight files that run code when they are read; never opened."""
 ATTENDING = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers whose whole memory is keys and values at positions."""
+
+
 def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model from a local folder or a hub name, in eval mode, out of safetensors only.
 
@@ -88,11 +91,13 @@ def open_target(
     context: int | None = None,
     adapters: SequenceOf[MaskAdapter] = (),
     runner: Literal["auto", "plain", "fast"] = "auto",
+    proofs: ProofStore | None = None,
 ) -> HFTarget:
     """A proven target with `slots` slots of at most `context` tokens (None: what the model has).
 
     `target.exactness` says which level was reached, which may be below the one asked for, and why; `target.runs` how
-    passes are run. `runner` 'auto' takes the fast runner where it works.
+    passes are run. `runner` 'auto' takes the fast runner where it works. What was proved is kept in `proofs`, and not
+    proved again; None keeps nothing.
     Errors: UnsupportedModel; OptionError when `context` is longer than the model's; RunnerUnavailable for 'fast'.
     """
     check_supported(model)
@@ -104,16 +109,35 @@ def open_target(
         raise error(f"context={context}: this model has 1 to {most} positions here{why}")
     if runner not in ("auto", "plain", "fast"):
         raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
+    sizes: dict[str, Any] = {"slots": slots, "context": context, "adapters": adapters}
+    if proofs is None:
+        return _proven(model, exactness, runner, sizes)
+    identity = identity_of(model, adapters, {"exactness": exactness, "runner": runner, "context": context})
+    known = proofs.read(identity)
+    if known is not None:
+        with suppress(RunnerUnavailable):
+            target = HFTarget(model, shapes=Shapes(*known.shapes), exactness=known.exactness, fast=known.fast, **sizes)
+            target.runs = known.runs
+            return target
+    target = _proven(model, exactness, runner, sizes)
+    proofs.keep(identity, Record.of(target.exactness, target.shapes, target.runs))
+    return target
+
+
+def _proven(
+    model: PreTrainedModel, exactness: Literal["bitwise", "token"], runner: str, sizes: Mapping[str, Any]
+) -> HFTarget:
+    """The target of `open_target`, tried and proved now."""
     why = "asked for"
     if runner != "plain":
         try:
-            return _open_fast(model, exactness, slots=slots, context=context, adapters=adapters)
+            return _open_fast(model, exactness, **sizes)
         except (RunnerUnavailable, UnsupportedModel) as error:
             if runner == "fast":
                 raise
             why = str(error)
     shapes, level = _pick_shapes(model, exactness)
-    target = HFTarget(model, slots=slots, context=context, shapes=shapes, adapters=adapters, exactness=level)
+    target = HFTarget(model, shapes=shapes, exactness=level, **sizes)
     target.runs = f"plain: {why}"
     prove(target, model)
     return target

@@ -109,8 +109,11 @@ def prove(target: HFTarget, model: PreTrainedModel) -> Report:
     _check_calls(target, name)
     stock = view.clone(model, _own_attention(model)).eval()
     report = Report(name)
-    exact = _exact(target, stock, case, report)
     own = _stock(stock, case, nullcontext())
+    if not bool(own.isfinite().all()):
+        kind = str(own.dtype).removeprefix("torch.")
+        raise UnsupportedModel(f"{name} overflows in {kind}: its own logits are not finite; take dtype float32")
+    exact = _exact(target, stock, case, report)
     reference = own if exact is None else exact.logits
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     noise = (lambda: _error(own, reference)) if exact is not None else (lambda: _unrest(stock, case, own))

@@ -69,5 +69,5 @@ class Wide(TorchFunctionMode):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A linear layer of many outputs, some of them at a time."""
         some = max(1, PART // weight.shape[1])
-        said = torch.cat([x @ part.to(self.dtype).mT for part in weight.split(some)], -1)
+        said = torch.cat([x @ part.to(self.dtype).mT for part in torch.split(weight, some)], -1)
         return said if bias is None else said + bias.to(self.dtype)
