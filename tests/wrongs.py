@@ -106,7 +106,7 @@ def without_bias(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def biased(model: PreTrainedModel) -> nn.Module | None:
-    """The last linear layer with a bias in block 1, in its attention if there is one (that of the keys changes nothing)."""
+    """The last linear layer with a bias in block 1, in its attention if there is one (not that of its keys)."""
     from selfdraft.models import view
 
     block = view.blocks(model, int(model.config.get_text_config().num_hidden_layers))[1]
