@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Config,
@@ -45,7 +47,7 @@ Comparing = Annotated[
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; leave it out with --prompts.")] = None,
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
@@ -75,7 +77,6 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
-    from selfdraft.bench.log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(
@@ -93,8 +94,7 @@ def generate(
         seed=seed,
         prediction=read_prediction(prediction),
     )
-    texts = gather(prompt, prompts, limit)
-    check_log(log)
+    texts = _texts(prompt, prompts, limit, log)
     llm = open_llm(
         model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory, no_cache=no_cache
     )
@@ -104,6 +104,15 @@ def generate(
         _keep(llm, ids, results[-1]["token_ids"], sampling, log, memory)
     if as_json:
         show.document({**conditions(llm, model), "drafter": llm.drafter_name, "results": results})
+
+
+def _texts(prompt: str | None, prompts: Path | None, limit: int | None, log: Path | None) -> Sequence[str]:
+    """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
+    from selfdraft.bench.log import check_log
+
+    texts = gather(prompt, prompts, limit)
+    check_log(log)
+    return texts
 
 
 def read_prediction(path: Path | None) -> str:
@@ -168,7 +177,7 @@ def _compare(llm: LLM, ids: list[int], sampling: SamplingParams, *, quiet: bool)
 
 
 def chat(
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
