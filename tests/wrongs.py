@@ -62,9 +62,10 @@ def attention_table() -> dict[str, Any]:
     return table
 
 
-def _window(given: dict[str, Any]) -> None:
-    if given.get("sliding_window"):
-        given["sliding_window"] += 1
+def wide_window(patch: pytest.MonkeyPatch) -> None:
+    """Windows are one token too wide; attention is told the right width."""
+    right = attention.Group.mask
+    patch.setattr(attention.Group, "mask", lambda group, window, *rest: right(group, window and window + 1, *rest))
 
 
 def _sink(given: dict[str, Any]) -> None:
@@ -120,7 +121,7 @@ def wrongs_of(model: PreTrainedModel) -> dict[str, Plant]:
     config = model.config.get_text_config()
     found: dict[str, Plant] = {"position": positions, "shared cache": shared_cache}
     if any(window_of(config, layer) for layer in range(int(config.num_hidden_layers))):
-        found["window"] = arguments(_window)
+        found["window"] = wide_window
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         found["sink"] = arguments(_sink)
     if biased(model) is not None:
