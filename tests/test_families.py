@@ -26,7 +26,8 @@ from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models import view
 from selfdraft.models.adapter import HFTarget, context_of
 from selfdraft.models.attention import Group
-from selfdraft.models.load import check_supported, eos_ids, load_model, load_tokenizer, open_target, prove
+from selfdraft.models.load import check_supported, eos_ids, load_model, load_tokenizer, open_target
+from selfdraft.models.proof import prove
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import SamplingParams, Skip
 from tests.models import random_adapters, run

@@ -31,6 +31,7 @@ from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
 from selfdraft.methods import drafter_of
 from selfdraft.models import load
 from selfdraft.models.embedded import checkpoint
+from selfdraft.models.kept import ProofStore
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.tune.profile import profile_of
@@ -94,6 +95,8 @@ class LLM:
     or not at all; `llm.target.runs` says what was taken, and why.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
+    `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
+    proves it again and keeps nothing. A loaded transformers model is proved each time.
     `measuring`: told the share done while passes are timed for the drafter auto, once for each model and machine.
     Errors: LoadError, OptionError, RunnerUnavailable.
     """
@@ -113,6 +116,7 @@ class LLM:
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
         trust_remote_code: bool = False,
+        cache: bool = True,
         measuring: Callable[[float], None] | None = None,
     ) -> None:
         within("max_num_seqs", max_num_seqs, 1, 2**20)
@@ -134,6 +138,7 @@ class LLM:
             context=max_model_len,
             adapters=load_adapters([*adapters, *beside], self.model),
             runner=runner,
+            proofs=ProofStore() if cache and isinstance(model, str | Path) else None,
         )
         if isinstance(model, str | Path) and (searched := Path(path).expanduser() / SKIP_FILE).is_file():
             self.target.skip_default = read_skip(searched, self.target.layers)

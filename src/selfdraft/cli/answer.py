@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from selfdraft.cli.options import (
     MaxNew,
     Memory,
     Model,
+    NoCache,
     Threads,
     check_options,
     conditions,
@@ -72,6 +74,7 @@ def generate(
     memory: Memory = None,
     log: Log = None,
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
@@ -92,10 +95,11 @@ def generate(
         seed=seed,
         prediction=read_prediction(prediction),
     )
-    texts = gather(prompt, prompts, limit)
     check_options(model, drafter, speculative_config, dtype)
-    _check_log(log)
-    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory)
+    texts = _texts(prompt, prompts, limit, log)
+    llm = open_llm(
+        model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory, no_cache=no_cache
+    )
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
@@ -104,20 +108,21 @@ def generate(
         show.document({**conditions(llm, model), "drafter": llm.drafter_name, "results": results})
 
 
+def _texts(prompt: str | None, prompts: Path | None, limit: int | None, log: Path | None) -> Sequence[str]:
+    """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
+    from selfdraft.bench.log import check_log
+
+    texts = gather(prompt, prompts, limit)
+    check_log(log)
+    return texts
+
+
 def read_prediction(path: Path | None) -> str:
     """Errors: RequestError."""
     try:
         return path.read_text("utf-8") if path is not None else ""
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prediction {path} cannot be read: {error}") from error
-
-
-def _check_log(log: Path | None) -> None:
-    """Errors: OptionError when answers cannot be written there."""
-    if log is not None:
-        from selfdraft.bench.log import check_log
-
-        check_log(log)
 
 
 def _keep(
@@ -184,12 +189,13 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Talk with a model through its template. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
-    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter)
+    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache)
     messages: list[dict[str, str]] = []
     while (said := show.ask()) is not None:
         messages.append({"role": "user", "content": said})

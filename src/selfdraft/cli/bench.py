@@ -19,6 +19,7 @@ from selfdraft.cli.options import (
     Log,
     MaxNew,
     Model,
+    NoCache,
     Threads,
     conditions,
     named,
@@ -84,6 +85,7 @@ def bench(
     log: Log = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False,
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure drafters on the field's tasks.
@@ -102,7 +104,7 @@ def bench(
     draw = painter(pictures)
     check_log(log)
     with Ledger(output) as ledger:
-        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
         setting = set_up(llm, model, adapter or [], fit, plan)

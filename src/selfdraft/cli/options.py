@@ -53,6 +53,9 @@ Memory = Annotated[
     typer.Option(help="Earlier outputs to guess from (merged): read from this file if there is one, and written."),
 ]
 InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Prove the model again, whatever was kept of an earlier start.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -67,6 +70,7 @@ def open_llm(
     slots: int = 1,
     runner: str = "auto",
     memory: Path | None = None,
+    no_cache: bool = False,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = check_options(model, drafter, config, dtype)
@@ -94,6 +98,7 @@ def open_llm(
             adapters=adapters or (),
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
+            cache=not no_cache,
             measuring=measuring,
         )
     if memory is not None and memory.exists():

@@ -17,6 +17,7 @@ from selfdraft.cli.options import (
     InTemplate,
     MaxNew,
     Model,
+    NoCache,
     Threads,
     check_options,
     conditions,
@@ -46,6 +47,7 @@ def verify(
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
@@ -61,7 +63,7 @@ def verify(
     from selfdraft.bench.verify import Report, plainly, stock_greedy
     from selfdraft.bench.verify import verify as run
 
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
     requests = [
         repeatable(llm, sampling, seed + i, ids)
@@ -88,6 +90,7 @@ def doctor(
     model: Model = DEFAULT_MODEL,
     max_new_tokens: MaxNew = 48,
     threads: Threads = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Do the proof at load again, kept or not.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
@@ -98,7 +101,7 @@ def doctor(
     trials: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
-            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner)
+            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner, no_cache=prove)
             if runner == "auto" and llm.target.runner is None:
                 continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -94,6 +95,13 @@ class HFTarget:
             self.runs = "fast"
             self.runner = Runner(model, self.cache, len(self.adapters))
             self.runner.tape(self._view)
+
+    def plainly(self) -> HFTarget:
+        """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
+        twin = copy.copy(self)
+        twin.runner, twin.runs, twin.slots, twin.last = None, "plain", 1, None
+        twin.cache, twin._early = KVCache(1, self.shapes.edge(255, 256)), EarlyStates()
+        return twin
 
     @property
     def masks(self) -> int:

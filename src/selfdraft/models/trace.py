@@ -109,7 +109,7 @@ def trace(model: PreTrainedModel, *, embedded: bool, resuming: bool) -> Traced:
         recorder.calls.clear()
         start = {"inputs_embeds": embeds} if embedded else {"input_ids": tokens}
         said = model(**start, position_ids=positions, use_cache=False, logits_to_keep=wanted, selfdraft=recorder).logits
-        noted = None if resuming else recorder.hidden
+        noted = None if recorder.hidden is entering else recorder.hidden
         return [said] if noted is None else [said, noted]
 
     ids, wanted = torch.zeros(1, rows, dtype=torch.int64), torch.zeros(asked, dtype=torch.int64)

@@ -24,6 +24,7 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
+from selfdraft.models.kept import cpu_name
 from selfdraft.models.native import SOURCE
 from selfdraft.models.timing import clock_of
 from selfdraft.tune.costs import Bench, beside_the_pass
@@ -53,21 +54,12 @@ def identity(target: HFTarget) -> dict[str, Any]:
         "model": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=12).hexdigest(),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shapes": str(target.shapes),
-        "device": f"{weight.device.type} {device or platform.machine()} {_cpu_name()}".strip(),
+        "device": f"{weight.device.type} {device or platform.machine()} {cpu_name()}".strip(),
         "threads": torch.get_num_threads(),
         "runner": "plain" if target.runner is None else hashlib.blake2b(SOURCE.read_bytes(), digest_size=6).hexdigest(),
         "torch": torch.__version__,
         "selfdraft": version("selfdraft"),
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def cache_folder() -> Path:
