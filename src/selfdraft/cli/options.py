@@ -75,7 +75,7 @@ def open_llm(
         import torch
 
         torch.set_num_threads(threads)
-    with show.share(f"loading {model}", then="measuring what passes cost here (once)") as measuring:
+    with show.waiting(f"loading {model}"):
         llm = LLM(
             model,
             drafter=drafter,
@@ -85,7 +85,6 @@ def open_llm(
             adapters=adapters or (),
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
-            measuring=measuring,
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)

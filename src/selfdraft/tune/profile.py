@@ -35,6 +35,10 @@ SHORT, LONG = 32, 1024
 """Remembered tokens while they are timed; LONG where the context has room for it."""
 SECONDS, LEAST, MOST = 15.0, 3, 25
 """The rounds take about so long; but there are at least and at most so many of them."""
+FEW_ROWS = (1, 2, 4, 8, 16, 32)
+"""Numbers of rows that are timed before the first answer."""
+BRIEFLY, ROUNDS = 0.6, 8
+"""No pass begins later than so many seconds after the first one then; at most so many rounds."""
 REPEATS, BRIEF = 4, 0.01
 """A pass is repeated so often before its time counts, but not longer than so many seconds."""
 STEADY = 2.0
@@ -162,6 +166,55 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
     yield replace(profile, spread=max(ones[9 * len(ones) // 10] / quiet(ones), 1.0))
 
 
+def measure_briefly(
+    target: HFTarget, seconds: float = BRIEFLY, now: Callable[[], float] | None = None
+) -> Profile | None:
+    """A coarse profile before the first answer: FEW_ROWS, in at most `seconds` and one pass more.
+
+    The first passes warm up. What they see in the cache is whatever lies there, which takes as long to read as text.
+    None where a model is so slow that some number of rows was not timed: rows are priced while decoding.
+    Errors: OptionError where the context is too short.
+    """
+    clock = now or clock_of(target)
+    long = min(LONG, target.context - max(FEW_ROWS) - 2)
+    if long < 2 * SHORT:
+        least = 2 * SHORT + max(FEW_ROWS) + 2
+        raise OptionError(f"a context of {target.context} tokens is too short to measure a pass; it needs {least}")
+    benches = [_bench(target, size) for size in (SHORT, long)]
+    for bench in benches:
+        bench.sequence.cached = bench.context
+    # few rows behind much text come early: they are what a plain step and the price of the text follow from
+    kinds = [(number, rows) for rows in FEW_ROWS for number in (0, 1)]
+    found: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    began = clock()
+    _once(benches[0], 1, clock)
+    _once(benches[0], 2, clock)
+    for _ in range(ROUNDS):
+        for kind in kinds:
+            if clock() - began >= seconds:
+                return _coarse(found, [bench.context for bench in benches])
+            found[kind].append(_once(benches[kind[0]], kind[1], clock))
+    return _coarse(found, [bench.context for bench in benches])
+
+
+def _coarse(found: dict[tuple[int, int], list[float]], contexts: list[int]) -> Profile | None:
+    """The profile of what was timed: what disturbs a pass only ever adds to it, so the least of few counts."""
+    if not all(found.values()):
+        return None
+    times = {kind: min(values) for kind, values in found.items()}
+    ones = found[0, 1]
+    spread = max(ones) / min(ones) if len(ones) > 1 else STEADY + 1.0  # one pass alone tells nothing about it
+    return replace(_profile(FEW_ROWS, times, contexts, several=0.0, beside=0.0), spread=spread)
+
+
+def _once(bench: Bench, rows: int, clock: Callable[[], float]) -> float:
+    """Seconds of one pass over the last token and `rows` - 1 candidates for the next one."""
+    packed = _rows(bench, rows)
+    began = clock()
+    bench.target.forward(packed)
+    return clock() - began
+
+
 def quiet(times: SequenceOf[float]) -> float:
     """The lower quartile: what disturbs a measurement only ever adds to it."""
     return sorted(times)[len(times) // 4]
@@ -192,11 +245,15 @@ def _bench(target: HFTarget, size: int) -> Bench:
 
 
 def _time(bench: Bench, rows: int) -> float:
-    """Seconds of a pass over the last token and `rows` - 1 candidates for the next one."""
+    """Seconds of a pass over the last token and `rows` - 1 candidates for the next one, behind others like it."""
+    return settled(bench.target, _rows(bench, rows))
+
+
+def _rows(bench: Bench, rows: int) -> Rows:
+    """The last token and `rows` - 1 candidates for the next one."""
     last = bench.sequence.tokens[-1]
     tokens = tuple((last + i) % bench.target.vocab for i in range(rows - 1))
-    packed = pack([(bench.sequence, 1, Draft(tokens, (ROOT,) * len(tokens), ("x",) * len(tokens), len(tokens)))])
-    return settled(bench.target, packed)
+    return pack([(bench.sequence, 1, Draft(tokens, (ROOT,) * len(tokens), ("x",) * len(tokens), len(tokens)))])
 
 
 def _several(target: HFTarget, bench: Bench) -> float:
@@ -220,18 +277,20 @@ def settled(target: HFTarget, rows: Rows, skip: Skip | None = None) -> float:
 
 def profile_of(
     target: HFTarget, *, folder: Path | None = None, note: Callable[[str], None] = lambda _: None
-) -> Iterator[float | Profile]:
-    """The kept profile, or a new one that is kept from now on: yields shares while measuring, the profile last."""
+) -> Profile | None:
+    """The kept profile; where there is none a coarse one, measured now in less than a second, kept if it was steady.
+
+    None where nothing could be measured in that time. Errors: OptionError where the context is too short.
+    """
     known, why = load(target, folder)
     if why:
         note(why)
     if known is not None:
-        yield known
-        return
-    for part in measure(target):
-        if isinstance(part, Profile):
-            keep(part, target, note, folder)
-        yield part
+        return known
+    found = measure_briefly(target)
+    if found is not None and found.spread <= STEADY:  # else the next start measures again
+        keep(found, target, note, folder)
+    return found
 
 
 def keep(profile: Profile, target: HFTarget, note: Callable[[str], None], folder: Path | None = None) -> Path | None:
