@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from selfdraft import LLM
 from selfdraft.bench.log import Logged, read_logs
 from selfdraft.bench.replay import LogTarget, replay, time_of
 from selfdraft.core.guess import Guess, expand
@@ -24,7 +26,7 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.protocols import Drafter
 from selfdraft.tune import profile as profiles
 from selfdraft.types import Budget, SamplingParams
-from tests.models import run, tiny_target
+from tests.models import run, tiny_llama, tiny_target
 
 STEPS = Profile((1, 4, 8, 16), (1.0, 1.0, 2.0, 4.0), (0.0, 0.0, 0.0, 0.01), per_sequence=0.5, host=0.1)
 
@@ -275,6 +277,22 @@ def test_only_a_steady_first_measurement_is_kept(
     assert profiles.profile_of(target, folder=tmp_path, note=notes.append) == replace(STEPS, spread=spread)
     assert profiles.place_of(target, tmp_path).exists() == kept
     assert notes == [], "nobody asked for a measurement"
+
+
+def test_a_first_start_waits_for_the_brief_measurement_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("the whole measurement takes 15 s"))
+    asked: list[HFTarget] = []
+
+    def brief(target: HFTarget) -> Profile:
+        asked.append(target)
+        return STEPS
+
+    monkeypatch.setattr(profiles, "measure_briefly", brief)
+    first = LLM(tiny_llama(torch.float32), runner="plain")
+    second = LLM(tiny_llama(torch.float32), runner="plain")
+    assert first.target.profile == second.target.profile == STEPS
+    assert asked == [first.target], "the second start reads what the first one kept"
 
 
 @pytest.mark.parametrize(
