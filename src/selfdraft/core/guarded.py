@@ -85,10 +85,9 @@ class Guarded(Drafting):
             return drafts
         chances = [chances_of(draft) for draft in drafts]
         order = sorted((-own, tree, node) for tree, each in enumerate(chances) for node, own in enumerate(each))
-        rho, own = self._rate(sequences), self.node_time.per_row
-        remembered = sum(s.cached for s in sequences)
+        rho, remembered = self._rate(sequences), sum(s.cached for s in sequences)
         seconds = self.cost.added(len(order), len(sequences), remembered)
-        size = best_size([-first[0] for first in order], [rho * (each + n * own) for n, each in enumerate(seconds)])
+        size = best_size([-first[0] for first in order], [rho * each for each in seconds])  # making them is paid
         if size == len(order):
             return drafts
         kept = Counter(tree for _, tree, _ in order[:size])
