@@ -253,18 +253,24 @@ class Ticking:
 
 def test_the_first_measurement_is_brief() -> None:
     target = tiny_target()
-    clock = Ticking(profiles.BRIEFLY / 60)  # three readings a pass: warm-up, then one round and a half
+    clock = Ticking(profiles.BRIEFLY / 40)  # three readings a pass: warm-up, then one round and a part
     found = profiles.measure_briefly(target, now=clock)
     assert found is not None
-    assert found.rows == profiles.FEW_ROWS
+    assert found.rows == (1, 2, 4, 8, 16, 32)
     assert clock.now < 1.1 * profiles.BRIEFLY
     assert profiles.measure_briefly(target, now=Ticking(1e-6)) is not None, "a quick model: all rounds, then it ends"
 
 
+def test_what_was_timed_by_then_is_enough_if_it_tells_the_price_of_rows_and_text() -> None:
+    found = profiles.measure_briefly(tiny_target(), now=Ticking(profiles.BRIEFLY / 24))
+    assert found is not None
+    assert found.rows == (1, 2, 4, 8)
+    assert found.spread > profiles.STEADY, "not kept"
+
+
 def test_a_model_too_slow_to_measure_is_not_waited_for() -> None:
-    target = tiny_target()
     clock = Ticking(profiles.BRIEFLY / 5)
-    assert profiles.measure_briefly(target, now=clock) is None
+    assert profiles.measure_briefly(tiny_target(), now=clock) is None
     assert clock.now <= 2 * profiles.BRIEFLY
 
 

@@ -35,9 +35,11 @@ SHORT, LONG = 32, 1024
 """Remembered tokens while they are timed; LONG where the context has room for it."""
 SECONDS, LEAST, MOST = 15.0, 3, 25
 """The rounds take about so long; but there are at least and at most so many of them."""
-FEW_ROWS = (1, 2, 4, 8, 16, 32)
-"""Numbers of rows that are timed before the first answer."""
-BRIEFLY, ROUNDS = 0.6, 8
+FIRST = ((0, 1), (0, 2), (0, 4), (0, 8), (1, 1), (1, 8), (0, 16), (1, 16), (0, 32))
+"""What is timed before the first answer, in this order: (behind SHORT or LONG tokens, number of rows)."""
+ENOUGH = 6
+"""With so many of them there is a profile."""
+BRIEFLY, ROUNDS = 0.5, 8
 """No pass begins later than so many seconds after the first one then; at most so many rounds."""
 REPEATS, BRIEF = 4, 0.01
 """A pass is repeated so often before its time counts, but not longer than so many seconds."""
@@ -169,42 +171,41 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
 def measure_briefly(
     target: HFTarget, seconds: float = BRIEFLY, now: Callable[[], float] | None = None
 ) -> Profile | None:
-    """A coarse profile before the first answer: FEW_ROWS, in at most `seconds` and one pass more.
+    """A coarse profile before the first answer: FIRST, in at most `seconds` and one pass more.
 
     The first passes warm up. What they see in the cache is whatever lies there, which takes as long to read as text.
-    None where a model is so slow that some number of rows was not timed: rows are priced while decoding.
+    None where a model is so slow that not even ENOUGH were timed: rows are priced while decoding.
     Errors: OptionError where the context is too short.
     """
-    clock = now or clock_of(target)
-    long = min(LONG, target.context - max(FEW_ROWS) - 2)
+    clock, most = now or clock_of(target), max(rows for _, rows in FIRST)
+    long = min(LONG, target.context - most - 2)
     if long < 2 * SHORT:
-        least = 2 * SHORT + max(FEW_ROWS) + 2
+        least = 2 * SHORT + most + 2
         raise OptionError(f"a context of {target.context} tokens is too short to measure a pass; it needs {least}")
     benches = [_bench(target, size) for size in (SHORT, long)]
     for bench in benches:
         bench.sequence.cached = bench.context
-    # few rows behind much text come early: they are what a plain step and the price of the text follow from
-    kinds = [(number, rows) for rows in FEW_ROWS for number in (0, 1)]
-    found: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    found: dict[tuple[int, int], list[float]] = {}
     began = clock()
-    _once(benches[0], 1, clock)
-    _once(benches[0], 2, clock)
-    for _ in range(ROUNDS):
-        for kind in kinds:
-            if clock() - began >= seconds:
-                return _coarse(found, [bench.context for bench in benches])
-            found[kind].append(_once(benches[kind[0]], kind[1], clock))
-    return _coarse(found, [bench.context for bench in benches])
+    for _, rows in FIRST[:2]:
+        _once(benches[0], rows, clock)
+    for number, rows in FIRST * ROUNDS:
+        if clock() - began >= seconds:
+            break
+        found.setdefault((number, rows), []).append(_once(benches[number], rows, clock))
+    return _coarse(found, [bench.context for bench in benches]) if len(found) >= ENOUGH else None
 
 
-def _coarse(found: dict[tuple[int, int], list[float]], contexts: list[int]) -> Profile | None:
+def _coarse(found: dict[tuple[int, int], list[float]], contexts: list[int]) -> Profile:
     """The profile of what was timed: what disturbs a pass only ever adds to it, so the least of few counts."""
-    if not all(found.values()):
-        return None
     times = {kind: min(values) for kind, values in found.items()}
+    counts = sorted(rows for number, rows in times if number == 0)
+    both = [rows for rows in counts if (1, rows) in times]
+    slope, start = np.polyfit(both, [times[1, rows] - times[0, rows] for rows in both], 1)
+    behind = {(1, rows): times[0, rows] + float(start + slope * rows) for rows in counts}
     ones = found[0, 1]
     spread = max(ones) / min(ones) if len(ones) > 1 else STEADY + 1.0  # one pass alone tells nothing about it
-    return replace(_profile(FEW_ROWS, times, contexts, several=0.0, beside=0.0), spread=spread)
+    return replace(_profile(counts, times | behind, contexts, several=0.0, beside=0.0), spread=spread)
 
 
 def _once(bench: Bench, rows: int, clock: Callable[[], float]) -> float:
