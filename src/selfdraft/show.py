@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class Clock:
 
 def hush() -> None:
     """Keep the libraries' own progress bars and notices away from the text."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' reader of GGUF files has no other switch
     warnings.filterwarnings("ignore")
     for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes", "optuna"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -112,6 +114,8 @@ def comparison(result: Comparison, drafter: str) -> None:
     line = f"plain {result.plain_tokens_per_second:.1f} tokens/s, {drafter} {result.drafted_tokens_per_second:.1f}"
     line += f" tokens/s: {result.speedup:.2f}x; texts equal: yes (median of {result.runs} runs each)"
     err.print(Text(line, style="dim"))
+    if result.reason:
+        err.print(Text(result.reason, style="dim"))
 
 
 def verification(result: dict[str, Any], decode: Callable[[SequenceOf[int]], str]) -> None:
