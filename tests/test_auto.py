@@ -262,7 +262,7 @@ def test_the_first_measurement_is_brief() -> None:
 
 
 def test_what_was_timed_by_then_is_enough_if_it_tells_the_price_of_rows_and_text() -> None:
-    found = profiles.measure_briefly(tiny_target(), now=Ticking(profiles.BRIEFLY / 24))
+    found = profiles.measure_briefly(tiny_target(), now=Ticking(profiles.BRIEFLY / 21.5))
     assert found is not None
     assert found.rows == (1, 2, 4, 8)
     assert found.spread > profiles.STEADY, "not kept"
