@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 
 from selfdraft.bench.log import entry
-from selfdraft.core.profile import Profile
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.text import TextStream
 from selfdraft.drafters import build, find, table
@@ -97,7 +96,6 @@ class LLM:
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
     `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
     proves it again and keeps nothing. A loaded transformers model is proved each time.
-    `measuring`: told the share done while passes are timed for the drafter auto, once for each model and machine.
     Errors: LoadError, OptionError, RunnerUnavailable.
     """
 
@@ -117,7 +115,6 @@ class LLM:
         prefill_chunk: int = 256,
         trust_remote_code: bool = False,
         cache: bool = True,
-        measuring: Callable[[float], None] | None = None,
     ) -> None:
         within("max_num_seqs", max_num_seqs, 1, 2**20)
         within("prefill_chunk", prefill_chunk, 1, 2**20)
@@ -144,7 +141,6 @@ class LLM:
             self.target.skip_default = read_skip(searched, self.target.layers)
         self.exactness = self.target.exactness
         self.eos = load.eos_ids(self.model, self.tokenizer)
-        self._measuring = measuring
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
         self.drafter_name = name
         self.engine = self._engine(name, options)
@@ -157,13 +153,9 @@ class LLM:
         return Engine(self.target, build(drafter, self.target, options), **self._sizes)
 
     def _measure(self) -> None:
-        """What passes cost: read from the user's cache folder, or measured now and kept there."""
+        """What passes cost: what `selfdraft tune` kept in the user's cache folder, or a coarse measurement now."""
         try:
-            for part in profile_of(self.target, note=_log.warning):
-                if isinstance(part, Profile):
-                    self.target.profile = part
-                elif self._measuring is not None:
-                    self._measuring(part)
+            self.target.profile = profile_of(self.target, note=_log.warning)
         except OptionError as error:  # too short a context: rows are priced while decoding
             _log.info("%s", error)
 

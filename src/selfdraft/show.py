@@ -376,12 +376,12 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def share(what: str, *, then: str = "", quiet: bool = False) -> Iterator[Callable[[float], None]]:
-    """A bar on the error stream that moves by itself until a share of the work is told, which is called `then`."""
+def share(what: str, *, quiet: bool = False) -> Iterator[Callable[[float], None]]:
+    """A bar on the error stream that moves by itself until a share of the work is told."""
     columns = (TextColumn("{task.description}"), BarColumn())
     with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done: bar.update(task, description=then or what, total=1.0, completed=done)
+        yield lambda done: bar.update(task, total=1.0, completed=done)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def open_llm(
 
         torch.set_num_threads(threads)
     ensure(model)
-    with show.share(f"loading {model}", then="measuring what passes cost here (once)") as measuring:
+    with show.waiting(f"loading {model}"):
         llm = LLM(
             model,
             drafter=drafter,
@@ -99,7 +99,6 @@ def open_llm(
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
             cache=not no_cache,
-            measuring=measuring,
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)
