@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from selfdraft import show
-from selfdraft.cli import answer, bench, prove, replay, train, tune
+from selfdraft.cli import answer, bench, prove, replay, results, train, tune
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ VERBS = (
     answer.generate,
     answer.chat,
     bench.bench,
+    results.results,
     replay.replay,
     prove.verify,
     prove.doctor,
