@@ -15,11 +15,17 @@ from selfdraft.errors import RequestError
 
 
 def row(drafter: str, key: str = "1", temperature: float = 0.0, **other: Any) -> dict[str, Any]:
-    machine = {"processor": "x", "threads": 2} | other.pop("machine", {})
-    facts = {"model": "/m/tiny", "dtype": "bfloat16", "weights": "abc", "temperature": temperature, "top_p": 1.0}
+    machine: dict[str, Any] = {"processor": "x", "threads": 2} | other.pop("machine", {})
+    facts: dict[str, Any] = {
+        "model": "/m/tiny",
+        "dtype": "bfloat16",
+        "weights": "abc",
+        "temperature": temperature,
+        "top_p": 1.0,
+    }
     facts |= {"exactness": {"level": "bitwise"}, "runner": "fast", "chat": True, "max_new_tokens": 8, "batch": 1}
     facts |= {"selfdraft": "0", "machine": machine}
-    made = {
+    made: dict[str, Any] = {
         "task": "quick",
         "group": "qa",
         "key": key,

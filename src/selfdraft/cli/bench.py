@@ -11,6 +11,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Dtype,
@@ -56,7 +57,7 @@ Output = Annotated[
 
 def bench(
     tasks: Annotated[str, typer.Option(help=TASKS)] = "quick",
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     drafters: Names = None,
     speculative_config: Configs = None,
@@ -86,8 +87,7 @@ def bench(
 ) -> None:
     """Measure drafters on the field's tasks; without options, on 64 prompts that are part of this package.
 
-    Speed against plain decoding and other engines, scores, memory; exit code 1 if a text of ours differs. Every
-    prompt is decoded by every drafter several times: begin with --limit 1. What each figure means: docs/bench.md.
+    Every prompt is decoded by every drafter several times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
     from selfdraft.bench.log import check_log
@@ -103,15 +103,14 @@ def bench(
     with Ledger(output) as ledger:
         llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
         if chat is None and getattr(llm.tokenizer, "chat_template", None):
-            plan = replace(plan, chat=True)
-            items = gather_items(tasks, data_dir, limit, plan)
+            plan, items = as_chat(plan, tasks, data_dir, limit)
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
         setting = set_up(llm, model, adapter or [], fit, plan)
         setting.log = logger(llm, log)
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
-    records = report(rows, [contender.label for contender in setting.contenders])
+    records = report(rows, [one.label for one in setting.contenders])
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
     if not records:
@@ -210,6 +209,12 @@ def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Pl
     return {name: tasks.load(name, data_dir, chat=plan.chat, limit=limit) for name in names}
 
 
+def as_chat(plan: Plan, wanted: str, data_dir: Path | None, limit: int | None) -> tuple[Plan, dict[str, list[Item]]]:
+    """The plan with the chat template, and its items: prompts and stops of some tasks are others then."""
+    plan = replace(plan, chat=True)
+    return plan, gather_items(wanted, data_dir, limit, plan)
+
+
 def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Path]]:
     """What draws the records into a folder; tried now, so that it does not fail after hours. Errors: OptionError."""
     if folder is None:
@@ -279,10 +284,10 @@ def identity(model: str, llm: LLM, adapters: Sequence[Path]) -> str:
     """
     import hashlib
 
-    from selfdraft.models.pocket import POCKET
+    from selfdraft.models.embedded import checkpoint
 
     facts: list[object] = []
-    for folder in (Path(POCKET if model == "pocket" else model), *adapters):
+    for folder in (Path(checkpoint(model)), *adapters):
         if not folder.is_dir():
             facts.append(getattr(llm.model.config, "_commit_hash", None))
             continue

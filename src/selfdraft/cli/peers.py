@@ -180,14 +180,14 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
 
     from selfdraft.bench.measure import settler
     from selfdraft.bench.peers import foreign, gguf, local
-    from selfdraft.models.pocket import POCKET
+    from selfdraft.models.embedded import checkpoint
     from selfdraft.models.stock import folder_of
 
     weight = next(llm.model.parameters())
     label, options = guest.contender.label, guest.options
     if guest.engine == "transformers":
         return local.Transformers(label, llm.model, options, settler(weight.device))
-    path = folder_of(POCKET if model == "pocket" else model)
+    path = folder_of(checkpoint(model))
     if guest.engine == "llama.cpp":
         path = gguf.cached(llm.model, Path.home() / ".cache" / "selfdraft" / "gguf")
     settings = {
