@@ -253,7 +253,7 @@ def test_a_data_folder_goes_before_the_package(data: Path, tmp_path: Path) -> No
 
 def test_missing_files_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's fields have other names in two tasks."""
-    shelves = {
+    shelves: dict[tuple[str, ...], dict[str, Any]] = {
         ("abisee/cnn_dailymail", "3.0.0"): {"article": "The dog ran.", "highlights": "Dog ran", "id": "x"},
         ("EdinburghNLP/xsum",): {"document": "The dog ran.", "summary": "Dog ran", "id": "1"},
         ("google-research-datasets/mbpp", "full"): MBPP,

@@ -106,8 +106,7 @@ def bench(
             plan, items = as_chat(plan, tasks, data_dir, limit)
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
-        setting = set_up(llm, model, adapter or [], fit, plan)
-        setting.log = logger(llm, log)
+        setting = set_up(llm, model, adapter or [], fit, plan, log)
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [one.label for one in setting.contenders])
@@ -241,7 +240,14 @@ def logger(llm: LLM, log: Path | None) -> Callable[[Request, Sequence[int]], Non
     return lambda request, said: append(log, llm.logged(request.tokens, said, request.sampling))
 
 
-def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[Contender], plan: Plan) -> Bench:
+def set_up(
+    llm: LLM,
+    model: str,
+    folders: Sequence[Path],
+    contenders: Sequence[Contender],
+    plan: Plan,
+    log: Path | None = None,
+) -> Bench:
     """The bench around an open model."""
     from importlib.metadata import version
 
@@ -275,6 +281,7 @@ def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[C
         seed=plan.seed,
         samples=plan.samples,
         all_turns=plan.all_turns,
+        log=logger(llm, log),
     )
 
 
