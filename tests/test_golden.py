@@ -13,10 +13,9 @@ from selfdraft.models.load import open_target
 from selfdraft.types import SamplingParams
 from tests import stories
 from tests.models import random_adapters, run
+from tests.outside import WANTED
 
-pytestmark = pytest.mark.skipif(
-    not stories.FOLDER.is_dir(), reason="../shared/models/stories260K is not on this machine; see tests/stories.py"
-)
+pytestmark = pytest.mark.skipif(not stories.FOLDER.is_dir(), reason=WANTED)
 EOS = frozenset({stories.BOS, stories.EOS})
 
 

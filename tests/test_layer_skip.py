@@ -25,8 +25,9 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import SamplingParams, Skip
 from tests.models import run, tiny_target
+from tests.outside import WANTED, outside
 
-PUBLISHED = Path(__file__).parents[2] / "shared/data/published_skip_layers.json"
+PUBLISHED = outside("data/published_skip_layers.json")
 
 
 @contextmanager
@@ -181,7 +182,7 @@ def test_skip_sets() -> None:
 
 def test_published_sets_are_taken() -> None:
     if not PUBLISHED.is_file():
-        pytest.skip(f"{PUBLISHED} is not here")
+        pytest.skip(WANTED)
     for name, sets in json.loads(PUBLISHED.read_text()).items():
         layers = 80 if "70b" in name else 40
         skip = choose_skip(layers, sets["attention"], sets["mlp"], None)
@@ -245,7 +246,7 @@ def test_sets_that_cannot_be_taken(tmp_path: Path) -> None:
 
 def test_published_file_is_read() -> None:
     if not PUBLISHED.is_file():
-        pytest.skip(f"{PUBLISHED} is not here")
+        pytest.skip(WANTED)
     for name, size in {"llama-2-13b": 34, "llama-2-13b-chat": 34, "codellama-13b": 34, "llama-2-70b": 84}.items():
         skip = read_skip(f"{PUBLISHED}#{name}", 80 if "70b" in name else 40)
         assert len(skip.attention) + len(skip.mlp) == size

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from selfdraft import show
-from selfdraft.cli import answer, bench, prove, pull, replay, train, tune
+from selfdraft.cli import answer, bench, prove, pull, replay, results, train, tune
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ VERBS = (
     answer.chat,
     pull.pull,
     bench.bench,
+    results.results,
     replay.replay,
     prove.verify,
     prove.doctor,

@@ -39,15 +39,16 @@ if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
-DATA = Path("../shared/data")
-
+TASKS = """Names with commas between, 'all', or a jsonl file. Inside this package: quick, humaneval, gsm8k, mt-bench;
+the others (spec-bench, mbpp, classeval, cnn-dailymail, xsum) are read from --data-dir or with the package datasets."""
+CHAT = "Wrap prompts in the checkpoint's chat template, or continue them. Default: the template, if there is one."
 
 Names = Annotated[str | None, typer.Option(help="Names with commas, or 'all'; 'none' always runs. Default: all.")]
 Configs = Annotated[
     list[str] | None,
     typer.Option(help="A drafter with options as JSON, with 'method' and a 'name'; may be given several times."),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Where the tasks' files lie. Default: ../shared/data if it exists.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' files; goes before this package's own.")]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts of each task or part.", min=1)]
 Samples = Annotated[int, typer.Option(help="Answers to each coding task, for pass@k.", min=1)]
 Runs = Annotated[int, typer.Option(help="Timed runs of each prompt, in alternation; medians count.", min=1)]
@@ -58,7 +59,7 @@ Output = Annotated[
 
 
 def bench(
-    tasks: Annotated[str, typer.Option(help="Names with commas between, 'all', or a jsonl file; see docs/bench.md.")],
+    tasks: Annotated[str, typer.Option(help=TASKS)] = "quick",
     model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     drafters: Names = None,
@@ -75,7 +76,7 @@ def bench(
     samples: Samples = 1,
     seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
     runs: Runs = 3,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.")] = False,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help=CHAT, show_default=False)] = None,
     turns: Turns = "first",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     dtype: Dtype = "auto",
@@ -88,16 +89,16 @@ def bench(
     no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure drafters on the field's tasks.
+    """Measure drafters on the field's tasks; without options, on 64 prompts that are part of this package.
 
-    Speed against plain decoding and other engines, scores, memory; exit code 1 if a text of ours differs.
+    Every prompt is decoded by every drafter several times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
     from selfdraft.bench.log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
-    plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
+    plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all")
     contenders = field_of(drafters, speculative_config or [])
     guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
@@ -105,13 +106,14 @@ def bench(
     check_log(log)
     with Ledger(output) as ledger:
         llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
+        if chat is None and getattr(llm.tokenizer, "chat_template", None):
+            plan, items = as_chat(plan, tasks, data_dir, limit)
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
-        setting = set_up(llm, model, adapter or [], fit, plan)
-        setting.log = logger(llm, log)
+        setting = set_up(llm, model, adapter or [], fit, plan, log)
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
-    records = report(rows, [contender.label for contender in setting.contenders])
+    records = report(rows, [one.label for one in setting.contenders])
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
     if not records:
@@ -191,10 +193,10 @@ def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Pl
     from selfdraft.bench.scores import need_rouge
 
     names = tasks.names_of(wanted)
-    folder = data_dir if data_dir is not None else (DATA if DATA.is_dir() else None)
-    if folder is not None and not folder.is_dir():
-        layout = ", ".join(task.files[0] for task in tasks.TASKS.values())
-        raise RequestError(f"there is no data folder {str(folder)!r}; expected in it: {layout}")
+    if data_dir is not None and not data_dir.is_dir():
+        files = [task.files[0] for task in map(tasks.task_of, names) if task is not None and task.files]
+        layout = f"; expected in it: {', '.join(files)}" if files else ""
+        raise RequestError(f"there is no data folder {str(data_dir)!r}{layout}")
     if plan.samples > 1 and plan.sampling.greedy:
         raise OptionError(f"--samples {plan.samples} at temperature 0 are the same text; give --temperature")
     known = {name: tasks.task_of(name) for name in names}
@@ -202,7 +204,13 @@ def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Pl
         raise OptionError(f"--samples {plan.samples} is for coding tasks; of {', '.join(names)} none is one")
     if any(task is not None and task.summary for task in known.values()):
         need_rouge()
-    return {name: tasks.load(name, folder, chat=plan.chat, limit=limit) for name in names}
+    return {name: tasks.load(name, data_dir, chat=plan.chat, limit=limit) for name in names}
+
+
+def as_chat(plan: Plan, wanted: str, data_dir: Path | None, limit: int | None) -> tuple[Plan, dict[str, list[Item]]]:
+    """The plan with the chat template, and its items: prompts and stops of some tasks are others then."""
+    plan = replace(plan, chat=True)
+    return plan, gather_items(wanted, data_dir, limit, plan)
 
 
 def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Path]]:
@@ -231,7 +239,14 @@ def logger(llm: LLM, log: Path | None) -> Callable[[Request, Sequence[int]], Non
     return lambda request, said: append(log, llm.logged(request.tokens, said, request.sampling))
 
 
-def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[Contender], plan: Plan) -> Bench:
+def set_up(
+    llm: LLM,
+    model: str,
+    folders: Sequence[Path],
+    contenders: Sequence[Contender],
+    plan: Plan,
+    log: Path | None = None,
+) -> Bench:
     """The bench around an open model."""
     from importlib.metadata import version
 
@@ -265,6 +280,7 @@ def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[C
         seed=plan.seed,
         samples=plan.samples,
         all_turns=plan.all_turns,
+        log=logger(llm, log),
     )
 
 
