@@ -24,7 +24,7 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Patience, PeerConfigs, Peers, Pythons, invited, joined
+from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, gguf_of, invited, joined
 from selfdraft.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def bench(
     peers: Peers = None,
     peer_config: PeerConfigs = None,
     peer_python: Pythons = None,
+    peer_model: Files = None,
     peer_timeout: Patience = 900.0,
     data_dir: DataDir = None,
     limit: Limit = None,
@@ -94,7 +95,8 @@ def bench(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
     contenders = field_of(drafters, speculative_config or [])
-    guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy)
+    file = gguf_of(peer_model or [], model, peers, peer_config or [])
+    guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy, file=file)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     check_log(log)
@@ -107,6 +109,9 @@ def bench(
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [contender.label for contender in setting.contenders])
+    for label, error in setting.lost.items():
+        if label in [contender.label for contender in setting.contenders]:
+            show.note(f"lost on the way: {error}; the same command with --output asks it again")
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
     if not records:
