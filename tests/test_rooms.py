@@ -16,6 +16,7 @@ SOURCE = Path(selfdraft.__file__).parent
 FLOORS = {
     "types": 0,
     "errors": 0,
+    "files": 0,
     "core": 1,
     "protocols": 2,
     "drafters": 3,

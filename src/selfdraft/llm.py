@@ -29,8 +29,8 @@ from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
 from selfdraft.models import load
+from selfdraft.models.embedded import checkpoint
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
-from selfdraft.models.pocket import POCKET
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.tune.profile import profile_of
 from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
@@ -84,7 +84,8 @@ class Piece:
 class LLM:
     """A model, a drafter and an engine.
 
-    `model`: a local folder, a hub name, 'pocket' (the model inside this package), or a loaded transformers model.
+    `model`: 'smollm2' (SmolLM2-135M-Instruct, downloaded on its first use), a local folder, a GGUF file, a hub name,
+    'pocket' (a toy inside this package, for tests), or a loaded transformers model.
     `drafter`: a name of `selfdraft.drafters.table()`, auto by default; `speculative_config` adds its options, and may
     name it by `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain
     decoding have the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes
@@ -120,7 +121,7 @@ class LLM:
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
         if isinstance(model, str | Path):
-            path = POCKET if model == "pocket" else model
+            path = checkpoint(model, note=_log.warning)
             self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code)
             self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
             beside = find_adapters(Path(path).expanduser())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class Clock:
 
 def hush() -> None:
     """Keep the libraries' own progress bars and notices away from the text."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' reader of GGUF files has no other switch
     warnings.filterwarnings("ignore")
     for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes", "optuna"):
         logging.getLogger(name).setLevel(logging.ERROR)

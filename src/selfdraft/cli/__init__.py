@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from selfdraft import show
-from selfdraft.cli import answer, bench, prove, replay, train, tune
+from selfdraft.cli import answer, bench, prove, pull, replay, train, tune
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 VERBS = (
     answer.generate,
     answer.chat,
+    pull.pull,
     bench.bench,
     replay.replay,
     prove.verify,

@@ -9,6 +9,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Config,
@@ -44,7 +45,7 @@ Comparing = Annotated[
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; leave it out with --prompts.")] = None,
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
@@ -164,7 +165,7 @@ def _compare(llm: LLM, ids: list[int], sampling: SamplingParams, *, quiet: bool)
 
 
 def chat(
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,

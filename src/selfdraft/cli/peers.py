@@ -297,7 +297,8 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
 
     from selfdraft.bench.measure import settler
     from selfdraft.bench.peers import foreign, gguf, local
-    from selfdraft.models.pocket import POCKET
+    from selfdraft.models import gguf as files
+    from selfdraft.models.embedded import checkpoint
     from selfdraft.models.stock import folder_of
 
     weight = next(llm.model.parameters())
@@ -308,8 +309,10 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
         path = guest.file
     elif guest.engine == "llama.cpp":
         path = gguf.cached(llm.model, Path.home() / ".cache" / "selfdraft" / "gguf")
+    elif files.find(checkpoint(model)) is not None:
+        raise PeerError(f"peer {label}: {guest.engine} is not given GGUF files here; give --model a checkpoint folder")
     else:
-        path = folder_of(POCKET if model == "pocket" else model)
+        path = folder_of(checkpoint(model))
     settings = {
         "model": str(path),
         "dtype": str(weight.dtype).removeprefix("torch."),

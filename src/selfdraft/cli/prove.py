@@ -9,6 +9,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Dtype,
@@ -28,7 +29,7 @@ from selfdraft.errors import OptionError
 
 def verify(
     prompts: Annotated[Path, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")],
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
@@ -78,7 +79,7 @@ def verify(
 
 
 def doctor(
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     max_new_tokens: MaxNew = 48,
     threads: Threads = None,
     as_json: AsJson = False,

@@ -22,6 +22,7 @@ from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
+from selfdraft.models import gguf
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.models.probe import probe_fast, probe_shapes
@@ -42,11 +43,16 @@ COARSE = 0.3
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model from a local folder or a hub name, in eval mode, out of safetensors only.
+    """A causal language model from a local folder, a GGUF file or a hub name, in eval mode; no pickle is opened.
 
-    `dtype` None is the checkpoint's own; a checkpoint with a `quantization_config` loads as it is.
+    `dtype` None is the checkpoint's own; a checkpoint with a `quantization_config` loads as it is, and a GGUF file
+    dequantised.
     Errors: LoadError says what is wrong with which folder or name, and the way out.
     """
+    if (file := gguf.find(path)) is not None:
+        loaded = gguf.load_model(file, dtype)
+        check_config(loaded.config)
+        return loaded
     where = _place(path)
     local = Path(where).is_dir()
     if local:
@@ -70,6 +76,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Errors: LoadError when there is none."""
+    if (file := gguf.find(path)) is not None:
+        return gguf.load_tokenizer(file)
     where = _place(path)
     folder = Path(where)
     # transformers makes an empty tokenizer for some families when there is no file at all
@@ -324,7 +332,9 @@ def _place(path: str | Path) -> str:
     if home.is_dir():
         return str(home)
     if home.is_file():
-        raise LoadError(f"{text} is a file; give the folder that holds config.json and the safetensors")
+        raise LoadError(
+            f"{text} is a file; give a .gguf file, or the folder that holds config.json and the safetensors"
+        )
     parts = text.replace("\\", "/").split("/")
     marked = isinstance(path, Path) or text[:1] in ("/", ".", "~", "\\") or text[1:2] == ":"
     if marked or len(parts) > 2 or "" in parts or (len(parts) == 2 and Path(parts[0]).is_dir()):
@@ -336,7 +346,7 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
     """What can be said about a folder before transformers reads it. Errors: LoadError."""
     file = folder / "config.json"
     if not file.is_file():
-        raise LoadError(f"{folder}: no config.json; give the folder that `save_pretrained` wrote")
+        raise LoadError(f"{folder}: no config.json and no .gguf file; give the folder that `save_pretrained` wrote")
     try:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
