@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -452,7 +453,7 @@ class LlamaPromptLookupDecoding:
         self.told = 10 * max_ngram_size + num_pred_tokens
 """
 VLLM = """
-import os
+import os, time
 from types import SimpleNamespace
 class SamplingParams:
     def __init__(self, **options):
@@ -524,6 +525,42 @@ def test_the_worker_with_vllm(environment: str, monkeypatch: pytest.MonkeyPatch)
     finally:
         plain.close()
         ngram.close()
+
+
+def test_a_worker_dies_with_a_bench_that_is_killed(environment: str, tmp_path: Path) -> None:
+    """Also in the middle of an answer, where it does not see that its input ended."""
+    vllm = tmp_path / "packages" / "vllm" / "__init__.py"
+    vllm.write_text(
+        vllm.read_text().replace("self.said += 1", "open(os.environ['BUSY'], 'w').close(); time.sleep(600)")
+    )
+    busy = tmp_path / "busy"
+    code = (
+        "from selfdraft.bench.peers.foreign import Foreign\n"
+        f"worker = Foreign('x', 'vllm', {environment!r}, {SETTINGS!r}, 60.0)\n"
+        "print(worker._process.pid, flush=True)\nworker.answer([5], 3)\n"
+    )
+    bench = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"BUSY": str(busy)}, text=True
+    )
+    assert bench.stdout is not None
+    pid = int(bench.stdout.readline())
+    while not busy.exists():
+        assert bench.poll() is None
+        time.sleep(0.01)
+    bench.kill()
+    bench.wait()
+    bench.stdout.close()
+    deadline = time.monotonic() + 60
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_engine_that_is_not_there(environment: str) -> None:

@@ -168,7 +168,8 @@ class Question:
         wanted = {c.label for c in missing} | {c.own_plain for c in missing} | {plain}
         labels = [c.label for c in self.bench.contenders if c.label in wanted]
         running = {label: engines[label] for label in labels if label in engines}
-        peers = {label: self.bench.peers[label] for label in labels if label in self.bench.peers}
+        there = self.bench.peers.keys() - self.bench.lost.keys()
+        peers = {label: self.bench.peers[label] for label in labels if label in there}
         bench, lost = self.bench, dict[str, PeerError]()
         found = measure(running, self.request(), bench.runs, bench.gauge, bench.settle, peers, lost)
         for label, error in lost.items():

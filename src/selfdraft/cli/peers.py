@@ -89,9 +89,8 @@ def invited(
         if isinstance(guest, Guest):
             guests.append(guest)
         elif named:
-            raise OptionError(
-                f"--peers: {guest}; give --peer-python {PEERS[method].engine}=PATH of a Python that has it"
-            )
+            python = f"; give --peer-python {PEERS[method].engine}=PATH of a Python that has it"
+            raise OptionError(f"--peers: {guest}{python if 'does not have' in guest else ''}")
         else:
             show.note(f"left out: {guest}")
     return guests

@@ -90,7 +90,9 @@ class Foreign:
             raise self._odd(said) from error
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all that it started. A second time does nothing: the number may be another's by then."""
+        if self._words.closed:
+            return
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
