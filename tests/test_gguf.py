@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 from selfdraft import LLM, SamplingParams
 from selfdraft.errors import LoadError
 from selfdraft.models import gguf
+from selfdraft.models.places import find_gguf
 from tests import gguf_files
 
 SAMPLINGS = {"greedy": SamplingParams(max_tokens=24), "sampled": SamplingParams(max_tokens=24, temperature=0.8, seed=3)}
@@ -68,7 +69,7 @@ def test_a_split_file_is_the_whole_file(parts: int, tmp_path: Path) -> None:
     names = sorted(file.name for file in folder.iterdir())
     assert names == [f"tiny-{i:05}-of-{parts:05}.gguf" for i in range(1, parts + 1)]
     for given in (folder, folder / names[0], folder / names[-1]):
-        file = gguf.find(given)
+        file = find_gguf(given)
         assert file is not None
         state = gguf.load_model(file, torch.float32).state_dict()
         np.testing.assert_array_equal(state["lm_head.weight"].numpy(), whole["output.weight"])

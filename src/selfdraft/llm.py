@@ -28,19 +28,19 @@ from selfdraft.drafters.layer_skip import read_skip
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
+from selfdraft.methods import drafter_of
 from selfdraft.models import load
 from selfdraft.models.embedded import checkpoint
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.tune.profile import profile_of
-from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
+from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, check_dtype, within
 
 _log = logging.getLogger("selfdraft")
 Prompt = str | SequenceOf[int]
 Message = Mapping[str, str]
 SKIP_FILE = "selfdraft_skip.json"
 """The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,24 +362,6 @@ def naming(number: int) -> Iterator[None]:
         raise type(error)(f"prompt {number}: {error}") from error
 
 
-def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
-    """Name and options out of the two ways to give them. Errors: OptionError when they disagree."""
-    options = dict(config or {})
-    method = options.pop("method", None)
-    if method is not None and not isinstance(method, str):
-        raise OptionError(f"method={method!r} in the speculative config is not a name")
-    if method and drafter and method != drafter:
-        raise OptionError(f"drafter {drafter!r} and method {method!r} of the speculative config disagree")
-    if options and not (method or drafter):
-        raise OptionError(f'the speculative config gives {", ".join(options)} but no "method"; name the drafter there')
-    return drafter or method or "auto", options
-
-
-def check_drafter(drafter: str | None, config: Mapping[str, object] | None) -> None:
-    """Names of drafter and options, checked before a model is loaded. Errors: OptionError."""
-    find(*drafter_of(drafter, config))
-
-
 def pick_dtype(name: str) -> torch.dtype | None:
     """The dtype to load in; None is the checkpoint's own.
 
@@ -389,9 +371,9 @@ def pick_dtype(name: str) -> torch.dtype | None:
     if name == "auto":
         slow = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
         return torch.float32 if slow else None
-    if name not in DTYPES:
-        raise OptionError(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    check_dtype(name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _as_batch(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:

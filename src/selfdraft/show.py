@@ -114,6 +114,8 @@ def comparison(result: Comparison, drafter: str) -> None:
     line = f"plain {result.plain_tokens_per_second:.1f} tokens/s, {drafter} {result.drafted_tokens_per_second:.1f}"
     line += f" tokens/s: {result.speedup:.2f}x; texts equal: yes (median of {result.runs} runs each)"
     err.print(Text(line, style="dim"))
+    if result.reason:
+        err.print(Text(result.reason, style="dim"))
 
 
 def verification(result: dict[str, Any], decode: Callable[[SequenceOf[int]], str]) -> None:

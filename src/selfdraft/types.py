@@ -126,6 +126,16 @@ class SamplingParams:
         )
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Types that a model can be loaded in."""
+
+
+def check_dtype(name: str) -> None:
+    """Errors: OptionError when `name` is neither 'auto' nor in DTYPES."""
+    if name != "auto" and name not in DTYPES:
+        raise OptionError(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
+
+
 def within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise OptionError unless low <= value <= high (low < value when `open_low`) and value is a number."""
     if not isinstance(value, (int, float)) or math.isnan(value):

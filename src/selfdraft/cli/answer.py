@@ -15,11 +15,13 @@ from selfdraft.cli.options import (
     Config,
     Dtype,
     Exact,
+    InTemplate,
     Log,
     MaxNew,
     Memory,
     Model,
     Threads,
+    check_options,
     conditions,
     encode_all,
     gather,
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 PromptFile = Annotated[
     Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
 ]
-InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
 Predicted = Annotated[
     Path | None, typer.Option(help="A text that the answer may resemble: a guess for prediction and merged.")
 ]
@@ -74,7 +75,6 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
-    from selfdraft.bench.log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(
@@ -93,7 +93,8 @@ def generate(
         prediction=read_prediction(prediction),
     )
     texts = gather(prompt, prompts, limit)
-    check_log(log)
+    check_options(model, drafter, speculative_config, dtype)
+    _check_log(log)
     llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory)
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
@@ -109,6 +110,14 @@ def read_prediction(path: Path | None) -> str:
         return path.read_text("utf-8") if path is not None else ""
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prediction {path} cannot be read: {error}") from error
+
+
+def _check_log(log: Path | None) -> None:
+    """Errors: OptionError when answers cannot be written there."""
+    if log is not None:
+        from selfdraft.bench.log import check_log
+
+        check_log(log)
 
 
 def _keep(

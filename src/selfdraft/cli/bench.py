@@ -21,12 +21,14 @@ from selfdraft.cli.options import (
     Model,
     Threads,
     conditions,
+    named,
     open_llm,
     parse_config,
     runnable,
 )
 from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, gguf_of, invited, joined
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.methods import ALIASES, drafter_of
 
 if TYPE_CHECKING:
     from selfdraft.bench.ledger import Ledger, Row
@@ -164,23 +166,18 @@ class Plan:
 def field_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
     """Plain decoding first, then who was named, each under a label of its own. Errors: OptionError."""
     from selfdraft.bench.run import PLAIN, Contender
-    from selfdraft.drafters import ALIASES, table
-    from selfdraft.llm import check_drafter, drafter_of
+    from selfdraft.drafters import find
 
     wanted = drafters if drafters is not None else ("all" if not configs else "")
-    names = [*table()] if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
     found = [Contender(PLAIN, PLAIN)]
-    for name in dict.fromkeys(names):
-        check_drafter(name, None)
-        if ALIASES.get(name, name) != PLAIN:
-            found.append(Contender(name, name))
+    found += [Contender(name, name) for name in named(wanted) if ALIASES.get(name, name) != PLAIN]
     for config in configs:
         options = parse_config(config) or {}
         label = options.pop("name", None)
         if "method" not in options:
             raise OptionError(f'--speculative-config {config} has no "method"; name the drafter there')
         method, rest = drafter_of(None, options)
-        check_drafter(method, rest)
+        find(method, rest)
         if label is not None and not (isinstance(label, str) and label.strip()):
             raise OptionError(f'--speculative-config: "name" is a label, not {label!r}')
         found.append(Contender(str(label or method), method, rest))

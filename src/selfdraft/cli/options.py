@@ -11,6 +11,8 @@ import typer
 
 from selfdraft import show
 from selfdraft.errors import MissingMasks, OptionError, RequestError
+from selfdraft.methods import ALIASES, check_early, drafter_of
+from selfdraft.types import check_dtype
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
@@ -50,6 +52,7 @@ Memory = Annotated[
     Path | None,
     typer.Option(help="Earlier outputs to guess from (merged): read from this file if there is one, and written."),
 ]
+InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -66,18 +69,16 @@ def open_llm(
     memory: Path | None = None,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
-    options = parse_config(config)
-    from selfdraft.llm import LLM, check_drafter, drafter_of, pick_dtype
+    options = check_options(model, drafter, config, dtype)
+    from selfdraft.llm import LLM
     from selfdraft.memory import check_memory, with_memory
     from selfdraft.models.stock import quiet
 
     quiet()
-    check_drafter(drafter, options)
     if memory is not None:
         drafter, options = drafter_of(drafter, options)
         options = with_memory(drafter, options)
         check_memory(memory)
-    pick_dtype(dtype)
     if threads is not None:
         import torch
 
@@ -98,6 +99,22 @@ def open_llm(
     if memory is not None and memory.exists():
         llm.load_memory(memory)
     return llm
+
+
+def check_options(model: str, drafter: str | None, config: str | None, dtype: str) -> dict[str, object] | None:
+    """The options of --speculative-config; all of these are checked before anything heavy is imported.
+
+    Errors: OptionError; LoadError when the model is a path and nothing is there that could be one.
+    """
+    options = parse_config(config)
+    check_early(drafter, options)
+    check_dtype(dtype)
+    from selfdraft.models.embedded import EMBEDDED
+    from selfdraft.models.places import find_gguf, place
+
+    if model != "pocket" and model not in EMBEDDED and find_gguf(model) is None:
+        place(model)
+    return options
 
 
 def ensure(model: str, source: Path | None = None) -> None:
@@ -167,17 +184,28 @@ def conditions(llm: LLM, model: str) -> dict[str, Any]:
     }
 
 
+def named(wanted: str) -> list[str]:
+    """The drafters of a list with commas, or 'all'. A wrong name is told before anything heavy is imported.
+
+    Errors: OptionError.
+    """
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if wanted != "all":
+        for name in names:
+            check_early(name, None)
+    from selfdraft.drafters import find, table
+
+    names = [*table()] if wanted == "all" else names
+    for name in names:
+        find(name, {})
+    return [*dict.fromkeys(names)]
+
+
 def drafter_names(wanted: str, against: str) -> list[str]:
     """The drafters to compare; 'none' is no comparison with plain decoding. Errors: OptionError."""
-    from selfdraft.drafters import table
-    from selfdraft.llm import check_drafter
-
-    names = [*table()] if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
-    for name in names:
-        check_drafter(name, None)
-    names = [name for name in dict.fromkeys(names) if against == "hf" or name != "none"]
+    names = [name for name in named(wanted) if against == "hf" or ALIASES.get(name, name) != "none"]
     if not names:
-        raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(table())}")
+        raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(named('all'))}")
     return names
 
 

@@ -14,9 +14,11 @@ from selfdraft.cli.options import (
     AsJson,
     Dtype,
     Exact,
+    InTemplate,
     MaxNew,
     Model,
     Threads,
+    check_options,
     conditions,
     drafter_names,
     encode_all,
@@ -37,6 +39,7 @@ def verify(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
+    chat_template: InTemplate = False,
     against: Annotated[
         Literal["plain", "hf"], typer.Option(help="Our own plain decoding, or transformers' greedy.")
     ] = "plain",
@@ -47,19 +50,22 @@ def verify(
 ) -> None:
     """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
     from selfdraft.bench.prompts import read_prompts
-    from selfdraft.bench.verify import Report, plainly, stock_greedy
-    from selfdraft.bench.verify import verify as run
     from selfdraft.types import SamplingParams
 
+    check_options(model, None, None, dtype)
     names = drafter_names(drafters, against)
     texts = read_prompts(prompts, limit)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
+    from selfdraft.bench.verify import Report, plainly, stock_greedy
+    from selfdraft.bench.verify import verify as run
+
     llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
     requests = [
-        repeatable(llm, sampling, seed + i, ids) for i, ids in enumerate(encode_all(llm, texts, False, sampling))
+        repeatable(llm, sampling, seed + i, ids)
+        for i, ids in enumerate(encode_all(llm, texts, chat_template, sampling))
     ]
     engines = {}
     for name in names:

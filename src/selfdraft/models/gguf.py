@@ -21,38 +21,11 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from selfdraft.errors import LoadError
 from selfdraft.files import cache_folder, whole_file
+from selfdraft.models.places import PART
 
-PART = re.compile(r"(?P<name>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
-"""The name of one part of a split file, as llama.cpp's gguf-split writes it."""
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VALUES = {"I8", "I16", "I32", "I64", "F64"}
 """Types of tensors that hold plain numbers and need no dequantisation."""
-
-
-def find(path: str | Path) -> Path | None:
-    """The GGUF file that a path stands for, of a split one the first part; None when it stands for none.
-
-    A path stands for itself when it ends in .gguf, and a folder without a config.json for the file that it holds.
-    Errors: LoadError when there is no such file, or when a folder holds several.
-    """
-    place = Path(path).expanduser()
-    if place.suffix.lower() == ".gguf" and not place.is_dir():
-        if not place.is_file():
-            raise LoadError(f"{path}: there is no such file; check the path")
-        return _first_part(place)
-    if not place.is_dir() or (place / "config.json").exists():
-        return None
-    found = sorted({_first_part(file) for file in place.iterdir() if file.suffix.lower() == ".gguf"})
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found[:5])
-        raise LoadError(f"{path} holds {len(found)} GGUF files; name one of them: {names}")
-    return found[0] if found else None
-
-
-def _first_part(file: Path) -> Path:
-    """The first of the files that `file` belongs to."""
-    match = PART.fullmatch(file.name)
-    return file.with_name(f"{match['name']}-00001-of-{match['count']}.gguf") if match else file
 
 
 def load_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:

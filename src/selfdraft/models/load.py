@@ -25,6 +25,7 @@ from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, Unsuppor
 from selfdraft.models import gguf
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
 from selfdraft.models.masks import MaskAdapter
+from selfdraft.models.places import find_gguf, place
 from selfdraft.models.probe import probe_fast, probe_shapes
 from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
 from selfdraft.types import SamplingParams
@@ -49,11 +50,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code
     dequantised.
     Errors: LoadError says what is wrong with which folder or name, and the way out.
     """
-    if (file := gguf.find(path)) is not None:
+    if (file := find_gguf(path)) is not None:
         loaded = gguf.load_model(file, dtype)
         check_config(loaded.config)
         return loaded
-    where = _place(path)
+    where = place(path)
     local = Path(where).is_dir()
     if local:
         _check_folder(Path(where), trust_remote_code)
@@ -76,9 +77,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Errors: LoadError when there is none."""
-    if (file := gguf.find(path)) is not None:
+    if (file := find_gguf(path)) is not None:
         return gguf.load_tokenizer(file)
-    where = _place(path)
+    where = place(path)
     folder = Path(where)
     # transformers makes an empty tokenizer for some families when there is no file at all
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
@@ -323,23 +324,6 @@ def _compare(said: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
             f"{name} answers differently on tree rows: its logits differ by {error:.2g} of their spread, and only "
             f"{tolerance:g} would be rounding; it keeps state elsewhere or sees other tokens"
         )
-
-
-def _place(path: str | Path) -> str:
-    """What to hand to transformers. A path that does not exist is an error here, and never asked of the hub."""
-    text = str(path)
-    home = Path(text).expanduser()
-    if home.is_dir():
-        return str(home)
-    if home.is_file():
-        raise LoadError(
-            f"{text} is a file; give a .gguf file, or the folder that holds config.json and the safetensors"
-        )
-    parts = text.replace("\\", "/").split("/")
-    marked = isinstance(path, Path) or text[:1] in ("/", ".", "~", "\\") or text[1:2] == ":"
-    if marked or len(parts) > 2 or "" in parts or (len(parts) == 2 and Path(parts[0]).is_dir()):
-        raise LoadError(f"{text}: there is no such folder; check the path, or give a hub name such as org/model")
-    return text
 
 
 def _check_folder(folder: Path, trust_remote_code: bool) -> None:
