@@ -296,8 +296,8 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
 
     from selfdraft.bench.measure import settler
     from selfdraft.bench.peers import foreign, gguf, local
-    from selfdraft.models import gguf as files
     from selfdraft.models.embedded import checkpoint
+    from selfdraft.models.places import find_gguf
     from selfdraft.models.stock import folder_of
 
     weight = next(llm.model.parameters())
@@ -308,7 +308,7 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
         path = guest.file
     elif guest.engine == "llama.cpp":
         path = gguf.cached(llm.model, Path.home() / ".cache" / "selfdraft" / "gguf")
-    elif files.find(checkpoint(model)) is not None:
+    elif find_gguf(checkpoint(model)) is not None:
         raise PeerError(f"peer {label}: {guest.engine} is not given GGUF files here; give --model a checkpoint folder")
     else:
         path = folder_of(checkpoint(model))
