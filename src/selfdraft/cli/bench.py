@@ -26,7 +26,7 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, gguf_of, invited, joined
+from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, invited, joined
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
 
@@ -98,8 +98,7 @@ def bench(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
     contenders = field_of(drafters, speculative_config or [])
-    file = gguf_of(peer_model or [], model, peers, peer_config or [])
-    guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy, file=file)
+    guests = invited(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     check_log(log)
@@ -112,9 +111,6 @@ def bench(
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
     records = report(rows, [contender.label for contender in setting.contenders])
-    for label, error in setting.lost.items():
-        if label in [contender.label for contender in setting.contenders]:
-            show.note(f"lost on the way: {error}; the same command with --output asks it again")
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
     if not records:

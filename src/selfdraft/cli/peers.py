@@ -56,19 +56,19 @@ class Guest:
 
 def invited(
     names: str | None,
-    configs: Sequence[str],
-    pythons: Sequence[str],
+    configs: Sequence[str] | None,
+    pythons: Sequence[str] | None,
+    models: Sequence[str] | None,
+    model: str,
     drafters: Sequence[Contender],
     *,
     greedy: bool,
-    file: Path | None = None,
 ) -> list[Guest]:
-    """The peers that were asked for and are here, looked up before a model is loaded. `file`: of llama.cpp.
-
-    Errors: OptionError.
-    """
+    """The peers that were asked for and are here, looked up before a model is loaded. Errors: OptionError."""
     from selfdraft.bench.peers import PEERS
 
+    configs, pythons = configs or [], pythons or []
+    file = _gguf(models or [], model, names, configs)
     wanted = _wanted(names, configs)
     homes = _homes(pythons)
     engines = {PEERS[method].engine for method, _, _ in wanted.values()}
@@ -96,7 +96,7 @@ def invited(
     return guests
 
 
-def gguf_of(models: Sequence[str], model: str, names: str | None, configs: Sequence[str]) -> Path | None:
+def _gguf(models: Sequence[str], model: str, names: str | None, configs: Sequence[str]) -> Path | None:
     """The GGUF file for llama.cpp: the one given, or the model itself when it is one. Errors: OptionError."""
     from selfdraft.bench.peers import PEERS
 
@@ -274,6 +274,8 @@ def joined(
         setting.peers = running
         setting.contenders = [*setting.contenders, *(g.contender for g in guests if g.contender.label in running)]
         yield
+        for label in running.keys() & setting.lost.keys():
+            show.note(f"lost on the way: {setting.lost[label]}; the same command with --output asks it again")
     finally:
         for peer in running.values():
             peer.close()
