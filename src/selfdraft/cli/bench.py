@@ -27,7 +27,7 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Patience, PeerConfigs, Peers, Pythons, invited, joined
+from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, invited, joined
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
 
@@ -67,6 +67,7 @@ def bench(
     peers: Peers = None,
     peer_config: PeerConfigs = None,
     peer_python: Pythons = None,
+    peer_model: Files = None,
     peer_timeout: Patience = 900.0,
     data_dir: DataDir = None,
     limit: Limit = None,
@@ -100,7 +101,7 @@ def bench(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all")
     contenders = field_of(drafters, speculative_config or [])
-    guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy)
+    guests = invited(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     check_log(log)
