@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -74,21 +76,22 @@ def open_llm(
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = check_options(model, drafter, config, dtype)
-    from selfdraft.llm import LLM
-    from selfdraft.memory import check_memory, with_memory
-    from selfdraft.models.stock import quiet
-
-    quiet()
     if memory is not None:
+        from selfdraft.memory import check_memory, with_memory
+
         drafter, options = drafter_of(drafter, options)
         options = with_memory(drafter, options)
         check_memory(memory)
-    if threads is not None:
+    ensure(model)
+    with show.waiting(f"loading {model}"), uncollected():
         import torch
 
-        torch.set_num_threads(threads)
-    ensure(model)
-    with show.waiting(f"loading {model}"):
+        from selfdraft.llm import LLM
+        from selfdraft.models.stock import quiet
+
+        quiet()
+        if threads is not None:
+            torch.set_num_threads(threads)
         llm = LLM(
             model,
             drafter=drafter,
@@ -103,6 +106,17 @@ def open_llm(
     if memory is not None and memory.exists():
         llm.load_memory(memory)
     return llm
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: importing and loading make a million objects that stay, and hardly any garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def check_options(model: str, drafter: str | None, config: str | None, dtype: str) -> dict[str, object] | None:
