@@ -24,6 +24,7 @@ from selfdraft.models import pocket
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import SamplingParams, Skip
+from tests.clocks import Ticking
 from tests.models import run, tiny_target
 from tests.outside import WANTED, outside
 
@@ -330,17 +331,6 @@ def test_the_throughput_exit_follows_cost_and_stays_a_probability() -> None:
     before = cheap.value
     cheap.observe([], StepSeconds(5.0, 5.0, 1))
     assert cheap.value == before
-
-
-class Ticking:
-    """A clock that goes on by a second whenever it is read."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        self.seconds += 1.0
-        return self.seconds
 
 
 def test_exit_policies_keep_their_state_and_the_text() -> None:

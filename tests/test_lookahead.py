@@ -222,7 +222,7 @@ def timed(
     target.forward = slow  # type: ignore[method-assign]
     drafter = build("lookahead", target, {"window_size": 5, "ngram_size": 4, "guess_set_size": 5, **options})
     assert isinstance(drafter, Lookahead)
-    drafter._clock = lambda: machine.now
+    drafter.clock = lambda: machine.now
     wanted = [s.output for s in run(tiny_target(), "none", prompts, sampling)]
     assert [s.output for s in run(target, drafter, prompts, sampling)] == wanted
     return drafter

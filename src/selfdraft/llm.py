@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from selfdraft.models.kept import ProofStore
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.tune.profile import profile_of
-from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, check_dtype, within
+from selfdraft.types import Clock, FinishReason, Logprob, SamplingParams, Stats, check_dtype, within
 
 _log = logging.getLogger("selfdraft")
 Prompt = str | SequenceOf[int]
@@ -96,6 +97,7 @@ class LLM:
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
     `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
     proves it again and keeps nothing. A loaded transformers model is proved each time.
+    `clock`: seconds that drafters and measurements read; one that is handed in makes a run repeatable.
     Errors: LoadError, OptionError, RunnerUnavailable.
     """
 
@@ -115,6 +117,7 @@ class LLM:
         prefill_chunk: int = 256,
         trust_remote_code: bool = False,
         cache: bool = True,
+        clock: Clock = time.perf_counter,
     ) -> None:
         within("max_num_seqs", max_num_seqs, 1, 2**20)
         within("prefill_chunk", prefill_chunk, 1, 2**20)
@@ -136,6 +139,7 @@ class LLM:
             adapters=load_adapters([*adapters, *beside], self.model),
             runner=runner,
             proofs=ProofStore() if cache and isinstance(model, str | Path) else None,
+            clock=clock,
         )
         if isinstance(model, str | Path) and (searched := Path(path).expanduser() / SKIP_FILE).is_file():
             self.target.skip_default = read_skip(searched, self.target.layers)

@@ -192,6 +192,10 @@ def middle(layers: int, width: int) -> Skip:
     return Skip(frozenset(range(first, first + width)), frozenset(range(first, first + width)))
 
 
+Clock = Callable[[], float]
+"""Seconds since some moment; only differences count."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """How large one sequence's draft may be in this step."""

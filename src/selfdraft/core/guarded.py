@@ -20,7 +20,7 @@ from selfdraft.core.tree import EMPTY, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.core.watch import Watch
 from selfdraft.errors import OptionError
-from selfdraft.types import Budget
+from selfdraft.types import Budget, Clock
 
 REST_EVERY = 16
 """Of so many steps while standing aside one is timed."""
@@ -41,11 +41,11 @@ class Guarded(Drafting):
     logit_options = ("recycling",)
     """Options that make it read logits."""
 
-    def __init__(self, profile: Profile | None, nodes: int, memory: int, recycling: bool) -> None:
+    def __init__(self, profile: Profile | None, nodes: int, memory: int, recycling: bool, clock: Clock) -> None:
         if not isinstance(recycling, bool):
             raise OptionError(f"recycling={recycling!r} is neither True nor False")
         sources = Sources(request=True, prediction=True, recycling=recycling)
-        super().__init__(sources, nodes, None, Memory(memory) if memory else None)
+        super().__init__(sources, nodes, None, clock, Memory(memory) if memory else None)
         self.cost = None if profile is None else StepCost(profile)
         self.watch, self.recycled = Watch(), Watch()
         self.seconds = Mean()

@@ -9,8 +9,6 @@ at the cell's own place, so that its trajectories run to the sampled text, not t
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
@@ -370,8 +368,6 @@ class Lookahead:
     paper. What is learned about machine and text in general outlives a request; pools and windows do not.
     """
 
-    _clock: Callable[[], float] = staticmethod(time.perf_counter)
-
     def __init__(
         self,
         target: Target,
@@ -390,6 +386,7 @@ class Lookahead:
                 raise OptionError(f"{name}={value!r} is neither True nor False")
         self.sizes = Sizes(window_size, ngram_size, guess_set_size)
         self.from_prompt, self.adaptive = pool_from_prompt, adaptive
+        self.clock = target.clock
         self._total = _Counts()
         self._drafted: tuple[float, float] = (0.0, 0.0)
         """When the last draft was ready, and how long it took together with the learning before it."""
@@ -397,14 +394,14 @@ class Lookahead:
         self._notes: WeakKeyDictionary[Sequence, _Note] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        began = self._clock()
+        began = self.clock()
         drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
-        ready = self._clock()
+        ready = self.clock()
         self._drafted = ready, ready - began + self._learning
         return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        began = self._clock()
+        began = self.clock()
         emitted = rows = 0
         for sequence, result in zip(sequences, results, strict=True):
             note = self._notes.get(sequence)
@@ -421,7 +418,7 @@ class Lookahead:
                 del self._notes[sequence]
                 if self.adaptive:
                     self.sizes.between_requests()
-        self._learning = self._clock() - began
+        self._learning = self.clock() - began
 
     def statistics(self, sequence: Sequence | None = None) -> PoolStatistics:
         """What the pool was good for: in one running request, or in all so far."""

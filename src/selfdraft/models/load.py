@@ -7,6 +7,7 @@ adapter and are compared with the stock model's own forward pass.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from selfdraft.models.places import find_gguf, place
 from selfdraft.models.probe import probe_fast, probe_shapes
 from selfdraft.models.proof import prove
 from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
+from selfdraft.types import Clock
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Weight files that run code when they are read; never opened."""
@@ -101,12 +103,13 @@ def open_target(
     adapters: SequenceOf[MaskAdapter] = (),
     runner: Literal["auto", "plain", "fast"] = "auto",
     proofs: ProofStore | None = None,
+    clock: Clock = time.perf_counter,
 ) -> HFTarget:
     """A proven target with `slots` slots of at most `context` tokens (None: what the model has).
 
     `target.exactness` says which level was reached, which may be below the one asked for, and why; `target.runs` how
     passes are run. `runner` 'auto' takes the fast runner where it works. What was proved is kept in `proofs`, and not
-    proved again; None keeps nothing.
+    proved again; None keeps nothing. `clock` is what drafters and measurements read, in seconds.
     Errors: UnsupportedModel; OptionError when `context` is longer than the model's; RunnerUnavailable for 'fast'.
     """
     check_supported(model)
@@ -118,7 +121,7 @@ def open_target(
         raise error(f"context={context}: this model has 1 to {most} positions here{why}")
     if runner not in ("auto", "plain", "fast"):
         raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
-    sizes: dict[str, Any] = {"slots": slots, "context": context, "adapters": adapters}
+    sizes: dict[str, Any] = {"slots": slots, "context": context, "adapters": adapters, "clock": clock}
     if proofs is None:
         return _proven(model, exactness, runner, sizes)
     identity = identity_of(model, adapters, {"exactness": exactness, "runner": runner, "context": context})

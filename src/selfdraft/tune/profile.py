@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, replace
@@ -145,15 +144,15 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
     benches[-1].prefill()  # the short one reads the beginning of the same tokens
     found: dict[tuple[int, int], list[float]] = {}
     several: list[float] = []
-    began, done = time.perf_counter(), 0
-    while done < LEAST + 1 or (done < MOST and time.perf_counter() - began < seconds):
+    began, done = target.clock(), 0
+    while done < LEAST + 1 or (done < MOST and target.clock() - began < seconds):
         for number, bench in enumerate(benches):
             bench.sequence.cached = bench.context
             for rows in ROWS:
                 found.setdefault((number, rows), []).append(_time(bench, rows))
         several.append(_several(target, benches[0]))
         done += 1
-        yield min(max((time.perf_counter() - began) / max(seconds, 1e-9), done / MOST), 0.99)
+        yield min(max((target.clock() - began) / max(seconds, 1e-9), done / MOST), 0.99)
     times = {kind: quiet(values[1:]) for kind, values in found.items()}  # the first round warms up
     profile = _profile(ROWS, times, [bench.context for bench in benches], quiet(several[1:]), beside)
     ones = sorted(found[0, 1][1:])
