@@ -5,5 +5,15 @@ import tempfile
 
 import torch
 
+from selfdraft.models import embedded
+
 torch.set_num_threads(1)
+SMOLLM2 = embedded.installed("smollm2")
+"""In the user's cache, where `make test` has put it; tests only read it."""
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="selfdraft-tests-")
+os.environ["PIP_NO_INDEX"] = "1"  # nothing is downloaded by a test
+if SMOLLM2 is not None:
+    os.environ.setdefault("SELFDRAFT_SMOLLM2", str(SMOLLM2))
+    folder = embedded.folder_of("smollm2")
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(SMOLLM2)

@@ -17,6 +17,7 @@ from selfdraft.models.shapes import Shapes, width_of
 from selfdraft.models.student import linear_names
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import SamplingParams
+from tests.clocks import on_passes
 
 VOCAB = 61
 
@@ -70,8 +71,9 @@ def random_adapters(model: PreTrainedModel, rank: int = 4) -> list[MaskAdapter]:
 
 
 def tiny_target(dtype: torch.dtype = torch.float64, *, slots: int = 1, shapes: Shapes | None = None) -> HFTarget:
+    """On a clock that only its passes move: what is drafted does not depend on the machine."""
     model = tiny_llama(dtype)
-    return HFTarget(model, slots=slots, shapes=shapes or Shapes(4, 64), adapters=random_adapters(model))
+    return on_passes(HFTarget(model, slots=slots, shapes=shapes or Shapes(4, 64), adapters=random_adapters(model)))
 
 
 def run(

@@ -1,6 +1,6 @@
 """stories260K, a tiny model that was really trained: its weights as a Hugging Face LLaMA, and its tokenizer.
 
-The files lie outside the project, in ../shared/models; see the README there for their format.
+The files lie outside the repository; CONTRIBUTING.md says where they come from.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import struct
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-FOLDER = Path(__file__).parents[1].parent / "shared" / "models" / "stories260K"
+from tests.outside import outside
+
+FOLDER = outside("models/stories260K")
 BOS, EOS, FIRST_BYTE = 1, 2, 3
 GOLDEN = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
     "big, red ball. She wanted to play with it, but it was too high.\nLily"
 )
-"""What the weights must say after BOS, greedily in float32; from ../shared/models/README.md."""
+"""What the weights must say after BOS, greedily in float32."""
 
 
 @cache

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from selfdraft import LLM
+from selfdraft.bench.log import Logged, read_logs
+from selfdraft.bench.replay import LogTarget, replay, time_of
 from selfdraft.core.guess import Guess, expand
-from selfdraft.core.profile import Profile
+from selfdraft.core.profile import Profile, best_size
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.watch import MOST, RAREST, SHARE, START, TRIAL, Watch
 from selfdraft.drafters.auto import Auto
+from selfdraft.drafters.context import Context
+from selfdraft.drafters.merged import Merged
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
+from selfdraft.protocols import Drafter
 from selfdraft.tune import profile as profiles
 from selfdraft.types import Budget, SamplingParams
-from tests.models import run, tiny_target
+from tests.models import run, tiny_llama, tiny_target
 
 STEPS = Profile((1, 4, 8, 16), (1.0, 1.0, 2.0, 4.0), (0.0, 0.0, 0.0, 0.01), per_sequence=0.5, host=0.1)
 
@@ -117,6 +125,68 @@ def test_a_new_request_is_a_new_chance_that_gets_rarer() -> None:
     assert watch.patience == 1
 
 
+@pytest.mark.parametrize("rho", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("seconds", [(1.0, 1.4, 1.4, 2.0), (1.0, 1.0, 2.0, 4.0), (1.0, 2.5, 2.6, 2.7)])
+@pytest.mark.parametrize("chances", [[0.9, 0.5, 0.2, 0.1, 0.05], [0.9] * 15, [0.3 - n / 100 for n in range(15)]])
+def test_the_best_size_is_the_best_of_all(rho: float, seconds: tuple[float, ...], chances: list[float]) -> None:
+    profile = Profile((1, 2, 8, 16), seconds, (0.0,) * 4)
+    costs = [rho * each for each in profile.further(len(chances))]
+    worth = [sum(chances[:n]) - costs[n] for n in range(len(chances) + 1)]
+    assert best_size(chances, costs) == worth.index(max(worth))
+
+
+def test_a_first_row_that_is_dear_is_not_run_for_one_small_chance() -> None:
+    """The second row costs 0.4 of a pass, the next six nothing: the slope of the line below is 0.06."""
+    profile = Profile((1, 2, 8, 9), (1.0, 1.4, 1.4, 3.0), (0.0,) * 4)
+    costs = profile.further(7)
+    assert profile.marginal(7)[0] == pytest.approx(0.4 / 7)
+    assert best_size([0.2], costs) == 0
+    assert best_size([0.2] * 3, costs) == 3
+
+
+PASSES = Profile(
+    (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+    (0.0145, 0.0195, 0.0195, 0.0195, 0.0216, 0.0216, 0.027, 0.0329, 0.0503, 0.0665, 0.0997, 0.1285),
+    (0.0,) * 12,
+)
+"""SmolLM2-135M in bfloat16 on two cores, as it was measured."""
+SMOL = Path(__file__).parent / "smollm2.jsonl"
+"""Greedy answers of SmolLM2-135M-Instruct to questions, code and requests to edit a text."""
+
+
+class Measured(LogTarget):
+    """A log, on a machine whose passes were measured."""
+
+    @property
+    def profile(self) -> Profile:  # type: ignore[override]
+        return PASSES
+
+
+def seconds_of(drafter: Drafter, requests: list[Logged]) -> float:
+    """Of the decode steps by a made-up clock on which a pass takes what PASSES says."""
+    times = dict(zip(PASSES.rows, PASSES.seconds, strict=True))
+    found = replay(requests, drafter, 64, times=times)
+    return sum(steps * time_of(times, rows) for rows, steps in found.rows.items())
+
+
+def test_on_recorded_answers_it_is_not_behind_its_parts() -> None:
+    """By kind of text, what was learned on one going on to the next; recycling needs logits, a log has none."""
+    kinds = [json.loads(line)["group"] for line in SMOL.read_text().splitlines()]
+    logs = read_logs([SMOL])
+    drafters: dict[str, Drafter] = {
+        "auto": Auto(Measured(), recycling=False),
+        "merged": Merged(Measured(), recycling=False),
+        "context": Context(Measured()),
+    }
+    for kind in dict.fromkeys(kinds):
+        group = [log for log, own in zip(logs, kinds, strict=True) if own == kind]
+        plain = PASSES.at(1) * sum(len(log.output) - 1 for log in group)
+        took = {name: seconds_of(drafter, group) for name, drafter in drafters.items()}
+        best = min(took["merged"], took["context"])
+        assert took["auto"] <= 1.03 * best, (kind, {name: plain / each for name, each in took.items()})
+        assert took["auto"] < plain, kind
+
+
 class Useless(Auto):
     """Every draft is wrong."""
 
@@ -165,8 +235,70 @@ def test_a_profile_is_measured_kept_and_read(tmp_path: Path) -> None:
     assert profiles.load(target, tmp_path) == (None, "")
     place = profiles.save(found, target, tmp_path)
     assert profiles.load(target, tmp_path) == (found, "")
-    assert list(profiles.profile_of(target, folder=tmp_path)) == [found]
+    assert profiles.profile_of(target, folder=tmp_path) == found
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
+
+
+class Ticking:
+    """A clock that goes on by `tick` seconds whenever it is read."""
+
+    def __init__(self, tick: float) -> None:
+        self.tick, self.now, self.reads = tick, 0.0, 0
+
+    def __call__(self) -> float:
+        self.reads += 1
+        self.now += self.tick
+        return self.now
+
+
+def test_the_first_measurement_is_brief() -> None:
+    target = tiny_target()
+    clock = Ticking(profiles.BRIEFLY / 40)  # three readings a pass: warm-up, then one round and a part
+    found = profiles.measure_briefly(target, now=clock)
+    assert found is not None
+    assert found.rows == (1, 2, 4, 8, 16, 32)
+    assert clock.now < 1.1 * profiles.BRIEFLY
+    assert profiles.measure_briefly(target, now=Ticking(1e-6)) is not None, "a quick model: all rounds, then it ends"
+
+
+def test_what_was_timed_by_then_is_enough_if_it_tells_the_price_of_rows_and_text() -> None:
+    found = profiles.measure_briefly(tiny_target(), now=Ticking(profiles.BRIEFLY / 21.5))
+    assert found is not None
+    assert found.rows == (1, 2, 4, 8)
+    assert found.spread > profiles.STEADY, "not kept"
+
+
+def test_a_model_too_slow_to_measure_is_not_waited_for() -> None:
+    clock = Ticking(profiles.BRIEFLY / 5)
+    assert profiles.measure_briefly(tiny_target(), now=clock) is None
+    assert clock.now <= 2 * profiles.BRIEFLY
+
+
+@pytest.mark.parametrize(("spread", "kept"), [(1.2, True), (profiles.STEADY + 0.1, False)])
+def test_only_a_steady_first_measurement_is_kept(
+    spread: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, notes = tiny_target(), list[str]()
+    monkeypatch.setattr(profiles, "measure_briefly", lambda _: replace(STEPS, spread=spread))
+    assert profiles.profile_of(target, folder=tmp_path, note=notes.append) == replace(STEPS, spread=spread)
+    assert profiles.place_of(target, tmp_path).exists() == kept
+    assert notes == [], "nobody asked for a measurement"
+
+
+def test_a_first_start_waits_for_the_brief_measurement_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(profiles, "measure", lambda *_: pytest.fail("the whole measurement takes 15 s"))
+    asked: list[HFTarget] = []
+
+    def brief(target: HFTarget) -> Profile:
+        asked.append(target)
+        return STEPS
+
+    monkeypatch.setattr(profiles, "measure_briefly", brief)
+    first = LLM(tiny_llama(torch.float32), runner="plain")
+    second = LLM(tiny_llama(torch.float32), runner="plain")
+    assert first.target.profile == second.target.profile == STEPS
+    assert asked == [first.target], "the second start reads what the first one kept"
 
 
 @pytest.mark.parametrize(

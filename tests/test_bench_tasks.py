@@ -16,8 +16,9 @@ import pytest
 from selfdraft.bench import tasks
 from selfdraft.bench.tasks import TASKS, Item, load, names_of
 from selfdraft.errors import OptionError, RequestError
+from tests.outside import WANTED, outside
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+DATA = outside("data")
 HUMANEVAL = {
     "task_id": "HumanEval/7",
     "prompt": 'def double(x):\n    """Twice x."""\n',
@@ -170,7 +171,7 @@ def test_names() -> None:
 
 NAMES = {
     "gsm9k": "there is no task and no file 'gsm9k'; did you mean 'gsm8k'?",
-    ",": "names no task; there are: all, spec-bench",
+    ",": "names no task; there are: all, quick, spec-bench",
     "spec-bench/maths": "task 'spec-bench' has no part 'maths'; there are: spec-bench/mt-bench",
     "gsm8k/x": "task 'gsm8k' has no part 'x'; there are: none, only gsm8k",
     "spec-bench,spec-bench/qa": "'spec-bench/qa' is part of 'spec-bench' already",
@@ -222,21 +223,40 @@ def test_a_cut_gzip(tmp_path: Path, data: Path) -> None:
 
 def test_missing_files_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"expected gsm8k/test.jsonl under .*; with the package 'datasets'"):
-        load("gsm8k", tmp_path, chat=False, limit=None)
-    with pytest.raises(RequestError, match="in a folder given with --data-dir"):
-        load("gsm8k", None, chat=False, limit=None)
-    with pytest.raises(RequestError, match="publish it on GitHub only"):
-        load("spec-bench", None, chat=False, limit=None)
+    with pytest.raises(RequestError, match=r"does not hold its file: save mbpp/mbpp.jsonl or .*pip install datasets"):
+        load("mbpp", tmp_path, chat=False, limit=None)
+    with pytest.raises(RequestError, match=r"github.com/google-research/google-research.* as --data-dir"):
+        load("mbpp", None, chat=False, limit=None)
+    for name in ("spec-bench", "mbpp", "classeval", "cnn-dailymail", "xsum"):
+        with pytest.raises(RequestError, match=TASKS[name].files[0]) as caught:
+            load(name, None, chat=False, limit=None)
+        assert TASKS[name].origin in str(caught.value)
+        assert ("datasets" in str(caught.value)) == (name != "spec-bench")
+
+
+def test_what_is_part_of_the_package() -> None:
+    """No folder and no hub: whole benchmarks, and eight prompts in each of eight groups."""
+    counts = {name: len(load(name, None, chat=True, limit=None)) for name in ("humaneval", "gsm8k", "mt-bench")}
+    assert counts == {"humaneval": 164, "gsm8k": 1319, "mt-bench": 80}
+    quick = load("quick", None, chat=True, limit=None)
+    assert Counter(item.group for item in quick) == dict.fromkeys(tasks.QUICK, 8)
+    assert len({item.turns for item in quick}) == 64
+    assert [item.key for item in load("quick/code", None, chat=True, limit=2)] == ["code-1", "code-2"]
+    for licence in ("humaneval", "gsm8k", "mt-bench"):
+        assert (tasks.BUNDLED / f"LICENSE.{licence}").read_text().strip()
+
+
+def test_a_data_folder_goes_before_the_package(data: Path, tmp_path: Path) -> None:
+    assert len(load("gsm8k", data, chat=True, limit=None)) == 1
+    assert len(load("gsm8k", tmp_path, chat=True, limit=None)) == 1319
 
 
 def test_missing_files_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's fields have other names in two tasks."""
-    shelves = {
-        ("openai/gsm8k", "main"): RECORDS["gsm8k/test.jsonl"][0],
+    shelves: dict[tuple[str, ...], dict[str, Any]] = {
         ("abisee/cnn_dailymail", "3.0.0"): {"article": "The dog ran.", "highlights": "Dog ran", "id": "x"},
         ("EdinburghNLP/xsum",): {"document": "The dog ran.", "summary": "Dog ran", "id": "1"},
-        ("HuggingFaceH4/mt_bench_prompts",): {"prompt": ["one", "two"], "category": "writing", "prompt_id": 5},
+        ("google-research-datasets/mbpp", "full"): MBPP,
     }
 
     def load_dataset(*place: str, split: str) -> Iterator[dict[str, Any]]:
@@ -246,17 +266,17 @@ def test_missing_files_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tasks, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    for name in ("gsm8k", "cnn-dailymail", "xsum", "mt-bench"):
+    for name in ("cnn-dailymail", "xsum", "mbpp"):
         assert load(name, None, chat=False, limit=None)[0].turns
-    assert one("mt-bench", Path("/nowhere")).turns == ("one", "two")
-    with pytest.raises(RequestError, match="the hub's openai/openai_humaneval/test cannot be read: no route"):
-        load("humaneval", None, chat=False, limit=None)
+    with pytest.raises(RequestError, match="the hub's FudanSELab/ClassEval/test cannot be read: no route"):
+        load("classeval", None, chat=False, limit=None)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="wants ../shared/data")
+@pytest.mark.skipif(not DATA.is_dir(), reason=WANTED)
 def test_the_real_files() -> None:
-    counts = {name: len(load(name, SHARED, chat=False, limit=None)) for name in TASKS}
+    counts = {name: len(load(name, DATA, chat=False, limit=None)) for name in TASKS}
     assert counts == {
+        "quick": 64,
         "spec-bench": 480,
         "mt-bench": 80,
         "gsm8k": 1319,
@@ -266,17 +286,17 @@ def test_the_real_files() -> None:
         "cnn-dailymail": 200,
         "xsum": 200,
     }
-    groups = Counter(item.group for item in load("spec-bench", SHARED, chat=False, limit=None))
+    groups = Counter(item.group for item in load("spec-bench", DATA, chat=False, limit=None))
     assert set(groups.values()) == {80}
     assert len(groups) == 6
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="wants ../shared/data")
+@pytest.mark.skipif(not DATA.is_dir(), reason=WANTED)
 @pytest.mark.parametrize(("name", "field"), [("humaneval", "canonical_solution"), ("mbpp", "code")])
 def test_the_authors_solutions_pass(name: str, field: str) -> None:
     """The first few; docs/bench.md gives the count of all."""
-    items = load(name, SHARED, chat=False, limit=4)
-    solutions = {str(r["task_id"]): r[field] for _, r in tasks.find_records(name, SHARED)}
+    items = load(name, DATA, chat=False, limit=4)
+    solutions = {str(r["task_id"]): r[field] for _, r in tasks.find_records(name, DATA)}
     for item in items:
         assert judged(item, solutions[item.key])["verdicts"] == ["passed"]
         assert judged(item, "    return None\n")["passed"] == [False]

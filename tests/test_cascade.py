@@ -25,6 +25,7 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.rounding import decode, encode
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, Rounded, SamplingParams, Short
+from tests.clocks import on_passes
 from tests.models import VOCAB, run, tiny_llama, tiny_target
 
 PROMPTS = [[(i * i * 7 + k) % VOCAB for i in range(9)] for k in range(2)]
@@ -178,7 +179,7 @@ def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: Samplin
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(decode(*encode(layer.weight, 8), 8, layer.in_features).double())
-    target = HFTarget(model)
+    target = on_passes(HFTarget(model))
     drafter = build("cascade", target, {"bits": 8})
     assert isinstance(drafter, Cascade)
     drafter.rounds = Eager()

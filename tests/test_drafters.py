@@ -177,7 +177,7 @@ def test_pool_fed_in_pieces_holds_the_latest_ngrams(text: list[int], size: int, 
 @pytest.mark.parametrize(("width", "size"), [(1, 3), (2, 3), (5, 4), (4, 6), (7, 5)])
 def test_every_cell_stands_where_the_paper_puts_it(width: int, size: int) -> None:
     sequence = opened([*MOTIF, 60, 3, 2, 1, 17])
-    drafter = Lookahead(tiny_target(), window_size=width, ngram_size=size)
+    drafter = Lookahead(tiny_target(), window_size=width, ngram_size=size, adaptive=False)
     draft = one(drafter, sequence)
     assert draft.candidates == size - 1
     assert len(draft) - draft.candidates == width * (size - 1) - 1
@@ -327,7 +327,7 @@ def test_lookahead_stays_within_the_budget() -> None:
 
 def test_columns_whose_probes_were_clipped_away_are_filled_anew() -> None:
     sequence = opened([*MOTIF, 17])
-    drafter = Lookahead(tiny_target(), window_size=4, ngram_size=4)
+    drafter = Lookahead(tiny_target(), window_size=4, ngram_size=4, adaptive=False)
     proposed = one(drafter, sequence)
     clipped, nodes = proposed.clip(Budget(nodes=1, depth=1, reach=4), VOCAB)  # of the deepest cells 0 to 2 are left
     assert len(clipped) < len(proposed)

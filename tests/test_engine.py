@@ -59,6 +59,10 @@ class FakeTarget:
         self.sizes: list[int] = []
         self.fails = False
 
+    @staticmethod
+    def clock() -> float:
+        return 0.0
+
     def edge(self, position: int) -> int:
         return (position // 16 + 1) * 16
 

@@ -26,9 +26,11 @@ from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models import view
 from selfdraft.models.adapter import HFTarget, context_of
 from selfdraft.models.attention import Group
-from selfdraft.models.load import check_supported, eos_ids, load_model, load_tokenizer, open_target, prove
+from selfdraft.models.load import check_supported, eos_ids, load_model, load_tokenizer, open_target
+from selfdraft.models.proof import prove
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import SamplingParams, Skip
+from tests.clocks import on_passes
 from tests.models import random_adapters, run
 
 VOCAB = 61
@@ -155,7 +157,7 @@ def generated(name: str) -> list[list[int]]:
 def target_of(name: str, shapes: str) -> HFTarget:
     """With random mask tokens, so that drafters which need some can be tried too."""
     model = model_of(name)
-    return HFTarget(model, slots=2, shapes=SHAPES[shapes], adapters=random_adapters(model))
+    return on_passes(HFTarget(model, slots=2, shapes=SHAPES[shapes], adapters=random_adapters(model)))
 
 
 @pytest.mark.parametrize("drafter", PLAIN_DRAFTERS)

@@ -12,17 +12,17 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import open_target
 from selfdraft.types import SamplingParams
 from tests import stories
+from tests.clocks import on_passes
 from tests.models import random_adapters, run
+from tests.outside import WANTED
 
-pytestmark = pytest.mark.skipif(
-    not stories.FOLDER.is_dir(), reason="../shared/models/stories260K is not on this machine; see tests/stories.py"
-)
+pytestmark = pytest.mark.skipif(not stories.FOLDER.is_dir(), reason=WANTED)
 EOS = frozenset({stories.BOS, stories.EOS})
 
 
 def opened(**options: Any) -> HFTarget:
     model = stories.stories_model()
-    return open_target(model, adapters=random_adapters(model), **options)
+    return on_passes(open_target(model, adapters=random_adapters(model), **options))
 
 
 def test_tokenizer_there_and_back() -> None:

@@ -24,6 +24,7 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, SamplingParams, Short
+from tests.clocks import on_passes
 from tests.models import VOCAB, run, tiny_llama, tiny_target
 
 WIDE = Budget(nodes=64, depth=8, reach=8)
@@ -217,7 +218,7 @@ class Mirror(HFTarget):
 def test_a_perfect_drafter_is_always_accepted(seed: int) -> None:
     """At temperature 1 each token is a throw of dice; a drafter with the target's logits throws the same."""
     adapters = [MaskAdapter("s3d", torch.zeros(1, 48))]
-    target = Mirror(tiny_llama(), slots=1, adapters=adapters)
+    target = on_passes(Mirror(tiny_llama(), slots=1, adapters=adapters))
     drafter = S3D(target, num_masks=1, num_speculative_tokens=1, branches=1, min_probability=0.0)
     (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(temperature=1.0, max_tokens=60, seed=seed))
     assert sequence.stats.num_draft_tokens >= 29

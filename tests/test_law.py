@@ -184,6 +184,10 @@ class TableTarget:
         self.table, self.memory = table, list(memory)
         self.rows: list[int] = []
 
+    @staticmethod
+    def clock() -> float:
+        return 0.0
+
     def edge(self, position: int) -> int:
         return self.context
 

@@ -24,9 +24,11 @@ from selfdraft.models import pocket
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import SamplingParams, Skip
+from tests.clocks import Ticking
 from tests.models import run, tiny_target
+from tests.outside import WANTED, outside
 
-PUBLISHED = Path(__file__).parents[2] / "shared/data/published_skip_layers.json"
+PUBLISHED = outside("data/published_skip_layers.json")
 
 
 @contextmanager
@@ -181,7 +183,7 @@ def test_skip_sets() -> None:
 
 def test_published_sets_are_taken() -> None:
     if not PUBLISHED.is_file():
-        pytest.skip(f"{PUBLISHED} is not here")
+        pytest.skip(WANTED)
     for name, sets in json.loads(PUBLISHED.read_text()).items():
         layers = 80 if "70b" in name else 40
         skip = choose_skip(layers, sets["attention"], sets["mlp"], None)
@@ -245,7 +247,7 @@ def test_sets_that_cannot_be_taken(tmp_path: Path) -> None:
 
 def test_published_file_is_read() -> None:
     if not PUBLISHED.is_file():
-        pytest.skip(f"{PUBLISHED} is not here")
+        pytest.skip(WANTED)
     for name, size in {"llama-2-13b": 34, "llama-2-13b-chat": 34, "codellama-13b": 34, "llama-2-70b": 84}.items():
         skip = read_skip(f"{PUBLISHED}#{name}", 80 if "70b" in name else 40)
         assert len(skip.attention) + len(skip.mlp) == size
@@ -329,17 +331,6 @@ def test_the_throughput_exit_follows_cost_and_stays_a_probability() -> None:
     before = cheap.value
     cheap.observe([], StepSeconds(5.0, 5.0, 1))
     assert cheap.value == before
-
-
-class Ticking:
-    """A clock that goes on by a second whenever it is read."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        self.seconds += 1.0
-        return self.seconds
 
 
 def test_exit_policies_keep_their_state_and_the_text() -> None:

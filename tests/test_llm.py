@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from selfdraft import LLM, SamplingParams, drafters
 from selfdraft.errors import OptionError, PromptTooLong, RequestError, SelfdraftError
 from selfdraft.llm import RequestOutput
+from tests.clocks import Ticking
 from tests.models import VOCAB, random_adapters, tiny_llama
 
 TEXTS = ["the dog ran over the hill and the dog sat", "añb 🐕 ran 你好 the", "def add(a, b): return a"]
@@ -60,7 +61,8 @@ def model() -> LlamaForCausalLM:
 
 
 def door(drafter: str = "lookup", **options: Any) -> LLM:
-    return LLM(model(), tokenizer=tokenizer(), drafter=drafter, adapters=random_adapters(model()), **options)
+    adapters = random_adapters(model())
+    return LLM(model(), tokenizer=tokenizer(), drafter=drafter, adapters=adapters, clock=Ticking(0.001), **options)
 
 
 @cache
@@ -262,7 +264,7 @@ def test_requests_that_do_not_fit_together() -> None:
 
 @pytest.mark.parametrize("params", [SamplingParams(stop=("x",)), SamplingParams(bad_words=("x",))], ids=["stop", "bad"])
 def test_without_a_tokenizer(params: SamplingParams) -> None:
-    bare = LLM(model())
+    bare = LLM(model(), clock=Ticking(0.001))
     output = bare.generate([3, 4, 5], GREEDY)[0].outputs[0]
     assert (output.text, output.token_ids) == ("", ids_of(llm().generate([3, 4, 5], GREEDY))[0])
     with pytest.raises(RequestError, match=r"need.* a tokenizer"):
@@ -318,7 +320,7 @@ def test_wrong_options(options: dict[str, Any], words: str) -> None:
 
 
 def test_two_in_one_process() -> None:
-    other = LLM(tiny_llama(), drafter="lookahead")
+    other = LLM(tiny_llama(), drafter="lookahead", clock=Ticking(0.001))
     mine = door("layer_skip")
     wanted = [ids_of(mine.generate(TEXTS[0], GREEDY)), ids_of(other.generate([3, 4, 5], GREEDY))]
     streams = (mine.stream(TEXTS[0], GREEDY), other.stream([3, 4, 5], GREEDY))
@@ -357,7 +359,9 @@ def test_the_model_is_left_alone(drafter: str) -> None:
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     weights = {name: (value.data_ptr(), value.clone()) for name, value in own.state_dict().items()}
     before, said = facts(), own.generate(ids, **options)
-    LLM(own, tokenizer=tokenizer(), drafter=drafter, adapters=random_adapters(model())).generate(TEXTS, GREEDY)
+    adapters = random_adapters(model())
+    mine = LLM(own, tokenizer=tokenizer(), drafter=drafter, adapters=adapters, clock=Ticking(0.001))
+    mine.generate(TEXTS, GREEDY)
     assert facts() == before
     assert torch.equal(own.generate(ids, **options), said)
     assert own.state_dict().keys() == weights.keys()

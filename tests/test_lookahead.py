@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from itertools import pairwise, permutations
 from math import log
 from pathlib import Path
@@ -21,17 +22,22 @@ from selfdraft.core.intervals import Intervals, intervals
 from selfdraft.core.noise import gumbel, gumbel_rows
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT, Draft
+from selfdraft.core.trials import PAUSES as TRIAL_PAUSES
+from selfdraft.core.trials import SHORTEST, Trials
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.drafters.lookahead import (
     ANSWERS,
     COLUMNS,
+    GIVEN,
+    GUESSES,
     MOVE,
-    PAUSES,
+    PLAIN,
     PROMPT,
     TEXT,
     TRIAL,
     WINDOW,
+    WINDOWED,
     Guess,
     Lookahead,
     Pool,
@@ -135,17 +141,6 @@ def test_the_price_is_what_a_row_costs_in_tokens() -> None:
     assert sizes.price == pytest.approx(expected / 2, rel=0.15)
 
 
-def test_a_window_that_brings_nothing_is_turned_off_and_tried_again_ever_more_rarely() -> None:
-    ran = feed(Sizes(5, 4, 5), 4000, 0.0, 0.0005)
-    switches = [step for step in range(1, len(ran)) if ran[step] != ran[step - 1]]
-    off, on = switches[::2], switches[1::2]
-    pauses = [stop - start for start, stop in zip(off, on, strict=False)]
-    assert pauses == [min(PAUSES[0] * 2**i, PAUSES[1]) for i in range(len(pauses))]
-    assert len(pauses) >= 4
-    assert off[0] == TRIAL
-    assert all(stop - start == TRIAL for start, stop in zip(on, off[1:], strict=False))
-
-
 def test_a_window_that_pays_grows_to_where_one_more_column_would_not() -> None:
     sizes = Sizes(5, 4, 5)
     for _ in range(300):  # what the scaling law says of a window of this width
@@ -180,25 +175,6 @@ def test_the_guess_set_grows_while_its_last_rank_pays() -> None:
     assert sizes.guesses <= sizes.most == 20
 
 
-def test_n_moves_between_requests_only() -> None:
-    sizes = sizes_after(200, 1.0, 0.0001)
-    for _ in range(100):
-        sizes.full.observe(0.9)
-        sizes.last.observe(0.9)
-        sizes.deepest.observe(2.0)
-    assert sizes.size == 4
-    sizes.between_requests()
-    assert sizes.size == 5
-    sizes.between_requests()
-    assert sizes.size == 5, "two requests in a row tell nothing new"
-    feed(sizes, 200, 1.0, 0.0005)
-    for _ in range(300):
-        sizes.full.observe(0.0)
-        sizes.deepest.observe(4.0)
-    sizes.between_requests()
-    assert sizes.size == 4
-
-
 # the drafter with a clock of its own
 
 
@@ -222,7 +198,7 @@ def timed(
     target.forward = slow  # type: ignore[method-assign]
     drafter = build("lookahead", target, {"window_size": 5, "ngram_size": 4, "guess_set_size": 5, **options})
     assert isinstance(drafter, Lookahead)
-    drafter._clock = lambda: machine.now
+    drafter.clock = lambda: machine.now
     wanted = [s.output for s in run(tiny_target(), "none", prompts, sampling)]
     assert [s.output for s in run(target, drafter, prompts, sampling)] == wanted
     return drafter
@@ -238,11 +214,112 @@ def test_the_drafter_measures_the_machine() -> None:
     assert drafter.sizes.price > 0
 
 
-def test_dear_rows_shrink_the_window_and_free_rows_do_not() -> None:
-    dear, free = (timed(cost, RANDOM, SAMPLED) for cost in (0.02, 0.0))
-    assert dear.sizes.width * dear.sizes.size < 5 * 4 / 2 or not dear.sizes.running
-    assert free.sizes.running
-    assert free.sizes.width >= 5
+STORY = [*MOTIF, 40, *MOTIF[:3], 41, 42, *MOTIF]
+
+
+def spent(
+    per_row: float, sampling: SamplingParams, requests: int, *, drafter: str = "lookahead", adaptive: bool = True
+) -> tuple[float, int, int]:
+    """(seconds, tokens, steps) of requests one after the other, on a machine whose rows cost so much."""
+    target, machine = tiny_target(), Machine(per_row)
+    forward = target.forward
+
+    def slow(rows, skip=None):  # type: ignore[no-untyped-def]
+        machine.now += 0.010 + machine.per_row * (len(rows) - 1)
+        return forward(rows, skip)
+
+    target.forward = slow  # type: ignore[method-assign]
+    target.clock = lambda: machine.now
+    sizes = {"window_size": 7, "ngram_size": 5, "guess_set_size": 7, "adaptive": adaptive}
+    made = build(drafter, target, sizes if drafter == "lookahead" else {})
+    tokens = steps = 0
+    for sequence in run(target, made, [[*STORY, k] for k in range(requests)], sampling):
+        tokens += sequence.written
+        steps += sequence.stats.num_steps
+    return machine.now, tokens, steps
+
+
+@pytest.mark.parametrize("sampling", [replace(GREEDY, max_tokens=200), replace(SAMPLED, max_tokens=200)])
+def test_where_rows_are_cheap_adaptive_makes_the_tokens_of_the_fixed_form(sampling: SamplingParams) -> None:
+    seconds, tokens, steps = spent(1e-5, sampling, 8)
+    fixed_seconds, fixed_tokens, fixed_steps = spent(1e-5, sampling, 8, adaptive=False)
+    assert tokens == fixed_tokens
+    assert tokens / steps > 0.95 * fixed_tokens / fixed_steps
+    assert seconds < 1.05 * fixed_seconds
+
+
+@pytest.mark.parametrize("per_row", [0.001, 0.005, 0.02])
+def test_where_rows_are_dear_adaptive_costs_no_more_than_plain_decoding_and_its_trials(per_row: float) -> None:
+    sampling = replace(SAMPLED, max_tokens=200)
+    seconds, _, _ = spent(per_row, sampling, 8)
+    plain, _, _ = spent(per_row, sampling, 8, drafter="none")
+    fixed, _, _ = spent(per_row, sampling, 8, adaptive=False)
+    trial = 3 * SHORTEST * 64 * per_row  # the first one of each way: 64 rows at most
+    assert seconds < 1.03 * min(plain, fixed) + 2 * trial
+    assert fixed > plain, "else nothing was to be learned here"
+
+
+# trials
+
+
+def decode(trials: Trials, costs: SequenceOf[tuple[int, float]], steps: int) -> float:
+    """Steps in which way i makes `costs[i]` (tokens, seconds); returns seconds per token."""
+    tokens, seconds = 0, 0.0
+    for _ in range(steps):
+        made, took = costs[trials.way]
+        tokens, seconds = tokens + made, seconds + took
+        trials.step(made, took)
+    return seconds / tokens
+
+
+CHEAP = [(1, 1.0), (2, 1.9), (2, 1.5), (2, 1.2)]
+DEAR = [(1, 1.0), (2, 2.5), (2, 5.0), (2, 9.0)]
+
+
+def test_the_quickest_way_is_found_and_others_are_tried_ever_more_rarely() -> None:
+    trials = Trials(4)
+    decode(trials, CHEAP, 2000)
+    assert trials.best == GIVEN
+    assert decode(trials, CHEAP, 4000) < 0.6 * 1.03
+    dear = Trials(4)
+    decode(dear, DEAR, 110)
+    assert dear.best == PLAIN
+    tried = sum(dear.steps[1:])
+    assert tried <= 64 + 12 + SHORTEST, "the nearer a way comes to the best, the longer it may take to lose"
+    assert decode(dear, DEAR, 4000) < 1.03
+    assert sum(dear.steps[1:]) - tried < 4 * tried
+
+
+def test_a_change_from_dear_to_cheap_rows_and_back_is_followed() -> None:
+    trials = Trials(4)
+    decode(trials, DEAR, 1000)
+    assert trials.best == PLAIN
+    decode(trials, CHEAP, 2 * TRIAL_PAUSES[1])
+    assert trials.best == GIVEN
+    decode(trials, DEAR, 400)
+    assert trials.best == PLAIN, "the best way became slower: the others are due at once"
+
+
+def test_a_way_that_is_far_too_slow_is_given_up_after_a_few_steps() -> None:
+    trials = Trials(2)
+    decode(trials, [(1, 1.0), (2, 8.0)], 60)
+    assert trials.steps[1] == SHORTEST
+
+
+def test_one_hiccup_ends_no_way() -> None:
+    trials = Trials(2)
+    decode(trials, [(1, 1.0), (2, 1.0)], 300)
+    assert trials.best == 1
+    trials.step(2, 500.0)
+    assert trials.best == 1
+    decode(trials, [(1, 1.0), (2, 1.0)], 300)
+    assert trials.best == 1
+
+
+def test_a_clock_that_stands_still_leaves_steps_to_judge_by() -> None:
+    trials = Trials(3)
+    decode(trials, [(1, 0.0), (2, 0.0), (3, 0.0)], 1000)
+    assert trials.best == GUESSES + 1
 
 
 def test_with_fixed_sizes_nothing_moves() -> None:
@@ -258,6 +335,7 @@ def test_with_fixed_sizes_nothing_moves() -> None:
 
 def test_candidates_that_do_not_pay_are_left_out_but_still_judged() -> None:
     drafter = Lookahead(tiny_target(), ngram_size=4)
+    drafter.trials.best = drafter.trials.way = WINDOWED
     feed(drafter.sizes, 40, 9.0, 0.001)
     sequence = opened([1, 2, 3, 4, 1, 5, 6, 7, 1])
     (whole,) = drafter.draft([sequence], [WIDE])

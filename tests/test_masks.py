@@ -33,6 +33,7 @@ from selfdraft.train.output import write_adapter
 from selfdraft.train.run import make_student
 from selfdraft.train.settings import Settings
 from selfdraft.types import Budget, Skip
+from tests.clocks import Ticking, on_passes
 from tests.models import VOCAB, random_adapters, run, tiny_llama
 from tests.test_oracle import MIXED, WAYS, decode, prompts, same_text, target_for
 
@@ -51,7 +52,9 @@ def bare(adapter: MaskAdapter) -> MaskAdapter:
 def targets(model: PreTrainedModel, shapes: Shapes, slots: int = 2) -> list[HFTarget]:
     """One whose masks have strong random adapters, one whose masks are probes as any others."""
     strong = random_adapters(model)
-    return [HFTarget(model, slots=slots, shapes=shapes, adapters=each) for each in (strong, [*map(bare, strong)])]
+    return [
+        on_passes(HFTarget(model, slots=slots, shapes=shapes, adapters=each)) for each in (strong, [*map(bare, strong)])
+    ]
 
 
 def known(target: HFTarget, tokens: list[int], slot: int = 0) -> Sequence:
@@ -244,7 +247,7 @@ def trained() -> list[Path]:
 @pytest.mark.parametrize("name", ["space", "s3d"])
 def test_the_trained_adapters_of_pocket(name: str) -> None:
     """Found by themselves; the text is that of plain decoding, alone and in a batch, and masks guess it well."""
-    llm = LLM("pocket", drafter=name, max_num_seqs=4)
+    llm = LLM("pocket", drafter=name, max_num_seqs=4, clock=Ticking())
     texts = [llm.encode(text) for text in ("def fibonacci(n):\n", "Once upon a time", "The quick brown fox")]
     for sampling in (SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, temperature=0.9, seed=3)):
         plain = run(llm.target, "none", texts, sampling)
@@ -485,7 +488,7 @@ def test_an_adapter_knows_its_model(folder: Path) -> None:
 
 
 def test_advice_is_followed(folder: Path) -> None:
-    target = HFTarget(tiny_llama(), adapters=[load_adapter(folder, tiny_llama())])
+    target = on_passes(HFTarget(tiny_llama(), adapters=[load_adapter(folder, tiny_llama())]))
     drafter = build("s3d", target)
     assert len(drafter.masks) == 2  # type: ignore[attr-defined]
     assert [s.output for s in run(target, drafter, prompts()[:2], SamplingParams(max_tokens=10))] == [

@@ -31,6 +31,7 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import Budget, SamplingParams, Skip
+from tests.clocks import on_passes
 from tests.models import VOCAB, random_adapters, tiny_llama
 
 OPTIONS: dict[str, dict[str, object]] = {"lookup": {"num_speculative_tokens": 6}, "merged": {"memory": 300}}
@@ -138,7 +139,7 @@ def expected(index: int, name: str) -> list[int]:
 
 def target_for(way: Way, dtype: torch.dtype = torch.float64, model: PreTrainedModel | None = None) -> HFTarget:
     model = model or tiny_llama(dtype)
-    return HFTarget(model, slots=way.slots, shapes=way.shapes, adapters=random_adapters(model))
+    return on_passes(HFTarget(model, slots=way.slots, shapes=way.shapes, adapters=random_adapters(model)))
 
 
 def request(target: Target, index: int, name: str) -> Sequence:

@@ -16,6 +16,7 @@ from selfdraft import drafters
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import load_model, open_target
 from selfdraft.types import SamplingParams
+from tests.clocks import on_passes
 from tests.models import random_adapters, run
 from tests.test_masks import bare, crowded, plain_rows
 
@@ -95,7 +96,7 @@ def quantised(folder: Path, kind: str) -> PreTrainedModel:
 @cache
 def target_of(folder: Path, kind: str) -> HFTarget:
     model = quantised(folder, kind)
-    return open_target(model, slots=3, adapters=random_adapters(model))
+    return on_passes(open_target(model, slots=3, adapters=random_adapters(model)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,10 +11,12 @@ from typer.main import get_command
 
 from selfdraft.cli import app
 from selfdraft.drafters import NAMES, options_of
+from selfdraft.models.embedded import installed
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.skipif(installed("smollm2") is None, reason="smollm2 is not installed: run 'selfdraft pull smollm2'")
 def test_the_python_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):

@@ -22,8 +22,9 @@ from selfdraft.errors import OptionError, RequestError
 from selfdraft.models.shapes import NATURAL, Shapes
 from selfdraft.types import Budget, SamplingParams
 from tests.models import tiny_target
+from tests.outside import outside
 
-TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces-llama3.1-8b"
+TRACES = outside("data/traces-llama3.1-8b")
 MOTIF = [17, 4, 33, 8, 51, 22, 9]
 PROMPTS = [MOTIF * 8, list(range(0, 60, 3)), MOTIF[:1], [*MOTIF, 5, *MOTIF * 2]]
 TOKEN_DRAFTERS: list[tuple[str, dict[str, object]]] = [
@@ -38,7 +39,7 @@ TOKEN_DRAFTERS: list[tuple[str, dict[str, object]]] = [
 def traces(name: str, limit: int | None = None) -> list[Logged]:
     path = TRACES / f"{name}.jsonl"
     if not path.is_file():
-        pytest.skip(f"needs the recorded answers in {TRACES}")
+        pytest.skip(f"needs the recorded answers in {TRACES}; see CONTRIBUTING.md")
     return read_logs([path], limit)
 
 

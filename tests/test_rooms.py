@@ -16,6 +16,8 @@ SOURCE = Path(selfdraft.__file__).parent
 FLOORS = {
     "types": 0,
     "errors": 0,
+    "files": 0,
+    "methods": 0,
     "core": 1,
     "protocols": 2,
     "drafters": 3,
@@ -98,8 +100,8 @@ def complaint(module: str, wanted: str) -> str | None:
         return "drafters and models do not know one another"
     if mine == "engine" and there == 3:
         return "the engine knows no drafter and no model by name"
-    if {mine, other} == {"types", "errors"}:
-        return None if mine == "types" else "errors stand alone"
+    if here == there == 0 and other != "errors":
+        return f"{mine} and {other} do not know one another"
     return None
 
 

@@ -20,6 +20,7 @@ from selfdraft.models.rounding import LINE, RoundedLinear, decode, encode, round
 from selfdraft.models.tape import Buffer, Instr, Kind, Operand, Slot, assemble
 from selfdraft.models.trace import Traced
 from selfdraft.types import Rounded, SamplingParams, Skip, Stats
+from tests.clocks import Ticking
 from tests.models import random_adapters, run, tiny_llama, tiny_target
 from tests.test_runner import TYPES, fast_target, unavailable
 
@@ -208,7 +209,8 @@ def test_layers_of_another_kind_stay_as_they_are() -> None:
     own = Own(old.in_features, old.out_features, bias=False, dtype=torch.float64)
     own.weight = old.weight
     model.model.layers[1].mlp.up_proj = own
-    changed, made = rounding(model, 4, Gate())
+    changed, made = rounding(model, 4, Gate(), Ticking())
+    assert made.seconds == 1.0
     assert (made.layers, made.kept) == (4 * 7, 1)
     assert changed.model.layers[1].mlp.up_proj is own
     assert model.model.layers[0].mlp.up_proj.weight.shape == own.weight.shape, "the model itself is not touched"
@@ -229,7 +231,7 @@ def test_bits_are_checked() -> None:
 
 def test_the_pocket_model_agrees_with_its_rounded_self() -> None:
     """Every token drafted, on texts of its own: 8 bits are nearly the model, 4 bits come near."""
-    llm = LLM("pocket", max_num_seqs=1)
+    llm = LLM("pocket", max_num_seqs=1, clock=Ticking(0.001))
     rates = []
     for bits in (8, 4):
         options = {"bits": bits, "confidence_threshold": 0.0, "exit_policy": "target", "adaptive": False}

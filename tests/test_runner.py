@@ -20,6 +20,7 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import open_target
 from selfdraft.models.shapes import NATURAL
 from selfdraft.types import SamplingParams, Skip
+from tests.clocks import on_passes
 from tests.models import VOCAB, random_adapters, run, tiny_llama
 from tests.test_families import FAMILIES, NEW, generated
 from tests.test_families import build as build_family
@@ -42,7 +43,7 @@ ALONE = Way(shapes=NATURAL)
 
 def fast_target(dtype: torch.dtype, slots: int = 1) -> HFTarget:
     model = tiny_llama(dtype)
-    return HFTarget(model, slots=slots, adapters=random_adapters(model), fast=True)
+    return on_passes(HFTarget(model, slots=slots, adapters=random_adapters(model), fast=True))
 
 
 @cache
@@ -171,7 +172,7 @@ def test_families(name: str) -> None:
     """The stock modules of every family can be traced, and say what `generate` says; float32."""
     family = FAMILIES[name]
     model = build_family(family.config, family.options, family.model, torch.float32)
-    target = open_target(model, slots=2, adapters=random_adapters(model), runner="fast")
+    target = on_passes(open_target(model, slots=2, adapters=random_adapters(model), runner="fast"))
     assert target.exactness.level == "bitwise"
     for drafter in ("lookup", "layer_skip", "space"):
         texts = run(target, drafter, family_prompts(), SamplingParams(max_tokens=NEW), slots=2)

@@ -25,6 +25,7 @@ from selfdraft.engine.loop import Engine
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.shapes import NATURAL
 from selfdraft.types import Budget, SamplingParams
+from tests.clocks import on_passes
 from tests.models import VOCAB, tiny_llama
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
@@ -107,7 +108,7 @@ def expected(case: Case, full: SequenceOf[int], room: int = LENGTH) -> Ending:
 
 @cache
 def target_with(context: int) -> HFTarget:
-    return HFTarget(tiny_llama(), slots=SLOTS, shapes=NATURAL, context=context)
+    return on_passes(HFTarget(tiny_llama(), slots=SLOTS, shapes=NATURAL, context=context))
 
 
 def play(

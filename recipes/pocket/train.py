@@ -1,7 +1,9 @@
 """Train the pocket model: a small LLaMA that writes readable English and Python.
 
-    python recipes/pocket/train.py train  --data ../shared/data --work /tmp/pocket --tokens 12000000
+    python recipes/pocket/train.py train  --data FOLDER --work /tmp/pocket --tokens 12000000
     python recipes/pocket/train.py export --work /tmp/pocket --output src/selfdraft/models/pocket
+
+FOLDER holds the sets that corpus.py reads, each below its own name.
 
 `train` writes a checkpoint every few minutes and goes on from the newest one, so it can be killed at any moment;
 a second run with another --tokens only moves the end of the learning-rate schedule. Same code on CPU and GPU.

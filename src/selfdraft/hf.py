@@ -26,7 +26,7 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, RequestError
-from selfdraft.llm import drafter_of
+from selfdraft.methods import drafter_of
 from selfdraft.models import load
 from selfdraft.models.masks import MaskAdapter, load_adapters
 from selfdraft.types import LogitsProcessor, SamplingParams, StoppingCriterion

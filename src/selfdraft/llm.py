@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from typing import Literal
 import torch
 
 from selfdraft.bench.log import entry
-from selfdraft.core.profile import Profile
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.text import TextStream
 from selfdraft.drafters import build, find, table
@@ -28,19 +28,20 @@ from selfdraft.drafters.layer_skip import read_skip
 from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
+from selfdraft.methods import drafter_of
 from selfdraft.models import load
+from selfdraft.models.embedded import checkpoint
+from selfdraft.models.kept import ProofStore
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
-from selfdraft.models.pocket import POCKET
 from selfdraft.models.stock import Model, Tokenizer
 from selfdraft.tune.profile import profile_of
-from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats, within
+from selfdraft.types import Clock, FinishReason, Logprob, SamplingParams, Stats, check_dtype, within
 
 _log = logging.getLogger("selfdraft")
 Prompt = str | SequenceOf[int]
 Message = Mapping[str, str]
 SKIP_FILE = "selfdraft_skip.json"
 """The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ class Piece:
 class LLM:
     """A model, a drafter and an engine.
 
-    `model`: a local folder, a hub name, 'pocket' (the model inside this package), or a loaded transformers model.
+    `model`: 'smollm2' (SmolLM2-135M-Instruct, downloaded on its first use), a local folder, a GGUF file, a hub name,
+    'pocket' (a toy inside this package, for tests), or a loaded transformers model.
     `drafter`: a name of `selfdraft.drafters.table()`, auto by default; `speculative_config` adds its options, and may
     name it by `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain
     decoding have the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes
@@ -93,7 +95,9 @@ class LLM:
     or not at all; `llm.target.runs` says what was taken, and why.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
-    `measuring`: told the share done while passes are timed for the drafter auto, once for each model and machine.
+    `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
+    proves it again and keeps nothing. A loaded transformers model is proved each time.
+    `clock`: seconds that drafters and measurements read; one that is handed in makes a run repeatable.
     Errors: LoadError, OptionError, RunnerUnavailable.
     """
 
@@ -112,7 +116,8 @@ class LLM:
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
         trust_remote_code: bool = False,
-        measuring: Callable[[float], None] | None = None,
+        cache: bool = True,
+        clock: Clock = time.perf_counter,
     ) -> None:
         within("max_num_seqs", max_num_seqs, 1, 2**20)
         within("prefill_chunk", prefill_chunk, 1, 2**20)
@@ -120,7 +125,7 @@ class LLM:
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
         if isinstance(model, str | Path):
-            path = POCKET if model == "pocket" else model
+            path = checkpoint(model, note=_log.warning)
             self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code)
             self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
             beside = find_adapters(Path(path).expanduser())
@@ -133,12 +138,13 @@ class LLM:
             context=max_model_len,
             adapters=load_adapters([*adapters, *beside], self.model),
             runner=runner,
+            proofs=ProofStore() if cache and isinstance(model, str | Path) else None,
+            clock=clock,
         )
         if isinstance(model, str | Path) and (searched := Path(path).expanduser() / SKIP_FILE).is_file():
             self.target.skip_default = read_skip(searched, self.target.layers)
         self.exactness = self.target.exactness
         self.eos = load.eos_ids(self.model, self.tokenizer)
-        self._measuring = measuring
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
         self.drafter_name = name
         self.engine = self._engine(name, options)
@@ -151,13 +157,9 @@ class LLM:
         return Engine(self.target, build(drafter, self.target, options), **self._sizes)
 
     def _measure(self) -> None:
-        """What passes cost: read from the user's cache folder, or measured now and kept there."""
+        """What passes cost: what `selfdraft tune` kept in the user's cache folder, or a coarse measurement now."""
         try:
-            for part in profile_of(self.target, note=_log.warning):
-                if isinstance(part, Profile):
-                    self.target.profile = part
-                elif self._measuring is not None:
-                    self._measuring(part)
+            self.target.profile = profile_of(self.target, note=_log.warning)
         except OptionError as error:  # too short a context: rows are priced while decoding
             _log.info("%s", error)
 
@@ -361,24 +363,6 @@ def naming(number: int) -> Iterator[None]:
         raise type(error)(f"prompt {number}: {error}") from error
 
 
-def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
-    """Name and options out of the two ways to give them. Errors: OptionError when they disagree."""
-    options = dict(config or {})
-    method = options.pop("method", None)
-    if method is not None and not isinstance(method, str):
-        raise OptionError(f"method={method!r} in the speculative config is not a name")
-    if method and drafter and method != drafter:
-        raise OptionError(f"drafter {drafter!r} and method {method!r} of the speculative config disagree")
-    if options and not (method or drafter):
-        raise OptionError(f'the speculative config gives {", ".join(options)} but no "method"; name the drafter there')
-    return drafter or method or "auto", options
-
-
-def check_drafter(drafter: str | None, config: Mapping[str, object] | None) -> None:
-    """Names of drafter and options, checked before a model is loaded. Errors: OptionError."""
-    find(*drafter_of(drafter, config))
-
-
 def pick_dtype(name: str) -> torch.dtype | None:
     """The dtype to load in; None is the checkpoint's own.
 
@@ -388,9 +372,9 @@ def pick_dtype(name: str) -> torch.dtype | None:
     if name == "auto":
         slow = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
         return torch.float32 if slow else None
-    if name not in DTYPES:
-        raise OptionError(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    check_dtype(name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _as_batch(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:

@@ -13,7 +13,7 @@ from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
-from selfdraft.types import Budget, Short
+from selfdraft.types import Budget, Clock, Short
 
 
 class Target(Protocol):
@@ -43,6 +43,10 @@ class Target(Protocol):
     @property
     def profile(self) -> Profile | None:
         """What a pass costs by its rows on this machine; None when it was not measured."""
+
+    @property
+    def clock(self) -> Clock:
+        """Seconds on the machine that runs the passes: what drafters measure passes and their own work with."""
 
     @property
     def layers(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class Clock:
 
 def hush() -> None:
     """Keep the libraries' own progress bars and notices away from the text."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' reader of GGUF files has no other switch
     warnings.filterwarnings("ignore")
     for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes", "optuna"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -112,6 +114,8 @@ def comparison(result: Comparison, drafter: str) -> None:
     line = f"plain {result.plain_tokens_per_second:.1f} tokens/s, {drafter} {result.drafted_tokens_per_second:.1f}"
     line += f" tokens/s: {result.speedup:.2f}x; texts equal: yes (median of {result.runs} runs each)"
     err.print(Text(line, style="dim"))
+    if result.reason:
+        err.print(Text(result.reason, style="dim"))
 
 
 def verification(result: dict[str, Any], decode: Callable[[SequenceOf[int]], str]) -> None:
@@ -189,6 +193,8 @@ def evaluation(records: SequenceOf[dict[str, Any]], output: Path | None) -> None
         for record in rows:
             table.add_row(record["drafter"], *_figures_of(record))
         out.print(table)
+        if any(record["peer"] is not None for record in rows):
+            _apart(rows, wide)
     peers = {record["drafter"]: record for record in records if record["peer"] is not None}
     if peers:
         out.print(f"\nother engines, as many tokens each: {', '.join(_engine(peer) for peer in peers.values())}")
@@ -196,6 +202,33 @@ def evaluation(records: SequenceOf[dict[str, Any]], output: Path | None) -> None
     out.print(f"\nload average up to {load:.1f}" + (f"; rows in {output}" if output is not None else ""))
     if not all(record["texts_equal"] for record in records if record["peer"] is None):
         err.print(Text("some texts DIFFER from plain decoding: no speed-up is given there", style="bold red"))
+
+
+def _apart(rows: SequenceOf[dict[str, Any]], wide: int) -> None:
+    """Decoding and reading of the prompt apart, for all engines, each beside its own plain decoding."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("\ntokens per second", width=max(wide, 17), overflow="fold")
+    for head in ("\ndecode", "\nprompt", "decode vs\nown plain", "\naccept", "texts equal to\nown plain"):
+        table.add_column(head, justify="right", no_wrap=True)
+    marked = False
+    for record in rows:
+        ours, plain = record["peer"] is None, record["drafter"] == "none"
+        ratio = record["decode_speedup_vs_plain"] if ours else record["decode_speedup_vs_own_plain"]
+        equal = record["texts_equal"] if ours else record["texts_equal_own_plain"]
+        differ = 0 if ours else len(record["prompts_different_own_plain"] or ())
+        marked |= bool(differ)
+        rate, speeds = record["draft_acceptance_rate"], ("decode_tokens_per_second", "prompt_tokens_per_second")
+        table.add_row(
+            record["drafter"],
+            *("-" if record[name] is None else f"{record[name]:.1f}" for name in speeds),
+            "" if plain or ratio is None else f"{ratio:.2f}x{'*' if differ else ''}",
+            "" if plain or rate is None else f"{100 * rate:.0f} %",
+            "" if plain or equal is None else "yes" if equal else f"no in {differ} of {record['prompts']}",
+        )
+    out.print("")
+    out.print(table)
+    if marked:
+        out.print("* some of its texts are not its own plain texts: it did other work, so this is no speed-up")
 
 
 def stages(records: SequenceOf[dict[str, Any]]) -> None:
@@ -219,7 +252,8 @@ def _milliseconds(value: float | None) -> str:
 def _engine(peer: dict[str, Any]) -> str:
     """A peer with its package and options."""
     options = "".join(f", {name} {value}" for name, value in peer["options"].items())
-    return f"{peer['drafter']} ({peer['peer']}{options})"
+    file = f", over {peer['peer_file']['name']}" if peer["peer_file"] else ""
+    return f"{peer['drafter']} ({peer['peer']}{file}{options})"
 
 
 def _figures_of(record: dict[str, Any]) -> list[str]:
@@ -230,6 +264,8 @@ def _figures_of(record: dict[str, Any]) -> list[str]:
         *("" if plain else f"{ratio:.2f}x" if ratio else "-" for ratio in ratios),
     ]
     if record["peer"] is not None:
+        if record["texts_equal"] is None:
+            return [*speed, "", "", "", "", "-"]
         same = "yes" if record["texts_equal"] else f"{100 * record['equal_tokens'] / record['tokens']:.0f} %"
         return [*speed, "", "", "", "", same]
     return [
@@ -372,12 +408,12 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def share(what: str, *, then: str = "", quiet: bool = False) -> Iterator[Callable[[float], None]]:
-    """A bar on the error stream that moves by itself until a share of the work is told, which is called `then`."""
+def share(what: str, *, quiet: bool = False) -> Iterator[Callable[[float], None]]:
+    """A bar on the error stream that moves by itself until a share of the work is told."""
     columns = (TextColumn("{task.description}"), BarColumn())
     with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done: bar.update(task, description=then or what, total=1.0, completed=done)
+        yield lambda done: bar.update(task, total=1.0, completed=done)
 
 
 @contextmanager

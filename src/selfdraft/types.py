@@ -126,6 +126,16 @@ class SamplingParams:
         )
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Types that a model can be loaded in."""
+
+
+def check_dtype(name: str) -> None:
+    """Errors: OptionError when `name` is neither 'auto' nor in DTYPES."""
+    if name != "auto" and name not in DTYPES:
+        raise OptionError(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
+
+
 def within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise OptionError unless low <= value <= high (low < value when `open_low`) and value is a number."""
     if not isinstance(value, (int, float)) or math.isnan(value):
@@ -180,6 +190,10 @@ def middle(layers: int, width: int) -> Skip:
     within("skip_width", width, 1, layers - 1)
     first = (layers - width + 1) // 2
     return Skip(frozenset(range(first, first + width)), frozenset(range(first, first + width)))
+
+
+Clock = Callable[[], float]
+"""Seconds since some moment; only differences count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,18 @@ class Comparison:
     plain_tokens_per_second: float
     drafted_tokens_per_second: float
     runs: int
+    tokens_per_step: float = 1.0
+    """Mean acceptance length of the drafted runs, the bonus token counted."""
+
+    @property
+    def reason(self) -> str:
+        """Why drafting was slower here; empty when it was not."""
+        if self.speedup is None or self.speedup >= 1:
+            return ""
+        accepted = f"only {self.tokens_per_step:.2f} tokens a step"
+        if self.tokens_per_step < 1.1:
+            return f"slower by what the trial of drafting cost: the answer repeats hardly anything ({accepted})"
+        return f"slower because passes over drafts cost more here than the accepted tokens save ({accepted})"
 
     @property
     def speedup(self) -> float | None:
@@ -32,6 +44,8 @@ class Comparison:
             "plain_tokens_per_second": round(self.plain_tokens_per_second, 2),
             "drafted_tokens_per_second": round(self.drafted_tokens_per_second, 2),
             "speedup_vs_plain": round(self.speedup, 3) if self.speedup else None,
+            "mean_acceptance_length": round(self.tokens_per_step, 3),
+            "reason": self.reason,
             "runs": self.runs,
         }
 
@@ -43,7 +57,8 @@ def compare(plain: Engine, drafted: Engine, request: Callable[[], Sequence], run
         plains.append(decode(plain, request()))
         drafts.append(decode(drafted, request()))
     equal = all(record.tokens == plains[0].tokens for record in (*plains, *drafts))
-    return Comparison(equal, _speed(plains[1:]), _speed(drafts[1:]), runs)
+    length = drafts[-1].stats.mean_acceptance_length
+    return Comparison(equal, _speed(plains[1:]), _speed(drafts[1:]), runs, length)
 
 
 def _speed(records: list[Record]) -> float:

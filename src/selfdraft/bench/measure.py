@@ -86,14 +86,16 @@ def measure(
     gauge: Gauge,
     settle: Callable[[], None],
     peers: Mapping[str, Peer] | None = None,
+    lost: dict[str, PeerError] | None = None,
 ) -> dict[str, Measured]:
     """Run a request through all engines: once to split its time and warm up, then `runs` rounds with clean clocks.
 
     The first engine is the yardstick (plain decoding). Every second round goes backwards, so that none of them
     always runs after the same neighbour. `settle` waits for the accelerator. Peers write as many tokens as the first
-    engine did, whatever ends a text there. Errors: PeerError.
+    engine did, whatever ends a text there. One that fails is not in the result, and why goes into `lost`; without
+    that, errors: PeerError.
     """
-    peers = peers or {}
+    peers = dict(peers or {})
     found: dict[str, Measured] = {}
     plain: Take | None = None
     for name, engine in engines.items():
@@ -103,18 +105,41 @@ def measure(
         found[name] = Measured([], split, gauge.stop(), True, None)
         _compare(found[name], taken, plain)
     assert plain is not None
-    for name, peer in peers.items():
+    for name in [*peers]:
         found[name] = Measured([], None, None, True, None)
-        _compare(found[name], take_peer(name, peer, request(), plain), plain)
+        _guest(found, name, peers, request(), plain, lost)
+        if name in found:
+            found[name].takes.clear()  # the first one warms up
     for number in range(runs):
         for name in [*engines, *peers][:: -1 if number % 2 else 1]:
             if name in engines:
                 taken = take(engines[name], request(), settle)
+                found[name].takes.append(taken)
+                _compare(found[name], taken, plain)
             else:
-                taken = take_peer(name, peers[name], request(), plain)
-            found[name].takes.append(taken)
-            _compare(found[name], taken, plain)
+                _guest(found, name, peers, request(), plain, lost)
     return found
+
+
+def _guest(
+    found: dict[str, Measured],
+    name: str,
+    peers: dict[str, Peer],
+    sequence: Sequence,
+    plain: Take,
+    lost: dict[str, PeerError] | None,
+) -> None:
+    """One more run of a peer; one that fails is taken out of `found` and `peers`."""
+    try:
+        taken = take_peer(name, peers[name], sequence, plain)
+    except PeerError as error:
+        if lost is None:
+            raise
+        lost[name] = error
+        del found[name], peers[name]
+        return
+    found[name].takes.append(taken)
+    _compare(found[name], taken, plain)
 
 
 def _compare(measured: Measured, taken: Take, plain: Take) -> None:
@@ -147,7 +172,10 @@ def take_peer(name: str, peer: Peer, sequence: Sequence, plain: Take) -> Take:
     said = peer.answer(sequence.tokens, len(plain.tokens))
     if len(said.tokens) != len(plain.tokens):
         raise PeerError(f"peer {name}: it wrote {len(said.tokens)} tokens where {len(plain.tokens)} were asked for")
-    return Take(said.tokens, "", plain.finish_reason, Stats(), said.seconds, said.first_token_seconds)
+    stats = Stats()
+    if said.drafts is not None:
+        stats.num_draft_tokens, stats.num_accepted_draft_tokens = said.drafts
+    return Take(said.tokens, "", plain.finish_reason, stats, said.seconds, said.first_token_seconds)
 
 
 def take_apart(engine: Engine, sequence: Sequence, settle: Callable[[], None]) -> tuple[Take, Split]:

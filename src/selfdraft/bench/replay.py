@@ -51,6 +51,10 @@ class LogTarget:
     def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
         return None
 
+    @staticmethod
+    def clock() -> float:
+        return 0.0  # no pass is run: `replay` hands its own to a drafter with a clock
+
     @property
     def profile(self) -> None:
         return None

@@ -20,6 +20,8 @@ INSIDE = (
     *("weights_bytes", "cache_bytes", "working_bytes", "extra_bytes", "peak_bytes", "memory_vs_plain"),
 )
 """Figures that are only known of our own engine."""
+OWN = (*("peer_file", "texts_equal_own_plain", "prompts_different_own_plain", "decode_speedup_vs_own_plain"),)
+"""Figures that are only known of other engines."""
 
 
 def records(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored: str = "") -> list[Record]:
@@ -45,10 +47,13 @@ def _of_part(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored
     scores = scores_of(plain)
     made = []
     for label, own in by_label.items():
+        if not own:  # a peer that was lost
+            continue
         equal, peer = all(row["texts_equal"] for row in own), own[0].get("peer")
         record = {"task": name, "drafter": label, "peer": peer, "options": own[0]["options"], "prompts": len(own)}
         record |= _speed(own, comparable=equal or peer is not None) | _equality(own)
         record |= dict.fromkeys(INSIDE) if peer is not None else _acceptance(own) | _memory(own, plain)
+        record |= _own_plain(own) if peer is not None else dict.fromkeys(OWN)
         ratio, memory = record["speedup_vs_plain"], record["memory_vs_plain"]
         record["speed_memory_ratio"] = round(ratio / memory, 4) if ratio and memory else None
         record["scores"] = scores if equal and peer is None else None
@@ -80,12 +85,39 @@ def _speed(rows: SequenceOf[Row], *, comparable: bool) -> Record:
         if comparable and late and decoding > 0
         else None,
         "first_token_seconds": round(_sum(rows, "first_token_seconds") / len(rows), 4),
+        "prompt_tokens_per_second": _prompt_speed(rows),
     }
+
+
+def _prompt_speed(rows: SequenceOf[Row]) -> float | None:
+    """Prompt tokens by the seconds until the first token; None where rows of an older version do not know them."""
+    if any("prompt_tokens" not in row for row in rows):
+        return None
+    seconds = _sum(rows, "first_token_seconds")
+    return round(_sum(rows, "prompt_tokens") / seconds, 3) if seconds > 0 else None
+
+
+def _own_plain(rows: SequenceOf[Row]) -> Record:
+    """A peer beside the same engine without speculation, after the first token; None each where that did not run."""
+    drafted = [sum(row.get("drafts", (0, 0))[i] for row in rows) for i in (0, 1)]
+    found: Record = dict.fromkeys(OWN) | {"peer_file": rows[0].get("peer_file")}
+    found["draft_acceptance_rate"] = round(drafted[1] / drafted[0], 4) if drafted[0] else None
+    both = [row for row in rows if "texts_equal_own_plain" in row]
+    if len(both) < len(rows):
+        return found
+    seconds = _sum(rows, "seconds") - _sum(rows, "first_token_seconds")
+    plain = _sum(rows, "own_plain_seconds") - _sum(rows, "own_plain_first_token_seconds")
+    found["texts_equal_own_plain"] = all(row["texts_equal_own_plain"] for row in rows)
+    found["prompts_different_own_plain"] = [row["key"] for row in rows if not row["texts_equal_own_plain"]]
+    found["decode_speedup_vs_own_plain"] = round(plain / seconds, 4) if seconds > 0 and plain > 0 else None
+    return found
 
 
 def _equality(rows: SequenceOf[Row]) -> Record:
     """`equal_tokens`: those before the first difference of each text, out of `tokens`."""
     firsts = [(row.get("first_difference"), row["tokens"]) for row in rows]
+    if any(row["texts_equal"] is None for row in rows):  # other weights: not compared
+        return {"texts_equal": None, "equal_tokens": None, "prompts_different": []}
     return {
         "texts_equal": all(row["texts_equal"] for row in rows),
         "equal_tokens": sum(tokens if first is None else first for first, tokens in firsts),

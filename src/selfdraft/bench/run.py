@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from selfdraft.bench.ledger import Ledger, Row
 from selfdraft.bench.measure import Gauge, Measured, Request, measure, take
 from selfdraft.bench.peers import Peer
+from selfdraft.bench.record import first_difference
 from selfdraft.bench.tasks import Item
 from selfdraft.core.sequence import Sequence
 from selfdraft.engine.loop import Engine
-from selfdraft.errors import PromptTooLong
+from selfdraft.errors import PeerError, PromptTooLong
 
 PLAIN = "none"
 SAMPLES_APART = 2**20
@@ -32,6 +33,10 @@ class Contender:
     options: Mapping[str, object] = field(default_factory=dict)
     edition: str | None = None
     """Of a peer: the package and its version."""
+    own_plain: str | None = None
+    """Of a peer that speculates: the label of the same engine without that, where it runs, too."""
+    file: Mapping[str, object] | None = None
+    """Of a peer over a file of its own: its name, size and date. Its texts are not compared with ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class Bench:
     all_turns: bool = False
     peers: Mapping[str, Peer] = field(default_factory=dict)
     """Other engines by label, loaded."""
+    lost: dict[str, PeerError] = field(default_factory=dict)
+    """Peers that failed on the way, and how; the run goes on without them."""
     log: Callable[[Sequence, SequenceOf[int]], None] | None = None
     """Told every request that was measured, with the tokens of its plain answer."""
     skipped: list[str] = field(default_factory=list)
@@ -96,7 +103,8 @@ def run(bench: Bench, name: str, items: SequenceOf[Item], ledger: Ledger) -> Ite
             except PromptTooLong as error:
                 bench.skipped.append(f"{name}, {question.key}: {error}")
                 break
-            missing = [c for c in bench.contenders if question.known(c, ledger) is None]
+            here = [c for c in bench.contenders if c.label not in bench.lost]
+            missing = [c for c in here if question.known(c, ledger) is None]
             if missing and not warm:
                 _warm_up(engines, question.request())
                 warm = True
@@ -141,6 +149,8 @@ class Question:
         facts += [self.bench.runs, self.bench.samples]
         if contender.edition is not None:
             facts.append(contender.edition)
+        if contender.own_plain is not None or contender.file is not None:
+            facts.append([contender.own_plain, contender.file])
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
     def known(self, contender: Contender, ledger: Ledger) -> Row | None:
@@ -155,15 +165,25 @@ class Question:
         if not missing:
             return
         plain = self.bench.contenders[0].label
-        labels = dict.fromkeys([plain, *(c.label for c in missing)])
+        wanted = {c.label for c in missing} | {c.own_plain for c in missing} | {plain}
+        labels = [c.label for c in self.bench.contenders if c.label in wanted]
         running = {label: engines[label] for label in labels if label in engines}
-        peers = {label: self.bench.peers[label] for label in labels if label in self.bench.peers}
-        found = measure(running, self.request(), self.bench.runs, self.bench.gauge, self.bench.settle, peers)
+        there = self.bench.peers.keys() - self.bench.lost.keys()
+        peers = {label: self.bench.peers[label] for label in labels if label in there}
+        bench, lost = self.bench, dict[str, PeerError]()
+        found = measure(running, self.request(), bench.runs, bench.gauge, bench.settle, peers, lost)
+        for label, error in lost.items():
+            bench.lost[label] = error
+            bench.peers[label].close()
         if self.bench.log is not None:
             self.bench.log(self.request()(), found[plain].median.tokens)
         texts = self._more_samples(running, found)
         for contender in missing:
+            if contender.label not in found:
+                continue
             row = self._row(contender, found[contender.label], found[plain])
+            if contender.own_plain is not None:
+                row |= against_own_plain(found[contender.label], found.get(contender.own_plain))
             if contender.label == plain:
                 row["texts"] = texts
                 judge = self.item.judge if self.turn == 1 else None
@@ -193,9 +213,12 @@ class Question:
             "options": dict(contender.options),
             "seed": self.seed,
             "tokens": len(best.tokens),
+            "prompt_tokens": self.request()().prompt_length,
             "finish_reason": best.finish_reason,
-            "texts_equal": own.equal,
-            "first_difference": own.difference,
+            "texts_equal": own.equal if contender.file is None else None,
+            "first_difference": own.difference if contender.file is None else None,
+            "drafts": [best.stats.num_draft_tokens, best.stats.num_accepted_draft_tokens],
+            "peer_file": contender.file,
             "seconds": best.seconds,
             "first_token_seconds": best.first_token_seconds,
             "plain_seconds": plain.median.seconds,
@@ -214,3 +237,17 @@ class Question:
         memory = {"weights": footprint.weights, "cache": footprint.cache(), "working": own.working_bytes}
         memory["adapter"] = footprint.adapters.get(contender.method, 0)
         return {"stats": own.median.stats.as_dict(), "split": asdict(own.split), "memory": memory}
+
+
+def against_own_plain(own: Measured, plain: Measured | None) -> Row:
+    """What a peer that speculates is beside the same engine without it; nothing where that one is lost."""
+    if plain is None:
+        return {}
+    wanted = plain.median
+    apart = [found for one in own.takes if (found := first_difference(one.tokens, wanted.tokens)) is not None]
+    return {
+        "texts_equal_own_plain": not apart,
+        "own_first_difference": min(apart, default=None),
+        "own_plain_seconds": wanted.seconds,
+        "own_plain_first_token_seconds": wanted.first_token_seconds,
+    }

@@ -1,7 +1,8 @@
 """The field's benchmarks as lists of items: what is asked, where to stop, and how an answer is judged.
 
-Each task reads the files its authors published, by path; where they are missing and the package `datasets` is
-installed, its data set of the hub. Prompts are zero-shot; what is put around a record's text is written here.
+A task's records are looked for in this order: the file its authors published, below the user's data folder; the copy
+inside this package (`data/`, with licences), for tasks that have one; the hub's data set, if the package `datasets` is
+installed. Prompts are zero-shot; what is put around a record's text is written here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from selfdraft.bench.prompts import Record, read_records, turns_of
 from selfdraft.bench.sandbox import Verdict, run_program
 from selfdraft.errors import OptionError, RequestError
 
+BUNDLED = Path(__file__).parent / "data"
 Score = dict[str, float | list[bool] | list[str]]
 """`name: figure` of one item; for code, `passed` (by sample), `verdicts` and `protection`."""
 Judge = Callable[[SequenceOf[str]], Score]
@@ -47,6 +49,10 @@ class Task:
     files: tuple[str, ...]
     """Paths below the data folder; the first that exists is read."""
     read: Callable[[Record, str, bool], Item | None]
+    origin: str = ""
+    """Where the authors publish it."""
+    bundled: str = ""
+    """Its file in this package; empty when it has none."""
     hub: tuple[str, ...] = ()
     """Name, configuration and split for `datasets`; empty when the hub has none in this form."""
     groups: tuple[str, ...] = ()
@@ -105,21 +111,22 @@ def task_of(name: str) -> Task | None:
 
 
 def find_records(name: str, folder: Path | None) -> Iterator[tuple[str, Record]]:
-    """(place, record) of a task: from its file, else from the hub. Errors: RequestError names the expected files."""
+    """(place, record) of a task: from the data folder, else from this package, else from the hub.
+
+    Errors: RequestError names the file that is wanted and where its authors publish it.
+    """
     task = TASKS[name]
     paths = [folder / file for file in task.files] if folder is not None else []
+    paths += [BUNDLED / task.bundled] if task.bundled else []
     found = next((path for path in paths if path.is_file()), None)
     if found is not None:
         return read_records(found)
-    expected = " or ".join(task.files)
-    where = f"under {folder}" if folder is not None else "in a folder given with --data-dir"
-    if not task.hub:
-        raise RequestError(f"task {name}: expected {expected} {where}; its authors publish it on GitHub only")
-    if find_spec("datasets") is None:
-        raise RequestError(
-            f"task {name}: expected {expected} {where}; with the package 'datasets' it is read from the hub instead"
-        )
-    return _from_hub(name, task.hub)
+    if task.hub and find_spec("datasets") is not None:
+        return _from_hub(name, task.hub)
+    where = f"{folder} does not hold its file" if folder is not None else "its file is not part of this package"
+    way = f"save {' or '.join(task.files)} (from {task.origin}) in a folder and give that folder as --data-dir"
+    hub = f"; or pip install datasets, and it is read from the hub ({task.hub[0]})" if task.hub else ""
+    raise RequestError(f"task {name}: {where}: {way}{hub}")
 
 
 def _from_hub(name: str, hub: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
@@ -189,6 +196,13 @@ def _mt_bench(record: Record, place: str, chat: bool) -> Item:
     key = record.get("question_id", record.get("prompt_id", _number(place)))
     return Item(str(key), tuple(turns_of(record, place)))
 
+
+def _quick(record: Record, place: str, chat: bool) -> Item:
+    return Item(_text(record, place, "id"), tuple(turns_of(record, place)), _text(record, place, "group"))
+
+
+QUICK = ("chat", "translation", "summary", "qa", "math", "retrieval", "code", "editing")
+"""Groups of the bundled prompts, eight prompts each."""
 
 GROUPS = {
     "translation": "translation",
@@ -305,41 +319,59 @@ def judged(text: str, before: str, after: str, fenced: bool) -> Verdict:
 
 
 TASKS = {
+    "quick": Task((), _quick, bundled="quick.jsonl", groups=QUICK, unscored="quick measures speed only"),
     "spec-bench": Task(
         ("spec-bench/question.jsonl",),
         _spec_bench,
+        "github.com/hemingkx/Spec-Bench, data/spec_bench/question.jsonl",
         groups=("mt-bench", *GROUPS.values()),
         unscored="Spec-Bench measures speed only",
     ),
     "mt-bench": Task(
         ("mt-bench/question.jsonl",),
         _mt_bench,
-        hub=("HuggingFaceH4/mt_bench_prompts", "train"),
+        "github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/question.jsonl",
+        bundled="mt-bench.jsonl",
         unscored="a judge model would be needed",
     ),
-    "gsm8k": Task(("gsm8k/test.jsonl",), _gsm8k, hub=("openai/gsm8k", "main", "test")),
+    "gsm8k": Task(
+        ("gsm8k/test.jsonl",),
+        _gsm8k,
+        "github.com/openai/grade-school-math, grade_school_math/data/test.jsonl",
+        bundled="gsm8k-test.jsonl.gz",
+    ),
     "humaneval": Task(
         ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl"),
         _humaneval,
-        hub=("openai/openai_humaneval", "test"),
+        "github.com/openai/human-eval, data/HumanEval.jsonl.gz",
+        bundled="humaneval.jsonl.gz",
         code=True,
     ),
     "mbpp": Task(
         ("mbpp/mbpp.jsonl", "mbpp/mbpp_test.jsonl"),
         _mbpp,
+        "github.com/google-research/google-research, mbpp/mbpp.jsonl",
         hub=("google-research-datasets/mbpp", "full", "test"),
         code=True,
     ),
-    "classeval": Task(("classeval/ClassEval_data.json",), _classeval, hub=("FudanSELab/ClassEval", "test"), code=True),
+    "classeval": Task(
+        ("classeval/ClassEval_data.json",),
+        _classeval,
+        "github.com/FudanSELab/ClassEval, data/ClassEval_data.json",
+        hub=("FudanSELab/ClassEval", "test"),
+        code=True,
+    ),
     "cnn-dailymail": Task(
         ("cnn-dailymail/cnn_dailymail_3_0_0_2_or_3_sentences.jsonl", "cnn-dailymail/eagle_sum_question.jsonl"),
         partial(_summary, ask="In 2 or 3 sentences, what are the main points of this news article?\n\nArticle: "),
+        "the data set abisee/cnn_dailymail 3.0.0, test: a line per record with 'article' and 'highlights'",
         hub=("abisee/cnn_dailymail", "3.0.0", "test"),
         summary=True,
     ),
     "xsum": Task(
         ("xsum/xsum_summarize_DOC.jsonl",),
         partial(_summary, ask="Summarize: "),
+        "the data set EdinburghNLP/xsum, test: a line per record with 'document' and 'summary'",
         hub=("EdinburghNLP/xsum", "test"),
         summary=True,
     ),

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from selfdraft import show
-from selfdraft.cli import answer, bench, prove, replay, train, tune
+from selfdraft.cli import answer, bench, prove, pull, replay, results, train, tune
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -21,7 +21,9 @@ app = typer.Typer(
 VERBS = (
     answer.generate,
     answer.chat,
+    pull.pull,
     bench.bench,
+    results.results,
     replay.replay,
     prove.verify,
     prove.doctor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,16 +10,20 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Config,
     Dtype,
     Exact,
+    InTemplate,
     Log,
     MaxNew,
     Memory,
     Model,
+    NoCache,
     Threads,
+    check_options,
     conditions,
     encode_all,
     gather,
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
 PromptFile = Annotated[
     Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
 ]
-InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
 Predicted = Annotated[
     Path | None, typer.Option(help="A text that the answer may resemble: a guess for prediction and merged.")
 ]
@@ -44,7 +48,7 @@ Comparing = Annotated[
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; leave it out with --prompts.")] = None,
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
@@ -70,10 +74,10 @@ def generate(
     memory: Memory = None,
     log: Log = None,
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
-    from selfdraft.bench.log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(
@@ -91,15 +95,26 @@ def generate(
         seed=seed,
         prediction=read_prediction(prediction),
     )
-    texts = gather(prompt, prompts, limit)
-    check_log(log)
-    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory)
+    check_options(model, drafter, speculative_config, dtype)
+    texts = _texts(prompt, prompts, limit, log)
+    llm = open_llm(
+        model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory, no_cache=no_cache
+    )
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
         _keep(llm, ids, results[-1]["token_ids"], sampling, log, memory)
     if as_json:
         show.document({**conditions(llm, model), "drafter": llm.drafter_name, "results": results})
+
+
+def _texts(prompt: str | None, prompts: Path | None, limit: int | None, log: Path | None) -> Sequence[str]:
+    """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
+    from selfdraft.bench.log import check_log
+
+    texts = gather(prompt, prompts, limit)
+    check_log(log)
+    return texts
 
 
 def read_prediction(path: Path | None) -> str:
@@ -164,7 +179,7 @@ def _compare(llm: LLM, ids: list[int], sampling: SamplingParams, *, quiet: bool)
 
 
 def chat(
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
@@ -174,12 +189,13 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a fresh one.")] = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Talk with a model through its template. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
-    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter)
+    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache)
     messages: list[dict[str, str]] = []
     while (said := show.ask()) is not None:
         messages.append({"role": "user", "content": said})

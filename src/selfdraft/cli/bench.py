@@ -11,6 +11,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Dtype,
@@ -18,14 +19,17 @@ from selfdraft.cli.options import (
     Log,
     MaxNew,
     Model,
+    NoCache,
     Threads,
     conditions,
+    named,
     open_llm,
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Patience, PeerConfigs, Peers, Pythons, invited, joined
+from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, invited, joined
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.methods import ALIASES, drafter_of
 
 if TYPE_CHECKING:
     from selfdraft.bench.ledger import Ledger, Row
@@ -35,15 +39,16 @@ if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
-DATA = Path("../shared/data")
-
+TASKS = """Names with commas between, 'all', or a jsonl file. Inside this package: quick, humaneval, gsm8k, mt-bench;
+the others (spec-bench, mbpp, classeval, cnn-dailymail, xsum) are read from --data-dir or with the package datasets."""
+CHAT = "Wrap prompts in the checkpoint's chat template, or continue them. Default: the template, if there is one."
 
 Names = Annotated[str | None, typer.Option(help="Names with commas, or 'all'; 'none' always runs. Default: all.")]
 Configs = Annotated[
     list[str] | None,
     typer.Option(help="A drafter with options as JSON, with 'method' and a 'name'; may be given several times."),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Where the tasks' files lie. Default: ../shared/data if it exists.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' files; goes before this package's own.")]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts of each task or part.", min=1)]
 Samples = Annotated[int, typer.Option(help="Answers to each coding task, for pass@k.", min=1)]
 Runs = Annotated[int, typer.Option(help="Timed runs of each prompt, in alternation; medians count.", min=1)]
@@ -54,14 +59,15 @@ Output = Annotated[
 
 
 def bench(
-    tasks: Annotated[str, typer.Option(help="Names with commas between, 'all', or a jsonl file; see docs/bench.md.")],
-    model: Model = "pocket",
+    tasks: Annotated[str, typer.Option(help=TASKS)] = "quick",
+    model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     drafters: Names = None,
     speculative_config: Configs = None,
     peers: Peers = None,
     peer_config: PeerConfigs = None,
     peer_python: Pythons = None,
+    peer_model: Files = None,
     peer_timeout: Patience = 900.0,
     data_dir: DataDir = None,
     limit: Limit = None,
@@ -71,7 +77,7 @@ def bench(
     samples: Samples = 1,
     seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
     runs: Runs = 3,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.")] = False,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help=CHAT, show_default=False)] = None,
     turns: Turns = "first",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     dtype: Dtype = "auto",
@@ -81,32 +87,34 @@ def bench(
     log: Log = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False,
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure drafters on the field's tasks.
+    """Measure drafters on the field's tasks; without options, on 64 prompts that are part of this package.
 
-    Speed against plain decoding and other engines, scores, memory; exit code 1 if a text of ours differs.
+    Every prompt is decoded by every drafter several times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
     from selfdraft.bench.log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
-    plan = Plan(sampling, samples, seed, runs, chat, turns == "all")
+    plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all")
     contenders = field_of(drafters, speculative_config or [])
-    guests = invited(peers, peer_config or [], peer_python or [], contenders, greedy=sampling.greedy)
+    guests = invited(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     check_log(log)
     with Ledger(output) as ledger:
-        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
+        if chat is None and getattr(llm.tokenizer, "chat_template", None):
+            plan, items = as_chat(plan, tasks, data_dir, limit)
         named = drafters not in (None, "all")
         fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
-        setting = set_up(llm, model, adapter or [], fit, plan)
-        setting.log = logger(llm, log)
+        setting = set_up(llm, model, adapter or [], fit, plan, log)
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
-    records = report(rows, [contender.label for contender in setting.contenders])
+    records = report(rows, [one.label for one in setting.contenders])
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
     if not records:
@@ -158,23 +166,18 @@ class Plan:
 def field_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
     """Plain decoding first, then who was named, each under a label of its own. Errors: OptionError."""
     from selfdraft.bench.run import PLAIN, Contender
-    from selfdraft.drafters import ALIASES, table
-    from selfdraft.llm import check_drafter, drafter_of
+    from selfdraft.drafters import find
 
     wanted = drafters if drafters is not None else ("all" if not configs else "")
-    names = [*table()] if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
     found = [Contender(PLAIN, PLAIN)]
-    for name in dict.fromkeys(names):
-        check_drafter(name, None)
-        if ALIASES.get(name, name) != PLAIN:
-            found.append(Contender(name, name))
+    found += [Contender(name, name) for name in named(wanted) if ALIASES.get(name, name) != PLAIN]
     for config in configs:
         options = parse_config(config) or {}
         label = options.pop("name", None)
         if "method" not in options:
             raise OptionError(f'--speculative-config {config} has no "method"; name the drafter there')
         method, rest = drafter_of(None, options)
-        check_drafter(method, rest)
+        find(method, rest)
         if label is not None and not (isinstance(label, str) and label.strip()):
             raise OptionError(f'--speculative-config: "name" is a label, not {label!r}')
         found.append(Contender(str(label or method), method, rest))
@@ -191,10 +194,10 @@ def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Pl
     from selfdraft.bench.scores import need_rouge
 
     names = tasks.names_of(wanted)
-    folder = data_dir if data_dir is not None else (DATA if DATA.is_dir() else None)
-    if folder is not None and not folder.is_dir():
-        layout = ", ".join(task.files[0] for task in tasks.TASKS.values())
-        raise RequestError(f"there is no data folder {str(folder)!r}; expected in it: {layout}")
+    if data_dir is not None and not data_dir.is_dir():
+        files = [task.files[0] for task in map(tasks.task_of, names) if task is not None and task.files]
+        layout = f"; expected in it: {', '.join(files)}" if files else ""
+        raise RequestError(f"there is no data folder {str(data_dir)!r}{layout}")
     if plan.samples > 1 and plan.sampling.greedy:
         raise OptionError(f"--samples {plan.samples} at temperature 0 are the same text; give --temperature")
     known = {name: tasks.task_of(name) for name in names}
@@ -202,7 +205,13 @@ def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Pl
         raise OptionError(f"--samples {plan.samples} is for coding tasks; of {', '.join(names)} none is one")
     if any(task is not None and task.summary for task in known.values()):
         need_rouge()
-    return {name: tasks.load(name, folder, chat=plan.chat, limit=limit) for name in names}
+    return {name: tasks.load(name, data_dir, chat=plan.chat, limit=limit) for name in names}
+
+
+def as_chat(plan: Plan, wanted: str, data_dir: Path | None, limit: int | None) -> tuple[Plan, dict[str, list[Item]]]:
+    """The plan with the chat template, and its items: prompts and stops of some tasks are others then."""
+    plan = replace(plan, chat=True)
+    return plan, gather_items(wanted, data_dir, limit, plan)
 
 
 def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Path]]:
@@ -231,7 +240,14 @@ def logger(llm: LLM, log: Path | None) -> Callable[[Request, Sequence[int]], Non
     return lambda request, said: append(log, llm.logged(request.tokens, said, request.sampling))
 
 
-def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[Contender], plan: Plan) -> Bench:
+def set_up(
+    llm: LLM,
+    model: str,
+    folders: Sequence[Path],
+    contenders: Sequence[Contender],
+    plan: Plan,
+    log: Path | None = None,
+) -> Bench:
     """The bench around an open model."""
     from importlib.metadata import version
 
@@ -265,6 +281,7 @@ def set_up(llm: LLM, model: str, folders: Sequence[Path], contenders: Sequence[C
         seed=plan.seed,
         samples=plan.samples,
         all_turns=plan.all_turns,
+        log=logger(llm, log),
     )
 
 
@@ -274,10 +291,10 @@ def identity(model: str, llm: LLM, adapters: Sequence[Path]) -> str:
     """
     import hashlib
 
-    from selfdraft.models.pocket import POCKET
+    from selfdraft.models.embedded import checkpoint
 
     facts: list[object] = []
-    for folder in (Path(POCKET if model == "pocket" else model), *adapters):
+    for folder in (Path(checkpoint(model)), *adapters):
         if not folder.is_dir():
             facts.append(getattr(llm.model.config, "_commit_hash", None))
             continue

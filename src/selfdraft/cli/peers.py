@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,10 @@ Pythons = Annotated[
     list[str] | None,
     typer.Option("--peer-python", help="ENGINE=PATH: the Python that has llama.cpp or vllm. Default: this one."),
 ]
+Files = Annotated[
+    list[str] | None,
+    typer.Option("--peer-model", help="llama.cpp=FILE.gguf: the file that llama.cpp loads. Default: the checkpoint."),
+]
 Patience = Annotated[float, typer.Option(help="Most seconds for a peer to load, and for each answer.", min=1)]
 
 
@@ -42,22 +46,30 @@ class Guest:
     contender: Contender
     options: dict[str, int]
     engine: str
+    """As the worker calls it."""
     python: str
-    named: bool
-    """By the user; one of 'all' that cannot start is left out."""
+    mode: str | None = None
+    """llama.cpp's own name of its method."""
+    file: Path | None = None
+    """A GGUF file that the user gave."""
 
 
 def invited(
-    names: str | None, configs: Sequence[str], pythons: Sequence[str], drafters: Sequence[Contender], *, greedy: bool
+    names: str | None,
+    configs: Sequence[str] | None,
+    pythons: Sequence[str] | None,
+    models: Sequence[str] | None,
+    model: str,
+    drafters: Sequence[Contender],
+    *,
+    greedy: bool,
 ) -> list[Guest]:
     """The peers that were asked for and are here, looked up before a model is loaded. Errors: OptionError."""
-    from selfdraft.bench.peers import PACKAGES, PEERS, local
-    from selfdraft.bench.run import Contender
+    from selfdraft.bench.peers import PEERS
 
+    configs, pythons = configs or [], pythons or []
+    file = _gguf(models or [], model, names, configs)
     wanted = _wanted(names, configs)
-    twice = next((label for label in wanted if label in [one.label for one in drafters]), None)
-    if twice is not None:
-        raise OptionError(f'a drafter and a peer are called {twice!r}; give the --peer-config another "name"')
     homes = _homes(pythons)
     engines = {PEERS[method].engine for method, _, _ in wanted.values()}
     idle = next((engine for engine in homes if engine not in engines), None)
@@ -65,32 +77,134 @@ def invited(
         raise OptionError(f"--peer-python {idle}={homes[idle]} has no use: --peers names none of {idle}")
     if wanted and not greedy:
         raise OptionError("--peers: other engines are compared at --temperature 0; their random numbers are others")
-    editions: dict[str, str | None] = {"transformers": local.edition()}
+    found = Lookup(homes, file)
+    if names is not None and "llama.cpp" in wanted and "llama.cpp" in _parts(names) and found.server:
+        wanted = _with_modes(wanted)
+    twice = next((label for label in wanted if label in [one.label for one in drafters]), None)
+    if twice is not None:
+        raise OptionError(f'a drafter and a peer are called {twice!r}; give the --peer-config another "name"')
     guests = []
     for label, (method, options, named) in wanted.items():
-        engine = PEERS[method].engine
-        python = homes.get(engine, sys.executable)
-        if engine not in editions:
-            from selfdraft.bench.peers import foreign
-
-            editions[engine] = foreign.edition(engine, python)
-        if edition := editions[engine]:
-            guests.append(Guest(Contender(label, method, options, edition), options, engine, python, named))
-            continue
-        lack = f"{label} needs {PACKAGES[engine]}, which {python} does not have"
-        if named:
-            raise OptionError(f"--peers: {lack}; give --peer-python {engine}=PATH of a Python that has it")
-        show.note(f"left out: {lack}")
+        guest = found.guest(label, method, options, wanted)
+        if isinstance(guest, Guest):
+            guests.append(guest)
+        elif named:
+            python = f"; give --peer-python {PEERS[method].engine}=PATH of a Python that has it"
+            raise OptionError(f"--peers: {guest}{python if 'does not have' in guest else ''}")
+        else:
+            show.note(f"left out: {guest}")
     return guests
 
 
-def _wanted(names: str | None, configs: Sequence[str]) -> dict[str, tuple[str, dict[str, int], bool]]:
+def _gguf(models: Sequence[str], model: str, names: str | None, configs: Sequence[str]) -> Path | None:
+    """The GGUF file for llama.cpp: the one given, or the model itself when it is one. Errors: OptionError."""
+    from selfdraft.bench.peers import PEERS
+
+    asked = [*_wanted(names, configs).values()]
+    given = None
+    for told in models:
+        engine, sign, path = told.partition("=")
+        if engine != "llama.cpp" or not sign or not path:
+            raise OptionError(f"--peer-model {told} is not llama.cpp=FILE.gguf")
+        if not any(PEERS[method].engine == engine for method, _, _ in asked):
+            raise OptionError(f"--peer-model {told} has no use: --peers names none of llama.cpp")
+        given = Path(path).expanduser()
+        try:
+            with given.open("rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise OptionError(f"--peer-model {told} cannot be read: {error.strerror}") from error
+        if magic != b"GGUF":
+            raise OptionError(f"--peer-model {told} is no GGUF file: it does not begin with GGUF")
+    own = Path(model).expanduser()
+    return given or (own if own.suffix == ".gguf" and own.is_file() else None)
+
+
+class Lookup:
+    """Which engines are in which Python; each is looked up once."""
+
+    def __init__(self, homes: Mapping[str, str], file: Path | None) -> None:
+        self._homes, self._file = homes, file
+        self._editions: dict[tuple[str, str], str | None] = {}
+
+    @property
+    def server(self) -> bool:
+        """llama.cpp's server is there, and has a file to load."""
+        from selfdraft.bench.peers import SERVER
+
+        return self._file is not None and self.edition(SERVER, "llama.cpp") is not None
+
+    def edition(self, worker: str, engine: str) -> str | None:
+        from selfdraft.bench.peers import foreign, local
+
+        if engine == "transformers":
+            return local.edition()
+        python = self._homes.get(engine, sys.executable)
+        if (worker, python) not in self._editions:
+            self._editions[worker, python] = foreign.edition(worker, python, engine)
+        return self._editions[worker, python]
+
+    def guest(self, label: str, method: str, options: dict[str, int], wanted: Mapping[str, Any]) -> Guest | str:
+        """The peer; or the words that say what it lacks."""
+        from selfdraft.bench.peers import PACKAGES, PEERS, SERVER
+        from selfdraft.bench.run import Contender
+
+        kind = PEERS[method]
+        python = self._homes.get(kind.engine, sys.executable)
+        file = self._file if kind.engine == "llama.cpp" else None
+        workers = kind.workers or (kind.engine,)
+        if workers == (SERVER,) and file is None:
+            return f"{label} needs a GGUF file: --peer-model llama.cpp=FILE.gguf"
+        able = [worker for worker in workers if worker != SERVER or file is not None]
+        for worker in able:
+            if edition := self.edition(worker, kind.engine):
+                yardstick = next((name for name, (other, _, _) in wanted.items() if other == kind.plain), None)
+                if kind.engine == "llama.cpp" and worker != SERVER and self.server:
+                    yardstick = None  # the plain one comes out of the other package
+                about = _about(file) if file is not None else None
+                contender = Contender(label, method, options, edition, yardstick, about)
+                return Guest(contender, options, worker, python, kind.mode, file)
+        lack = f"{label} needs {' or '.join(PACKAGES[worker] for worker in able)}, which {python} does not have"
+        pip = {SERVER: f" ({python} -m pip install xllamacpp)"}.get(able[0], "")
+        if SERVER in workers and file is None:
+            pip = " (or xllamacpp with a GGUF file: --peer-model llama.cpp=FILE.gguf)"
+        return lack + pip
+
+
+def _about(file: Path) -> dict[str, object]:
+    """What tells two states of a file apart."""
+    state = file.stat()
+    return {"name": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns}
+
+
+def _parts(names: str) -> list[str]:
+    return [part.strip() for part in names.split(",") if part.strip()]
+
+
+Wanted = dict[str, tuple[str, dict[str, int], bool]]
+"""Label to peer, options, and whether it was named."""
+
+
+def _with_modes(wanted: Wanted) -> Wanted:
+    """The n-gram methods of llama.cpp's server behind its plain decoding."""
+    from selfdraft.bench.peers import PEERS
+
+    modes: Wanted = {name: (name, kind.options, True) for name, kind in PEERS.items() if kind.mode is not None}
+    made: Wanted = {}
+    for label, entry in wanted.items():
+        made[label] = entry
+        if label == "llama.cpp":
+            made |= {name: mode for name, mode in modes.items() if name not in wanted}
+    return made
+
+
+def _wanted(names: str | None, configs: Sequence[str]) -> Wanted:
     """Label to peer, options, and whether it was named. Errors: OptionError."""
     from selfdraft.bench.peers import PEERS
 
     every = names == "all"
-    found: dict[str, tuple[str, dict[str, int], bool]] = {}
-    for name in [*PEERS] if every else [part.strip() for part in (names or "").split(",") if part.strip()]:
+    found: Wanted = {}
+    for name in [*PEERS] if every else _parts(names or ""):
         found[name] = (name, _kind(name).options, not every)
     for config in configs:
         options = parse_config(config, "--peer-config") or {}
@@ -127,13 +241,13 @@ def _kind(name: str) -> Kind:
 
 def _homes(pythons: Sequence[str]) -> dict[str, str]:
     """Engine to its Python. Errors: OptionError."""
-    from selfdraft.bench.peers import PACKAGES
+    from selfdraft.bench.peers import HOMES
 
     homes = {}
     for told in pythons:
         engine, sign, path = told.partition("=")
-        if engine not in PACKAGES or not sign or not path:
-            raise OptionError(f"--peer-python {told} is not ENGINE=PATH with one of {', '.join(PACKAGES)}")
+        if engine not in HOMES or not sign or not path:
+            raise OptionError(f"--peer-python {told} is not ENGINE=PATH with one of {', '.join(HOMES)}")
         homes[engine] = str(Path(path).expanduser())
     return homes
 
@@ -142,7 +256,10 @@ def _homes(pythons: Sequence[str]) -> dict[str, str]:
 def joined(
     setting: Bench, guests: Sequence[Guest], llm: LLM, model: str, items: Mapping[str, Sequence[Item]], patience: float
 ) -> Iterator[None]:
-    """The guests become contenders, loaded one after another; at the end they are closed. Errors: PeerError."""
+    """The guests become contenders, loaded one after another; at the end they are closed.
+
+    One that does not start is in `setting.lost`, and the run goes on without it.
+    """
     running: dict[str, Peer] = {}
     try:
         context = _longest(setting, items, llm.target.context) if guests else 0
@@ -152,12 +269,13 @@ def joined(
                 with show.waiting(f"starting {label}"):
                     running[label] = _start(guest, llm, model, context, patience)
             except PeerError as error:
-                if guest.named:
-                    raise
+                setting.lost[label] = error
                 show.note(f"left out: {error}")
         setting.peers = running
         setting.contenders = [*setting.contenders, *(g.contender for g in guests if g.contender.label in running)]
         yield
+        for label in running.keys() & setting.lost.keys():
+            show.note(f"lost on the way: {setting.lost[label]}; the same command with --output asks it again")
     finally:
         for peer in running.values():
             peer.close()
@@ -180,16 +298,22 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
 
     from selfdraft.bench.measure import settler
     from selfdraft.bench.peers import foreign, gguf, local
-    from selfdraft.models.pocket import POCKET
+    from selfdraft.models.embedded import checkpoint
+    from selfdraft.models.places import find_gguf
     from selfdraft.models.stock import folder_of
 
     weight = next(llm.model.parameters())
     label, options = guest.contender.label, guest.options
     if guest.engine == "transformers":
         return local.Transformers(label, llm.model, options, settler(weight.device))
-    path = folder_of(POCKET if model == "pocket" else model)
-    if guest.engine == "llama.cpp":
+    if guest.file is not None:
+        path = guest.file
+    elif guest.engine == "llama.cpp":
         path = gguf.cached(llm.model, Path.home() / ".cache" / "selfdraft" / "gguf")
+    elif find_gguf(checkpoint(model)) is not None:
+        raise PeerError(f"peer {label}: {guest.engine} is not given GGUF files here; give --model a checkpoint folder")
+    else:
+        path = folder_of(checkpoint(model))
     settings = {
         "model": str(path),
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -197,5 +321,6 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
         "context": context,
         "device": weight.device.type,
         "options": options,
+        **({"mode": guest.mode} if guest.mode is not None else {}),
     }
     return foreign.Foreign(label, guest.engine, guest.python, settings, patience)

@@ -9,13 +9,17 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Dtype,
     Exact,
+    InTemplate,
     MaxNew,
     Model,
+    NoCache,
     Threads,
+    check_options,
     conditions,
     drafter_names,
     encode_all,
@@ -28,7 +32,7 @@ from selfdraft.errors import OptionError
 
 def verify(
     prompts: Annotated[Path, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")],
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
@@ -36,29 +40,34 @@ def verify(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
+    chat_template: InTemplate = False,
     against: Annotated[
         Literal["plain", "hf"], typer.Option(help="Our own plain decoding, or transformers' greedy.")
     ] = "plain",
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
     from selfdraft.bench.prompts import read_prompts
-    from selfdraft.bench.verify import Report, plainly, stock_greedy
-    from selfdraft.bench.verify import verify as run
     from selfdraft.types import SamplingParams
 
+    check_options(model, None, None, dtype)
     names = drafter_names(drafters, against)
     texts = read_prompts(prompts, limit)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+    from selfdraft.bench.verify import Report, plainly, stock_greedy
+    from selfdraft.bench.verify import verify as run
+
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
     requests = [
-        repeatable(llm, sampling, seed + i, ids) for i, ids in enumerate(encode_all(llm, texts, False, sampling))
+        repeatable(llm, sampling, seed + i, ids)
+        for i, ids in enumerate(encode_all(llm, texts, chat_template, sampling))
     ]
     engines = {}
     for name in names:
@@ -78,9 +87,10 @@ def verify(
 
 
 def doctor(
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     max_new_tokens: MaxNew = 48,
     threads: Threads = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Do the proof at load again, kept or not.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
@@ -91,7 +101,7 @@ def doctor(
     trials: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
-            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner)
+            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner, no_cache=prove)
             if runner == "auto" and llm.target.runner is None:
                 continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]

@@ -42,8 +42,8 @@ def replay(
     from selfdraft.bench.log import read_logs
     from selfdraft.bench.replay import open_drafter
     from selfdraft.bench.replay import replay as run
-    from selfdraft.llm import drafter_of
     from selfdraft.memory import check_memory, load_memory, memory_of, save_memory, with_memory
+    from selfdraft.methods import drafter_of
 
     name, options = drafter_of(drafter, parse_config(speculative_config))
     times = parse_times(step_times)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selfdraft import show
-from selfdraft.cli.options import Dtype, Model, Threads, open_llm
+from selfdraft.cli.options import DEFAULT_MODEL, Dtype, Model, Threads, open_llm
 from selfdraft.errors import OptionError
 from selfdraft.types import within
 
@@ -31,7 +31,7 @@ def train(
     data: Annotated[list[Path], typer.Option(help="Text or jsonl files; more of them may follow without the option.")],
     more: Annotated[list[Path] | None, typer.Argument(help="More data files.", show_default=False)] = None,
     recipe: Annotated[Literal["s3d", "space"], typer.Option(help="The drafter that shall use the masks.")] = "space",
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     distill: Annotated[
         bool, typer.Option("--distill", help="Let the model continue the prompts of the data, and learn from that.")
     ] = False,

@@ -13,6 +13,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.cli.options import (
+    DEFAULT_MODEL,
     Adapters,
     AsJson,
     Dtype,
@@ -114,7 +115,7 @@ HONOURED = {
 def tune(
     context: typer.Context,
     method: Method = "auto",
-    model: Model = "pocket",
+    model: Model = DEFAULT_MODEL,
     prompts: Prompts = None,
     limit: Limit = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.")] = False,

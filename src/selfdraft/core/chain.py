@@ -5,7 +5,6 @@ Source: Zhang et al., "Draft & Verify" (arXiv 2309.08168), sections 3.2 and 3.3.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
-from selfdraft.types import Budget, within
+from selfdraft.types import Budget, Clock, within
 
 Exit = ExitThreshold | ThroughputExit
 POLICIES = ("target", "throughput")
@@ -44,13 +43,14 @@ class Chaining:
 
     The passes read the target's own cache and write behind what it remembers, so there is nothing to undo. A sampled
     request drafts with the noise the target will use: that is what makes sampled drafts agree.
-    `run` is the short pass, logits [answers, vocab] of rows. Errors: OptionError when `most` is out of range.
+    `run` is the short pass, logits [answers, vocab] of rows; `clock` times passes, in seconds.
+    Errors: OptionError when `most` is out of range.
     """
 
-    def __init__(self, run: Callable[[Rows], Tensor], source: str, most: int, exit_: Exit) -> None:
+    def __init__(self, run: Callable[[Rows], Tensor], source: str, most: int, exit_: Exit, clock: Clock) -> None:
         within("num_speculative_tokens", most, 1, 256)
         self.run, self.source, self.most, self.exit = run, source, most, exit_
-        self.clock: Callable[[], float] = time.perf_counter
+        self.clock = clock
         self._seconds = self._ended = 0.0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:

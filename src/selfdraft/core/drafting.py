@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -18,7 +16,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.sources import Alignments, Contexts, Copies, Reader, Source, Successors
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
-from selfdraft.types import Budget, within
+from selfdraft.types import Budget, Clock, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +74,19 @@ class Note:
 class Drafting:
     """`draft` and `observe` over some sources: at most `nodes` candidates, each as likely as a row is dear.
 
-    `min_probability` is that price, or None: then it is measured. Before it is known, trees start small. `memory` gets
-    every output that is finished. What sources are worth outlives a request, what they read does not.
+    `min_probability` is that price, or None: then it is measured with `clock`, in seconds. Before it is known, trees
+    start small. `memory` gets every output that is finished. What sources are worth outlives a request, what they read
+    does not.
     Errors: OptionError for values out of range.
     """
 
     def __init__(
-        self, sources: Sources, nodes: int, min_probability: float | None, memory: Memory | None = None
+        self,
+        sources: Sources,
+        nodes: int,
+        min_probability: float | None,
+        clock: Clock,
+        memory: Memory | None = None,
     ) -> None:
         within("num_speculative_tokens", nodes, 1, 256)
         if min_probability is not None:
@@ -90,7 +94,7 @@ class Drafting:
         self.sources, self.most, self.memory = sources, nodes, memory
         self.pace = Pace(min_probability)
         self.credit = Credit()
-        self.clock: Callable[[], float] = time.perf_counter
+        self.clock = clock
         self._began = 0.0
         self._drafted = 0
         self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()

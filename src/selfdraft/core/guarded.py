@@ -7,19 +7,20 @@ again later (`core/watch.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
 
 from selfdraft.core.adapt import Mean, StepTime
 from selfdraft.core.drafting import Drafting, Note, Sources
 from selfdraft.core.memory import Memory
-from selfdraft.core.profile import Profile
+from selfdraft.core.profile import Profile, best_size
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.stepcost import StepCost
-from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.tree import EMPTY, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.core.watch import Watch
 from selfdraft.errors import OptionError
-from selfdraft.types import Budget
+from selfdraft.types import Budget, Clock
 
 REST_EVERY = 16
 """Of so many steps while standing aside one is timed."""
@@ -40,11 +41,11 @@ class Guarded(Drafting):
     logit_options = ("recycling",)
     """Options that make it read logits."""
 
-    def __init__(self, profile: Profile | None, nodes: int, memory: int, recycling: bool) -> None:
+    def __init__(self, profile: Profile | None, nodes: int, memory: int, recycling: bool, clock: Clock) -> None:
         if not isinstance(recycling, bool):
             raise OptionError(f"recycling={recycling!r} is neither True nor False")
         sources = Sources(request=True, prediction=True, recycling=recycling)
-        super().__init__(sources, nodes, None, Memory(memory) if memory else None)
+        super().__init__(sources, nodes, None, clock, Memory(memory) if memory else None)
         self.cost = None if profile is None else StepCost(profile)
         self.watch, self.recycled = Watch(), Watch()
         self.seconds = Mean()
@@ -64,7 +65,7 @@ class Guarded(Drafting):
         if self._aside:
             self.watch.rest()
             return [EMPTY] * len(sequences)
-        drafts = self._make(sequences, budgets)
+        drafts = self._worth(sequences, self._make(sequences, budgets))
         self._since_plain += 1
         if self._since_plain > PLAIN_EVERY:
             drafts = [EMPTY] * len(sequences)
@@ -77,6 +78,27 @@ class Guarded(Drafting):
         drafts = super().draft(sequences, budgets)
         self.node_time.observe(sum(map(len, drafts)), self.clock() - began)
         return drafts
+
+    def _worth(self, sequences: SequenceOf[Sequence], drafts: list[Draft]) -> list[Draft]:
+        """The part of the trees that brings most for the whole step's cost; none at all where none pays."""
+        if self.cost is None:
+            return drafts
+        chances = [chances_of(draft) for draft in drafts]
+        order = sorted((-own, tree, node) for tree, each in enumerate(chances) for node, own in enumerate(each))
+        rho, remembered = self._rate(sequences), sum(s.cached for s in sequences)
+        seconds = self.cost.added(len(order), len(sequences), remembered)
+        size = best_size([-first[0] for first in order], [rho * each for each in seconds])  # making them is paid
+        if size == len(order):
+            return drafts
+        kept = Counter(tree for _, tree, _ in order[:size])
+        return [draft.first(kept[tree]) for tree, draft in enumerate(drafts)]
+
+    def _rate(self, sequences: SequenceOf[Sequence]) -> float:
+        """Tokens per second now."""
+        assert self.cost is not None, "where nothing was measured, rows are priced otherwise"
+        count = len(sequences)
+        seconds = self.seconds.value or self.cost.at(count, count, sum(s.cached for s in sequences))
+        return max(self.pace.tokens.value, float(count)) / seconds
 
     def _learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         """What a step said about the sources."""
@@ -144,8 +166,7 @@ class Guarded(Drafting):
         if self.cost is None:
             return super()._prices(sequences, most)
         remembered, count = sum(s.cached for s in sequences), len(sequences)
-        seconds = self.seconds.value or self.cost.at(count, count, remembered)
-        rho, own = max(self.pace.tokens.value, float(count)) / seconds, self.node_time.per_row
+        rho, own = self._rate(sequences), self.node_time.per_row
         return [rho * (each + own) for each in self.cost.prices(most, count, remembered)]
 
     def _room(self) -> int:

@@ -61,8 +61,11 @@ class Profile:
         T may have steps (shapes are rounded up), so it is the slope of the convex line below T: these never fall,
         and taking rows as long as they are worth it stops where a step is full, not where it begins.
         """
-        block = tokens // BLOCK * BLOCK + BLOCK // 2  # the answer hardly changes from token to token
-        return _marginal(self, most, block, sequences)
+        return _marginal(self, most, block_of(tokens), sequences)
+
+    def further(self, most: int, tokens: int = 0, sequences: int = 1) -> tuple[float, ...]:
+        """Seconds that 0, 1, ... `most` rows beside those of plain decoding add to a pass, its steps included."""
+        return _further(self, most, block_of(tokens), sequences)
 
 
 @lru_cache(256)
@@ -76,3 +79,28 @@ def _marginal(profile: Profile, most: int, tokens: int, sequences: int) -> tuple
         slopes += [slope / sequences] * (-end - start)
         start = -end
     return tuple(slopes)
+
+
+@lru_cache(256)
+def _further(profile: Profile, most: int, tokens: int, sequences: int) -> tuple[float, ...]:
+    plain = profile.at(sequences, tokens, sequences)
+    return tuple(profile.at(sequences + n, tokens, sequences) - plain for n in range(most + 1))
+
+
+def block_of(tokens: int) -> int:
+    """The middle of the block that so many remembered tokens are in: prices hardly change from token to token."""
+    return tokens // BLOCK * BLOCK + BLOCK // 2
+
+
+def best_size(chances: SequenceOf[float], costs: SequenceOf[float]) -> int:
+    """How many nodes bring most: their chances, which never rise, minus `costs[n]` tokens for n of them.
+
+    A pass has steps: where the first rows are dear and the next ones free, a few likely nodes may not be worth it,
+    though each is likelier than the slope of the line below T. Of equals the smallest; 0 where nothing pays.
+    """
+    best, most, gain = 0, -costs[0], 0.0
+    for size, chance in enumerate(chances, 1):
+        gain += chance
+        if gain - costs[size] > most:
+            best, most = size, gain - costs[size]
+    return best

@@ -50,6 +50,11 @@ class StepCost:
         scale = self.plainly.value * self.dearness
         return [scale * each for each in self.profile.marginal(most, tokens, sequences)]
 
+    def added(self, most: int, sequences: int, tokens: int) -> list[float]:
+        """Seconds that 0, 1, ... `most` further rows add to a step, all sequences together."""
+        scale = self.plainly.value * self.dearness
+        return [scale * each for each in self.profile.further(most, tokens, sequences)]
+
     @property
     def dearness(self) -> float:
         """What a row costs, in plain steps, against what the profile says of it."""

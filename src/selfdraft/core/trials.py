@@ -12,12 +12,14 @@ from selfdraft.core.adapt import OUTLIER, Mean
 
 FIRST = 8
 """Steps of the best way before the first trial and between two trials."""
-SHORTEST, LONGEST = 4, 96
+SHORTEST, LONGEST = 2, 96
 """Steps of a trial."""
 DOUBT = 2.0
 """A trial of k steps is lost when its time per token is more than 1 + DOUBT / sqrt(k) times that of the best way."""
 PAUSES = (64, 2048)
-"""Steps until a way that lost is tried again: at first, and at most; doubled each time."""
+"""Steps until a way that lost is tried again: at least, doubled each time, and at most."""
+SHARE = 0.005
+"""Of the time, what the trials of one way may lose: one that lost more is tried again later."""
 WORSE = 1.25
 """When the best way takes so many times longer per token than at its last trial, the others are tried again soon."""
 MEMORY = 0.99
@@ -96,7 +98,10 @@ class Trials:
             self.best, self.speed = self.way, self._tried
             rest.pause = PAUSES[0]
         elif count >= LONGEST or (count >= SHORTEST and ratio > 1 + DOUBT / count**0.5):
-            rest.wait, rest.pause = rest.pause, min(2 * rest.pause, PAUSES[1])
+            lost = count * (self._tried.seconds.value - self._tried.tokens.value * self.speed.cost)
+            owed = int(lost / (SHARE * self.speed.seconds.value))
+            rest.wait = min(max(rest.pause, owed), PAUSES[1])
+            rest.pause = min(2 * rest.pause, PAUSES[1])
             self.way = self.best
         else:
             return

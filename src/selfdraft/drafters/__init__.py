@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
+from selfdraft import methods
 from selfdraft.drafters.auto import Auto
 from selfdraft.drafters.cascade import Cascade
 from selfdraft.drafters.context import Context
@@ -43,14 +43,11 @@ NAMES: dict[str, Factory] = {
     "cascade": Cascade,
 }
 
-ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}
-"""Names users know from other engines."""
-
 
 def table() -> dict[str, Factory]:
     """All drafters by name: our own and those that installed packages offer under `selfdraft.drafters`."""
     found = dict(NAMES)
-    for point in entry_points(group="selfdraft.drafters"):
+    for point in entry_points(group=methods.GROUP):
         found.setdefault(point.name, point.load())
     return found
 
@@ -63,18 +60,7 @@ def options_of(factory: Factory) -> list[str]:
 def find(name: str, options: Mapping[str, object]) -> Factory:
     """The class behind a name that takes these options. Errors: OptionError names what there is."""
     known = table()
-    factory = known.get(ALIASES.get(name, name))
-    if factory is None:
-        near = difflib.get_close_matches(name, [*known, *ALIASES], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise OptionError(f"there is no drafter {name!r}{hint} There are: {', '.join(known)}")
-    for option in options:
-        if option not in options_of(factory):
-            owners = [other for other, made in known.items() if option in options_of(made)]
-            whose = f"it belongs to {', '.join(owners)}" if owners else "no drafter has it"
-            takes = ", ".join(options_of(factory)) or "none"
-            raise OptionError(f"drafter {name!r} has no option {option!r}: {whose}. Its options: {takes}")
-    return factory
+    return known[methods.check(name, options, {other: options_of(made) for other, made in known.items()})]
 
 
 def build(name: str, target: Target, options: Mapping[str, object] | None = None) -> Drafter:

@@ -30,7 +30,7 @@ class Auto(Guarded):
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, memory: int = 0, recycling: bool = True
     ) -> None:
-        super().__init__(target.profile, num_speculative_tokens, memory, recycling)
+        super().__init__(target.profile, num_speculative_tokens, memory, recycling, target.clock)
         self.copying = Copying()
         self._trees = True
         """Whether the tree of all sources is made, or copies."""

@@ -40,7 +40,7 @@ class Cascade(Guarded):
         memory: int = 0,
         recycling: bool = True,
     ) -> None:
-        super().__init__(target.profile, num_speculative_tokens, memory, recycling)
+        super().__init__(target.profile, num_speculative_tokens, memory, recycling, target.clock)
         self.target, self.short = target, Rounded(bits)
         self.rounds = Rounds()
         self._opened = False

@@ -19,4 +19,4 @@ class Context(Drafting):
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, min_probability: float | None = None
     ) -> None:
-        super().__init__(Sources(request=True), num_speculative_tokens, min_probability)
+        super().__init__(Sources(request=True), num_speculative_tokens, min_probability, target.clock)

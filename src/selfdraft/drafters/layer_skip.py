@@ -41,7 +41,9 @@ class LayerSkip(Chaining):
         adaptive: bool = True,
     ) -> None:
         rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
-        super().__init__(lambda rows: target.forward(rows, self.skip), SOURCE, num_speculative_tokens, rule)
+        super().__init__(
+            lambda rows: target.forward(rows, self.skip), SOURCE, num_speculative_tokens, rule, target.clock
+        )
         told = any(option is not None for option in (skip_attention, skip_mlp, exit_layer, skip_set))
         named = skip_set if told else target.advice(SOURCE).get("skip_set")
         self.skip = choose_skip(target.layers, skip_attention, skip_mlp, exit_layer, named)

@@ -10,8 +10,6 @@ find out by the clock whether that, the sizes as they were given or plain decodi
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
@@ -281,12 +279,11 @@ TRIAL = 32
 MOVE = 8
 """Steps between two moves of a size."""
 COLUMNS = 64
-LEVELS = 12
-"""Largest window that adaptation goes to."""
+"""Widest window that adaptation goes to."""
 
 
 class Sizes:
-    """W, N and G, moved by what rows bring and what they cost on this machine.
+    """W and G, moved by what rows bring and what they cost on this machine.
 
     The price of a row is rho dT/dn: tokens per second now, times the seconds one more row takes. What a window brings
     is counted, not tried out: accepted tokens that no guess from another source would have given. Between sizes the
@@ -303,9 +300,7 @@ class Sizes:
         self.gain = Mean()
         """Accepted tokens of a sequence's step that only the window gave."""
         self.acceptance, self.ranks = Acceptance(), Acceptance()
-        self.full, self.deepest, self.last = Mean(), Mean(), Mean(0.5, 2.0)
-        """Steps whose accepted path has N - 1 tokens; guesses at that depth; how often such a guess was right."""
-        self._since = self._age = self._windows = 0
+        self._since = self._windows = 0
 
     @property
     def price(self) -> float:
@@ -317,7 +312,6 @@ class Sizes:
         """A step emitted so many tokens, of all sequences together: move what is due."""
         self.tokens.observe(tokens)
         self._since += 1
-        self._age += 1
         self._windows += self.running
         if self.running and self._windows >= TRIAL and self._windows % MOVE == 0:
             self._move_window()
@@ -332,19 +326,6 @@ class Sizes:
         wanted = self.gain.value / log1p(self.width) / (price * height) - 1  # where one column more just pays
         if abs(wanted - self.width) >= 1:
             self.width = min(max(self.width + (1 if wanted > self.width else -1), 1), COLUMNS)
-
-    def between_requests(self) -> None:
-        """N moves only here: a window of another height starts anew."""
-        if self._age < 2 * TRIAL or not self.price:
-            return
-        cost = self.price * (self.width * self.running + self.deepest.value)
-        if self.full.value * self.last.value > 1.25 * cost and self.size <= LEVELS:
-            self.size += 1
-        elif 1.25 * self.full.value < cost and self.size > 3:
-            self.size -= 1
-        else:
-            return
-        self._age, self.full, self.deepest, self.last = 0, Mean(), Mean(), Mean(0.5, 2.0)
 
 
 @dataclass(slots=True)
@@ -363,12 +344,10 @@ class _Note:
 class Lookahead:
     """Candidates: the pool's n-grams behind the last token, as a trie. Probes: the window that keeps the pool fresh.
 
-    `adaptive`: W, N and G are where it starts, only rows that pay are run, and the way of a step (plain, guesses
+    `adaptive`: W and G are where it starts, only rows that pay are run, and the way of a step (plain, guesses
     alone, with a window, sizes as given) is the one that took the least time per token. Otherwise W, N and G stay as
     given, as in the paper. What is learned about machine and text outlives a request; pools and windows do not.
     """
-
-    _clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(
         self,
@@ -388,6 +367,7 @@ class Lookahead:
                 raise OptionError(f"{name}={value!r} is neither True nor False")
         self.sizes = Sizes(window_size, ngram_size, guess_set_size)
         self.from_prompt, self.adaptive = pool_from_prompt, adaptive
+        self.clock = target.clock
         self.trials = Trials(GIVEN + 1)
         self._way = GIVEN
         """How this step runs."""
@@ -401,18 +381,18 @@ class Lookahead:
         self._notes: WeakKeyDictionary[Sequence, _Note] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        began = self._began = self._clock()
+        began = self._began = self.clock()
         if self.adaptive:
             self._way = self.trials.way
             self.sizes.running = self._way == WINDOWED
         self._drafting = len(sequences)
         drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
-        ready = self._clock()
+        ready = self.clock()
         self._drafted = ready, ready - began + self._learning
         return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        began = self._clock()
+        began = self.clock()
         emitted = rows = 0
         for sequence, result in zip(sequences, results, strict=True):
             note = self._notes.get(sequence)
@@ -429,10 +409,8 @@ class Lookahead:
         for sequence in sequences:
             if sequence.finished and sequence in self._notes:
                 del self._notes[sequence]
-                if self.adaptive:
-                    self.sizes.between_requests()
         self._drafting = 0
-        ended = self._clock()
+        ended = self.clock()
         self._learning = ended - began
         if self.adaptive and alone:
             self.trials.step(emitted, ended - self._began)
@@ -534,7 +512,7 @@ class Lookahead:
 
     def _score(self, note: _Note, result: Result) -> list[int]:
         """The accepted guesses, from the root down. Guesses that were not run are judged by the text, too."""
-        said, above, sizes, deepest = list[int](), {ROOT: 0}, self.sizes, note.window.height
+        said, above, sizes = list[int](), {ROOT: 0}, self.sizes
         for place, node in enumerate(note.nodes):
             if node.parent not in above or node.depth > len(result.tokens):
                 continue
@@ -542,8 +520,6 @@ class Lookahead:
             sizes.acceptance.observe(node.kind, right)
             if node.depth == 1 and node.guess.source != ANSWERS:
                 sizes.ranks.observe(node.guess.rank, right)
-            if node.depth == deepest:
-                sizes.last.observe(float(right))
             if right:
                 above[place] = node.depth
                 if node.depth <= len(result.path):
@@ -551,8 +527,6 @@ class Lookahead:
         alone = len(list(takewhile(lambda place: not note.nodes[place].guess.from_window, said)))
         if sizes.running:
             sizes.gain.observe(len(said) - alone)
-        sizes.full.observe(len(said) == deepest)
-        sizes.deepest.observe(sum(node.depth == deepest for node in note.nodes))
         return said
 
     def _recall(self, answers: Answers, last: int, result: Result, scores: Tensor, ids: Tensor) -> None:

@@ -37,4 +37,4 @@ class Merged(Drafting):
             raise OptionError(f"recycling={recycling!r} is neither True nor False")
         sources = Sources(request=True, prediction=True, recycling=recycling)
         past = Memory(memory) if memory else None
-        super().__init__(sources, num_speculative_tokens, min_probability, past)
+        super().__init__(sources, num_speculative_tokens, min_probability, target.clock, past)

@@ -6,7 +6,6 @@ The weights are untouched (`models/masks.py`): the adapter acts in the drafting 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Any
@@ -51,7 +50,7 @@ class S3D:
         self.masks = self.masks[:count]
         self.skip = middle(target.layers, width)
         self._link = partial(target.link, SOURCE)
-        self.clock = time.perf_counter
+        self.clock = target.clock
         self._began = 0.0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:

@@ -7,7 +7,6 @@ sampled text keeps its distribution.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +56,7 @@ class Space:
             )
         self.groups = mask_groups
         self._link = partial(target.link, SOURCE)
-        self.clock = time.perf_counter
+        self.clock = target.clock
         self._held = [Mean(0.5, 4.0) for _ in self.masks]
         """For each mask, how often its guess was right when those before it were."""
         self._began = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from selfdraft.models.reuse import EarlyStates, unknown_part
 from selfdraft.models.rounding import Copy, rounding
 from selfdraft.models.runner import Runner
 from selfdraft.models.shapes import NATURAL, Shapes
-from selfdraft.types import Rounded, Short, Skip
+from selfdraft.types import Clock, Rounded, Short, Skip
 
 AttentionInterface.register(NAME, attend)  # transformers' own table of attention functions: adds a name, changes none
 
@@ -46,7 +48,8 @@ class HFTarget:
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
     `skip_default` is the skip set that came with the checkpoint, if any. `fast` runs passes as tapes (`runner.py`)
-    instead of through transformers. Errors: RunnerUnavailable when that cannot be done.
+    instead of through transformers. `clock` is what drafters and measurements read, in seconds.
+    Errors: RunnerUnavailable when that cannot be done.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class HFTarget:
         adapters: SequenceOf[MaskAdapter] = (),
         exactness: Exactness = UNPROBED,
         fast: bool = False,
+        clock: Clock = time.perf_counter,
     ) -> None:
         self.config = model.config.get_text_config()
         self.vocab = int(self.config.vocab_size)
         self.shapes = shapes
         self.slots = slots
+        self.clock = clock
         self.exactness = exactness
         self.last: Plan | None = None
         self.skip_default: Skip | None = None
@@ -94,6 +99,13 @@ class HFTarget:
             self.runs = "fast"
             self.runner = Runner(model, self.cache, len(self.adapters))
             self.runner.tape(self._view)
+
+    def plainly(self) -> HFTarget:
+        """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
+        twin = copy.copy(self)
+        twin.runner, twin.runs, twin.slots, twin.last = None, "plain", 1, None
+        twin.cache, twin._early = KVCache(1, self.shapes.edge(255, 256)), EarlyStates()
+        return twin
 
     @property
     def masks(self) -> int:
@@ -224,7 +236,9 @@ class HFTarget:
         if short not in self._views:
             if isinstance(short, Rounded):
                 with torch.inference_mode(False):
-                    self._views[short], self.copies[short.bits] = rounding(self._view, short.bits, self._gate)
+                    self._views[short], self.copies[short.bits] = rounding(
+                        self._view, short.bits, self._gate, self.clock
+                    )
                 return self._views[short]
             made = self._short(self._view, short)
             self._views[short] = view.noting(made, self.layers, short.first) if short.first else made

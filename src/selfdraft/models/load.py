@@ -7,47 +7,47 @@ adapter and are compared with the stock model's own forward pass.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from selfdraft.core.rows import pack
-from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
+from selfdraft.models import gguf
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
+from selfdraft.models.kept import ProofStore, Record, identity_of
+from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
 from selfdraft.models.masks import MaskAdapter
+from selfdraft.models.places import find_gguf, place
 from selfdraft.models.probe import probe_fast, probe_shapes
+from selfdraft.models.proof import prove
 from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
-from selfdraft.types import SamplingParams
+from selfdraft.types import Clock
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Weight files that run code when they are read; never opened."""
 ATTENDING = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers whose whole memory is keys and values at positions."""
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Largest error in the proof, relative to the spread of the logits: rounding is far below, a wrong mask far above.
-
-float64 is not taken at its word: some stock attention takes its softmax in float32.
-"""
-COARSE = 0.3
-"""The same where rounding may flip a whole expert or an integer activation."""
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model from a local folder or a hub name, in eval mode, out of safetensors only.
+    """A causal language model from a local folder, a GGUF file or a hub name, in eval mode; no pickle is opened.
 
-    `dtype` None is the checkpoint's own; a checkpoint with a `quantization_config` loads as it is.
+    `dtype` None is the checkpoint's own; a checkpoint with a `quantization_config` loads as it is, and a GGUF file
+    dequantised.
     Errors: LoadError says what is wrong with which folder or name, and the way out.
     """
-    where = _place(path)
+    if (file := find_gguf(path)) is not None:
+        loaded = gguf.load_model(file, dtype)
+        check_config(loaded.config)
+        return loaded
+    where = place(path)
     local = Path(where).is_dir()
     if local:
         _check_folder(Path(where), trust_remote_code)
@@ -70,7 +70,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Errors: LoadError when there is none."""
-    where = _place(path)
+    if (file := find_gguf(path)) is not None:
+        return gguf.load_tokenizer(file)
+    where = place(path)
     folder = Path(where)
     # transformers makes an empty tokenizer for some families when there is no file at all
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
@@ -100,11 +102,14 @@ def open_target(
     context: int | None = None,
     adapters: SequenceOf[MaskAdapter] = (),
     runner: Literal["auto", "plain", "fast"] = "auto",
+    proofs: ProofStore | None = None,
+    clock: Clock = time.perf_counter,
 ) -> HFTarget:
     """A proven target with `slots` slots of at most `context` tokens (None: what the model has).
 
     `target.exactness` says which level was reached, which may be below the one asked for, and why; `target.runs` how
-    passes are run. `runner` 'auto' takes the fast runner where it works.
+    passes are run. `runner` 'auto' takes the fast runner where it works. What was proved is kept in `proofs`, and not
+    proved again; None keeps nothing. `clock` is what drafters and measurements read, in seconds.
     Errors: UnsupportedModel; OptionError when `context` is longer than the model's; RunnerUnavailable for 'fast'.
     """
     check_supported(model)
@@ -116,16 +121,35 @@ def open_target(
         raise error(f"context={context}: this model has 1 to {most} positions here{why}")
     if runner not in ("auto", "plain", "fast"):
         raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
+    sizes: dict[str, Any] = {"slots": slots, "context": context, "adapters": adapters, "clock": clock}
+    if proofs is None:
+        return _proven(model, exactness, runner, sizes)
+    identity = identity_of(model, adapters, {"exactness": exactness, "runner": runner, "context": context})
+    known = proofs.read(identity)
+    if known is not None:
+        with suppress(RunnerUnavailable):
+            target = HFTarget(model, shapes=Shapes(*known.shapes), exactness=known.exactness, fast=known.fast, **sizes)
+            target.runs = known.runs
+            return target
+    target = _proven(model, exactness, runner, sizes)
+    proofs.keep(identity, Record.of(target.exactness, target.shapes, target.runs))
+    return target
+
+
+def _proven(
+    model: PreTrainedModel, exactness: Literal["bitwise", "token"], runner: str, sizes: Mapping[str, Any]
+) -> HFTarget:
+    """The target of `open_target`, tried and proved now."""
     why = "asked for"
     if runner != "plain":
         try:
-            return _open_fast(model, exactness, slots=slots, context=context, adapters=adapters)
+            return _open_fast(model, exactness, **sizes)
         except (RunnerUnavailable, UnsupportedModel) as error:
             if runner == "fast":
                 raise
             why = str(error)
     shapes, level = _pick_shapes(model, exactness)
-    target = HFTarget(model, slots=slots, context=context, shapes=shapes, adapters=adapters, exactness=level)
+    target = HFTarget(model, shapes=shapes, exactness=level, **sizes)
     target.runs = f"plain: {why}"
     prove(target, model)
     return target
@@ -133,7 +157,7 @@ def open_target(
 
 def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], **options: Any) -> HFTarget:
     """A target with the fast runner. Its rows need no canonical shapes; that is tried, too, before it is promised."""
-    if has_experts(model) or getattr(model.config, "quantization_config", None) is not None:
+    if has_experts(model) or is_quantised(model):
         raise RunnerUnavailable("the fast runner has no experts and no quantised weights")
     if exactness == "bitwise":
         even = probe_fast(model)
@@ -161,26 +185,12 @@ def _pick_shapes(model: PreTrainedModel, exactness: Literal["bitwise", "token"])
     try:
         shapes = probe_shapes(model)
     except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError, UnsupportedModel) as error:
-        return NATURAL, Exactness("token", f"the trial of shapes failed: {_first_line(error)}")  # `prove` says more
+        return NATURAL, Exactness("token", f"the trial of shapes failed: {first_line(error)}")  # `prove` says more
     if shapes is None:
         why = f"two blocks round differently for other row counts, even in multiples of {MULTIPLES[-1]}"
         return NATURAL, Exactness("token", why)
     why = f"two blocks gave the same bits plain and drafted, with rows in multiples of {shapes.rows}"
     return shapes, Exactness("bitwise", f"{why} and attention in multiples of {shapes.width}")
-
-
-def has_experts(model: PreTrainedModel) -> bool:
-    """True for a mixture of experts."""
-    return any(name.endswith("experts") or "Experts" in type(m).__name__ for name, m in model.named_modules())
-
-
-def mixes_rows(model: PreTrainedModel) -> bool:
-    """True when a layer of bitsandbytes treats columns apart in which any row of the pass has an outlier.
-
-    Source: LLM.int8() (arXiv 2208.07339), section 3.2. The probe of shapes cannot see it: its rows have no outliers.
-    """
-    states = (getattr(module, "state", None) for module in model.modules())
-    return any(getattr(state, "threshold", 0.0) > 0.0 for state in states)
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -217,126 +227,11 @@ def check_config(config: Any) -> None:
         )
 
 
-def prove(target: HFTarget, model: PreTrainedModel) -> None:
-    """Run a prompt, a two-branch tree and one more row through `target` and compare with the stock forward pass.
-
-    Slot 0 holds rubbish afterwards, which nobody remembers. Errors: UnsupportedModel says what differs.
-    """
-    name = type(model).__name__
-    draw = torch.Generator().manual_seed(5)
-    size = _prompt_size(model)
-    ids = torch.randint(0, target.vocab, (size + 5,), generator=draw).tolist()
-    sequence = Sequence(ids[:size], size, SamplingParams(), slot=0)
-    left, right = ids[size + 1], (ids[size + 1] + 1) % target.vocab
-    draft = Draft((left, right, ids[size + 2]), (-1, -1, 1), ("",) * 3, 3)
-    try:
-        said = [_pass(target, sequence, EMPTY, [*range(size)])]
-        sequence.tokens.append(ids[size])
-        said.append(_pass(target, sequence, draft, [0, 2, 3]))
-        sequence.tokens += [right, ids[size + 2], ids[size + 3]]
-        said.append(_pass(target, sequence, EMPTY, [0]))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError) as error:
-        raise UnsupportedModel(f"{name} cannot run on tree rows: {_first_line(error)}") from error
-    _check_calls(target, name)
-    branch = _stock(model, [*ids[: size + 1], left])
-    main = _stock(model, sequence.tokens)
-    # rows: end of the prompt; last known token, left branch, right branch and its child; the row behind them
-    wanted = torch.stack([main[size - 1], main[size], branch[size + 1], *main[size + 1 : size + 4]])
-    _compare(torch.cat(said), wanted, _tolerance(model), name)
-
-
-def _prompt_size(model: PreTrainedModel) -> int:
-    """Six tokens, or more than a window that is small."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return max(6, window + 2) if isinstance(window, int) and window <= 32 else 6
-
-
-def _pass(target: HFTarget, sequence: Sequence, draft: Draft, order: SequenceOf[int]) -> Tensor:
-    """Logits of one forward pass over what is pending and a draft; then the rows `order` are kept."""
-    logits = target.forward(pack([(sequence, len(sequence.tokens) - sequence.cached, draft)]))
-    target.keep(0, sequence.cached, order)
-    sequence.cached += len(order)
-    return logits
-
-
-@torch.inference_mode()
-def _stock(model: PreTrainedModel, tokens: SequenceOf[int]) -> Tensor:
-    """Logits [n, vocab] of the model's own forward pass, without a cache; its training flags are put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        logits: Tensor = model(torch.tensor([list(tokens)], device=device), use_cache=False).logits[0]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return logits
-
-
-def _check_calls(target: HFTarget, name: str) -> None:
-    """Every layer came through our attention once, with the window that the configuration promises."""
-    assert target.last is not None
-    calls = target.last.calls
-    layers = sorted(layer for layer, _ in calls)
-    if layers != list(range(target.layers)):
-        missing = sorted(set(range(target.layers)) - set(layers))
-        what = f"layer {missing[0]} did not use the attention interface" if missing else "a layer attends twice"
-        raise UnsupportedModel(f"{name} keeps state elsewhere: {what}")
-    for layer, window in calls:
-        wanted = window_of(target.config, layer)
-        if window != wanted and min(window or target.context, wanted or target.context) < target.context:
-            raise UnsupportedModel(f"{name}: layer {layer} attends with window {window}, its config says {wanted}")
-
-
-def window_of(config: Any, layer: int) -> int | None:
-    """The sliding window of a layer in tokens, as the text configuration says; None: it sees everything."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds[layer] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
-    return int(window) if window and slides else None
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    usual = TOLERANCE.get(dtype, COARSE)
-    quantised = getattr(model.config, "quantization_config", None) is not None
-    flips = quantised or (has_experts(model) and dtype.itemsize < 4)
-    return COARSE if flips else usual
-
-
-def _compare(said: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
-    said, wanted = said.double(), wanted.double()
-    spread = (wanted - wanted.mean(-1, keepdim=True)).square().mean(-1).sqrt()
-    error = ((said - wanted).square().mean(-1).sqrt() / spread.clamp(min=1e-12)).max().item()
-    if not error <= tolerance:  # NaN is refused too
-        raise UnsupportedModel(
-            f"{name} answers differently on tree rows: its logits differ by {error:.2g} of their spread, and only "
-            f"{tolerance:g} would be rounding; it keeps state elsewhere or sees other tokens"
-        )
-
-
-def _place(path: str | Path) -> str:
-    """What to hand to transformers. A path that does not exist is an error here, and never asked of the hub."""
-    text = str(path)
-    home = Path(text).expanduser()
-    if home.is_dir():
-        return str(home)
-    if home.is_file():
-        raise LoadError(f"{text} is a file; give the folder that holds config.json and the safetensors")
-    parts = text.replace("\\", "/").split("/")
-    marked = isinstance(path, Path) or text[:1] in ("/", ".", "~", "\\") or text[1:2] == ":"
-    if marked or len(parts) > 2 or "" in parts or (len(parts) == 2 and Path(parts[0]).is_dir()):
-        raise LoadError(f"{text}: there is no such folder; check the path, or give a hub name such as org/model")
-    return text
-
-
 def _check_folder(folder: Path, trust_remote_code: bool) -> None:
     """What can be said about a folder before transformers reads it. Errors: LoadError."""
     file = folder / "config.json"
     if not file.is_file():
-        raise LoadError(f"{folder}: no config.json; give the folder that `save_pretrained` wrote")
+        raise LoadError(f"{folder}: no config.json and no .gguf file; give the folder that `save_pretrained` wrote")
     try:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -366,10 +261,10 @@ def _blaming(where: str, what: str = "model") -> Iterator[None]:
         yield
     except ImportError as error:
         extra = "; pip install selfdraft[quantised]" if "quant" in str(error).lower() or "bits" in str(error) else ""
-        raise LoadError(f"{where}: a package for this {what} is missing: {_first_line(error)}{extra}") from error
+        raise LoadError(f"{where}: a package for this {what} is missing: {first_line(error)}{extra}") from error
     except Exception as error:
         hint = _hint(str(error))
-        raise LoadError(f"{where}: cannot load the {what}: {_first_line(error)}{hint}") from error
+        raise LoadError(f"{where}: cannot load the {what}: {first_line(error)}{hint}") from error
 
 
 def _hint(text: str) -> str:
@@ -379,8 +274,3 @@ def _hint(text: str) -> str:
         "; only safetensors are read: convert the weights": lambda t: "model.safetensors" in t,
     }
     return next((hint for hint, fits in hints.items() if fits(text)), "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -30,11 +30,8 @@ PATIENCE = 300
 @cache
 def library() -> ctypes.CDLL:
     """The kernels, built on first use. Errors: RunnerUnavailable says what is missing."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise RunnerUnavailable(f"there is no C++ compiler ({', '.join(COMPILERS)}) on this machine")
-    name = f"kernels-{_fingerprint(compiler)}.so"
-    built = _home() / name
+    compiler = _compiler()
+    built = _home() / f"kernels-{_fingerprint(compiler)}.so"
     if not built.is_file():
         built = _build(compiler, built)
     try:
@@ -43,11 +40,24 @@ def library() -> ctypes.CDLL:
         raise RunnerUnavailable(f"{built} cannot be loaded: {error}") from error
 
 
+def fingerprint() -> str:
+    """A name for the kernels as they are built here. Errors: RunnerUnavailable."""
+    return _fingerprint(_compiler())
+
+
+def _compiler() -> str:
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise RunnerUnavailable(f"there is no C++ compiler ({', '.join(COMPILERS)}) on this machine")
+    return compiler
+
+
 def _home() -> Path:
     """The user's cache folder."""
     return Path.home() / ".cache" / "selfdraft"
 
 
+@cache
 def _fingerprint(compiler: str) -> str:
     """Changes with the source, the flags, the compiler, and the processor that it builds for."""
     told = _call([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])

@@ -10,7 +10,6 @@ for every half line; bits 4q to 4q + 3 of 16-bit lane j are the code of weight 3
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from selfdraft.models import view
 from selfdraft.models.marks import product
 from selfdraft.models.masks import Gate
+from selfdraft.types import Clock
 
 LINE = 128
 GROUPS = {8: LINE, 4: LINE // 2}
@@ -141,12 +141,12 @@ class Copy:
     """Linear-like layers that stayed as they are: quantised already, or of a kind of their own."""
 
 
-def rounding(stock: PreTrainedModel, bits: int, gate: Gate) -> tuple[PreTrainedModel, Copy]:
+def rounding(stock: PreTrainedModel, bits: int, gate: Gate, clock: Clock) -> tuple[PreTrainedModel, Copy]:
     """A view of `stock` whose plain linear layers hold rounded weights; everything else is shared with it.
 
     Layers with weights of another kind (quantised checkpoints, experts in one tensor) stay as they are.
     """
-    began = time.perf_counter()
+    began = clock()
     head = stock.get_output_embeddings()
     made: dict[nn.Module, RoundedLinear] = {}
     kept: set[nn.Module] = set()
@@ -169,7 +169,7 @@ def rounding(stock: PreTrainedModel, bits: int, gate: Gate) -> tuple[PreTrainedM
     changed = along(stock)
     assert isinstance(changed, PreTrainedModel)
     size = sum(layer.bytes for layer in made.values())
-    return changed, Copy(time.perf_counter() - began, size, len(made), len(kept))
+    return changed, Copy(clock() - began, size, len(made), len(kept))
 
 
 def is_plain(module: nn.Module) -> bool:

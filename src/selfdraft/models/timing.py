@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,13 +73,13 @@ class _Timed(nn.Module):
 
 
 def clock_of(target: HFTarget) -> Callable[[], float]:
-    """Seconds of a clock that waits for the target's device first."""
+    """The target's clock, which waits for its device first."""
     device = next(target._view.parameters()).device
     if device.type != "cuda":
-        return time.perf_counter
+        return target.clock
 
     def now() -> float:
         torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return target.clock()
 
     return now

@@ -8,7 +8,6 @@ and of rows asked for are primes that no size of the model is a multiple of: so 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.graph import VIEWS, Graph, Node, record
 from selfdraft.models.marks import Recorder
 from selfdraft.models.tape import TYPES, Buffer, Instr, Kind, Operand, Slot, Tape, assemble
 
@@ -45,22 +45,6 @@ BINARY = {"add": 32, "sub": 33, "mul": 34, "div": 35, "maximum": MAXIMUM, "minim
 REDUCING = {"sum.dim_IntList": 64, "mean.dim": 65, "amax.default": 66}
 LAYER_NORM, RMS_NORM, EMBED, PICK, GATED = range(80, 85)
 """The codes of kernels.cpp."""
-VIEWS = frozenset(
-    {
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "permute",
-        "transpose",
-        "t",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "slice",
-        "select",
-    }
-    | {"split", "split_with_sizes", "unbind", "alias", "detach", "unfold", "narrow", "chunk"}
-)
 SAME = frozenset({"clone", "contiguous", "lift_fresh_copy", "lift_fresh", "dropout"})
 
 
@@ -109,15 +93,13 @@ def trace(model: PreTrainedModel, *, embedded: bool, resuming: bool) -> Traced:
         recorder.calls.clear()
         start = {"inputs_embeds": embeds} if embedded else {"input_ids": tokens}
         said = model(**start, position_ids=positions, use_cache=False, logits_to_keep=wanted, selfdraft=recorder).logits
-        noted = None if resuming else recorder.hidden
+        noted = None if recorder.hidden is entering else recorder.hidden
         return [said] if noted is None else [said, noted]
 
     ids, wanted = torch.zeros(1, rows, dtype=torch.int64), torch.zeros(asked, dtype=torch.int64)
     states = torch.zeros(1, rows, hidden, dtype=dtype)
     try:
-        graph = make_fx(forward, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            ids, ids.clone(), wanted, states, states.clone()
-        )
+        graph = record(forward, (ids, ids, wanted, states, states))
     except Exception as error:  # whatever stops the trace, the plain path is there
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunnerUnavailable(f"its forward pass cannot be traced: {line}") from error
@@ -136,11 +118,11 @@ def _marks(model: nn.Module) -> tuple[int, int]:
 class _Writer:
     """Translates the nodes of one traced graph."""
 
-    def __init__(self, graph: torch.fx.GraphModule, rows: int, asked: int) -> None:
+    def __init__(self, graph: Graph, rows: int, asked: int) -> None:
         self.graph, self.rows, self.asked = graph, rows, asked
         self.instrs: list[Instr] = []
         self.heads: dict[int, tuple[int, int, int]] = {}
-        self.known: dict[torch.fx.Node, Any] = {}
+        self.known: dict[Node, Any] = {}
         self.direct: dict[str, Callable[..., Any]] = {
             "mm.default": self._mm,
             "addmm.default": self._addmm,
@@ -160,19 +142,13 @@ class _Writer:
         }
 
     def write(self, calls: tuple[tuple[int, int | None], ...]) -> Traced:
-        inputs = iter((Slot.TOKENS, Slot.POSITIONS, Slot.ASKED, Slot.EMBEDS, Slot.ENTERING))
-        self.graph.graph.eliminate_dead_code()
-        outputs: list[Value] = []
-        for node in self.graph.graph.nodes:
-            if node.op == "placeholder":
-                self.known[node] = self._input(node.meta["val"], next(inputs))
-            elif node.op == "get_attr":
-                self.known[node] = getattr(self.graph, node.target)
-            elif node.op == "call_function":
-                self.known[node] = self._call(node)
-            else:
-                flat = torch.utils._pytree.tree_leaves(torch.fx.node.map_arg(node.args[0], self.known.__getitem__))
-                outputs = [self._fresh_output(value, slot) for value, slot in zip(flat, OUTPUTS, strict=False)]
+        slots = (Slot.TOKENS, Slot.POSITIONS, Slot.ASKED, Slot.EMBEDS, Slot.ENTERING)
+        for node, slot in zip(self.graph.inputs, slots, strict=True):
+            self.known[node] = self._input(node.value, slot)
+        for node in self.graph.nodes:
+            self.known[node] = self._call(node)
+        said = [self.known[node] for node in self.graph.outputs]
+        outputs = [self._fresh_output(value, slot) for value, slot in zip(said, OUTPUTS, strict=False)]
         notes = outputs[1].buffer.width if len(outputs) > 1 else 0
         return Traced(assemble(self.instrs), calls, self.heads, outputs[0].buffer.width, notes)
 
@@ -188,12 +164,11 @@ class _Writer:
         value.buffer.slot = slot
         return value
 
-    def _call(self, node: torch.fx.Node) -> Any:
-        args: Any = torch.fx.node.map_arg(node.args, self.known.__getitem__)
-        kwargs: Any = torch.fx.node.map_arg(node.kwargs, self.known.__getitem__)
+    def _call(self, node: Node) -> Any:
+        if node.source is not None:
+            return self.known[node.source][node.part]
+        args, kwargs = tree_map(lambda one: self.known[one] if isinstance(one, Node) else one, (node.args, node.kwargs))
         target: Any = node.target
-        if target is operator.getitem:
-            return args[0][args[1]]
         name = str(target)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if not any(isinstance(leaf, Value) for leaf in leaves):
@@ -203,11 +178,11 @@ class _Writer:
         if name == "selfdraft.gated.default":
             return self._gated(*args)
         if name == "selfdraft.rounded.default":
-            return self._rounded(node.meta["val"], *args)
+            return self._rounded(node.value, *args)
         space, _, short = name.partition(".")
         if space == "aten":
             family = short.partition(".")[0]
-            example = node.meta["val"]
+            example = node.value
             if family in VIEWS:
                 return self._view(target, args, kwargs)
             if family in SAME:

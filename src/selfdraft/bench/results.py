@@ -1,0 +1,180 @@
+"""A page of results out of kept rows: one section for each set of conditions, one table for each temperature."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfdraft.bench.ledger import HEAD, Row, key_of
+from selfdraft.bench.report import scores_of
+from selfdraft.errors import RequestError
+
+VARIED = ("temperature", "top_p")
+"""Conditions that part tables, not sections."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Rows under the same conditions, at one temperature."""
+
+    conditions: Mapping[str, Any]
+    rows: list[Row]
+
+    @property
+    def columns(self) -> list[str]:
+        """Task, or task and group, in the order of the rows."""
+        return list(dict.fromkeys(column_of(row) for row in self.rows))
+
+    @property
+    def labels(self) -> list[str]:
+        """Plain decoding, drafters, then other engines."""
+        ours = [row["drafter"] for row in self.rows if row.get("peer") is None]
+        return list(dict.fromkeys([*ours, *(row["drafter"] for row in self.rows)]))
+
+    def of(self, label: str, column: str | None = None) -> list[Row]:
+        """The rows of a drafter, in a column or in all."""
+        return [row for row in self.rows if row["drafter"] == label and column in (None, column_of(row))]
+
+
+def column_of(row: Row) -> str:
+    return f"{row['task']}/{row['group']}" if row["group"] else str(row["task"])
+
+
+def read_rows(paths: SequenceOf[Path]) -> list[Row]:
+    """The rows of files that `bench --output` wrote, also gzipped; a torn last line is left out.
+
+    Errors: RequestError for a file that cannot be read or holds something else.
+    """
+    rows: dict[tuple[str, str, str, str], Row] = {}
+    for path in paths:
+        try:
+            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+                lines = file.read().splitlines(keepends=True)
+        except (OSError, EOFError) as error:
+            raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break
+            if not line.startswith(HEAD.encode()):
+                raise RequestError(f"{path}:{number}: not written by this version of selfdraft bench --output")
+            try:
+                row = json.loads(line)
+                rows[key_of(row)] = row
+            except (ValueError, KeyError) as error:
+                raise RequestError(f"{path}:{number}: broken row: {error}; take the line out") from error
+    if not rows:
+        raise RequestError(f"no rows in {', '.join(map(str, paths))}")
+    return [*rows.values()]
+
+
+def sheets_of(rows: SequenceOf[Row]) -> list[list[Sheet]]:
+    """Sections of sheets: rows whose conditions agree but for the temperature share a section.
+
+    Errors: RequestError when a prompt was measured twice with a drafter under the same conditions but with other
+    options, seed or number of runs: the table could only show one of them.
+    """
+    sections: dict[str, dict[str, list[Row]]] = {}
+    seen: dict[tuple[str, ...], str] = {}
+    for row in rows:
+        facts = row["conditions"]
+        common = json.dumps({name: value for name, value in facts.items() if name not in VARIED}, sort_keys=True)
+        own = json.dumps([facts[name] for name in VARIED])
+        task, key, label, fingerprint = key_of(row)
+        if seen.setdefault((common, own, task, key, label), fingerprint) != fingerprint:
+            raise RequestError(
+                f"{task}, {key}, {label}: measured twice under the same conditions, with other options, seed or "
+                "number of runs; give such rows to calls of their own"
+            )
+        sections.setdefault(common, {}).setdefault(own, []).append(row)
+    return [[Sheet(part[0]["conditions"], part) for part in parts.values()] for parts in sections.values()]
+
+
+def page(sections: SequenceOf[SequenceOf[Sheet]], pictures: Mapping[int, str]) -> str:
+    """The page as markdown; `pictures` are links by number of the sheet, counted through all sections."""
+    lines = ["# Results", "", "Made by `selfdraft results` from kept rows; docs/bench.md says what is measured.", ""]
+    number = 0
+    for sheets in sections:
+        facts = sheets[0].conditions
+        lines += [f"## {Path(str(facts['model'])).name}, {facts['dtype']}, weights {str(facts['weights'])[:8]}", ""]
+        lines += [_conditions(facts), ""]
+        for sheet in sheets:
+            lines += [*_table(sheet), ""]
+            if number in pictures:
+                lines += [f"![Speed-up by drafter and task]({pictures[number]})", ""]
+            number += 1
+    return "\n".join(lines)
+
+
+def _conditions(facts: Mapping[str, Any]) -> str:
+    machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["machine"].items() if value)
+    chat = "chat template" if facts["chat"] else "prompts continued"
+    return (
+        f"Exactness {facts['exactness']['level']}, runner {facts['runner']}, {chat}, at most {facts['max_new_tokens']} "
+        f"new tokens, batch {facts['batch']}, selfdraft {facts['selfdraft']}; {machine}."
+    )
+
+
+def _table(sheet: Sheet) -> list[str]:
+    temperature = sheet.conditions["temperature"]
+    heading = "Greedy" if temperature == 0 else f"Temperature {temperature:g}, top-p {sheet.conditions['top_p']:g}"
+    plain, *others = sheet.labels
+    columns = [*sheet.columns, None]
+    load = max(row["load_average"] for row in sheet.rows)
+    lines = [
+        f"### {heading}",
+        "",
+        f"Tokens per second against plain decoding in the same process, in brackets tokens "
+        f"per pass. Load average up to {load:.1f}.",
+        "",
+    ]
+    lines.append("| | " + " | ".join(column or "all" for column in columns) + " | texts equal |")
+    lines.append("|---|" + "---:|" * len(columns) + "---|")
+    counts = [str(len(sheet.of(plain, column))) for column in columns]
+    lines.append(f"| prompts | {' | '.join(counts)} | |")
+    speeds = [f"{ratio(rows, 'tokens'):.1f}" if (rows := sheet.of(plain, column)) else "" for column in columns]
+    lines.append(f"| plain, tokens/s | {' | '.join(speeds)} | |")
+    for label in others:
+        cells = [_cell(sheet.of(label, column), len(sheet.of(plain, column))) for column in columns]
+        lines.append(f"| {label} | {' | '.join(cells)} | {_equal(sheet.of(label))} |")
+    editions = {row["drafter"]: row["peer"] for row in sheet.rows if row.get("peer")}
+    if editions:
+        lines += ["", "Other engines: " + ", ".join(f"{name} is {what}" for name, what in editions.items()) + "."]
+    scores = {column: scores_of(sheet.of(plain, column)) for column in sheet.columns}
+    said = [f"{name} " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()) for name, found in scores.items() if found]
+    return [*lines, *(["", "Scores of the plain texts: " + "; ".join(said) + "."] if said else [])]
+
+
+def ratio(rows: SequenceOf[Row], over: str) -> float:
+    """A sum (plain_seconds, tokens) by the seconds of the same rows."""
+    return float(sum(row[over] for row in rows) / sum(row["seconds"] for row in rows))
+
+
+def speedup(rows: SequenceOf[Row]) -> float | None:
+    """None where a text of our own engine differs, or where nothing was measured."""
+    fine = rows and all(row["texts_equal"] or row.get("peer") for row in rows)
+    return ratio(rows, "plain_seconds") if fine else None
+
+
+def _cell(rows: SequenceOf[Row], prompts: int) -> str:
+    if not rows:
+        return "-"
+    faster = speedup(rows)
+    said = "texts differ" if faster is None else f"{faster:.2f}x"
+    if rows[0].get("peer") is None:
+        passes = sum(row["stats"]["num_steps"] for row in rows)
+        tokens = sum(row["stats"]["mean_acceptance_length"] * row["stats"]["num_steps"] for row in rows)
+        said += f" ({tokens / passes:.2f})" if passes else ""
+    return said + (f", {len(rows)} of {prompts}" if len(rows) < prompts else "")
+
+
+def _equal(rows: SequenceOf[Row]) -> str:
+    equal = sum(bool(row["texts_equal"]) for row in rows)
+    if rows and rows[0].get("peer") and equal < len(rows):  # another engine rounds otherwise
+        said = sum(row["tokens"] if (first := row["first_difference"]) is None else first for row in rows)
+        return f"{equal} of {len(rows)}; {100 * said / sum(row['tokens'] for row in rows):.0f} % of the tokens"
+    return f"yes, {equal}" if equal == len(rows) else f"NO: {equal} of {len(rows)}"

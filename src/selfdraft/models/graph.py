@@ -1,0 +1,143 @@
+"""A forward pass as a list of torch's basic operations, recorded without computing any of them.
+
+`make_fx` of torch gives the same list, but takes 1.5 s for a model of 30 blocks, and this 0.2 s. The model sees
+ordinary tensors of its own device with arbitrary contents; what an operation returns is found on torch's "meta" device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from selfdraft.errors import RunnerUnavailable
+
+aten = torch.ops.aten
+VIEWS = frozenset(
+    {
+        "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice",
+        "select", "split", "split_with_sizes", "unbind", "alias", "detach", "unfold", "narrow", "chunk",
+    }
+)  # fmt: skip
+"""Operations that only look at the numbers of their first argument in another way."""
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One operation, or an input of the pass (then `target` is None)."""
+
+    target: Any
+    args: Any
+    kwargs: Any
+    value: Any
+    """An example of what it returns: sizes and types count, not the numbers."""
+    part: int | None = None
+    """Which one of several returned tensors is meant."""
+    source: Node | None = None
+    """The operation that returned them all."""
+
+
+@dataclass(slots=True)
+class Graph:
+    inputs: list[Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    """Nodes, or tensors that depend on no input."""
+
+    def drop_unused(self) -> None:
+        """Drop every operation that no output depends on."""
+        used: set[Node] = set()
+        stack = [one for one in self.outputs if isinstance(one, Node)]
+        while stack:
+            node = stack.pop()
+            if node not in used:
+                used.add(node)
+                leaves = [node.source, *tree_leaves((node.args, node.kwargs))]
+                stack += [leaf for leaf in leaves if isinstance(leaf, Node)]
+        self.nodes = [node for node in self.nodes if node in used]
+
+
+class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = graph
+        self.known: dict[int, Node] = {}
+        self.alive: list[Tensor] = []
+        """Tensors whose ids are known: none of them may be given to another one."""
+
+    def note(self, tensor: Tensor, node: Node) -> None:
+        self.known[id(tensor)] = node
+        self.alive.append(tensor)
+
+    def node_of(self, one: Any) -> Any:
+        return self.known.get(id(one), one) if isinstance(one, Tensor) else one
+
+    def __torch_dispatch__(
+        self, func: Any, types: SequenceOf[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if not any(id(leaf) in self.known for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)  # made of constants alone
+        with self:
+            said = func.decompose(*args, **kwargs)
+        if said is not NotImplemented:
+            return said
+        named_args, named_kwargs = tree_map(self.node_of, (args, kwargs))
+        said = _returned(func, args, kwargs)
+        node = Node(func, named_args, named_kwargs, said)
+        self.graph.nodes.append(node)
+        if isinstance(said, Tensor):
+            self.note(said, node)
+            return said
+        for number, one in enumerate(said):
+            part = Node(None, (), {}, one, number, node)
+            self.graph.nodes.append(part)
+            self.note(one, part)
+        return said
+
+
+def _returned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tensors of the sizes and types that the operation returns; a view is taken as it is."""
+    if func.namespace == "aten" and func.overloadpacket.__name__ in VIEWS:
+        return func(*args, **kwargs)
+
+    def described(one: Any) -> Any:
+        if not isinstance(one, Tensor):
+            return one
+        return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
+
+    device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    there = {name: "meta" if name == "device" and one is not None else one for name, one in kwargs.items()}
+    said = func(*tree_map(described, args), **tree_map(described, there))
+
+    def made(one: Any) -> Any:
+        if not isinstance(one, Tensor):
+            return one
+        return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device)
+
+    return tree_map(made, said)
+
+
+def record(forward: Callable[..., SequenceOf[Tensor]], inputs: SequenceOf[Tensor]) -> Graph:
+    """What `forward` does to its inputs. Errors: whatever `forward` raises; RunnerUnavailable."""
+    graph = Graph()
+    with torch.inference_mode(False), torch.no_grad():
+        given = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in inputs]
+        mode = _Recording(graph)
+        for one in given:
+            node = Node(None, (), {}, one)
+            graph.inputs.append(node)
+            mode.note(one, node)
+        with mode:
+            said = forward(*given)
+    graph.outputs = [mode.node_of(one) for one in said]
+    if not all(isinstance(one, Node) for one in graph.outputs):
+        raise RunnerUnavailable("what the model says does not depend on its input")
+    graph.drop_unused()
+    return graph

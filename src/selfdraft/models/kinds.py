@@ -1,0 +1,30 @@
+"""What the modules of a model say about how it computes: experts, quantised weights, layers that mix rows."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """True for a mixture of experts."""
+    return any(name.endswith("experts") or "Experts" in type(m).__name__ for name, m in model.named_modules())
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """True for a checkpoint whose weights another library keeps in a form of its own."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def mixes_rows(model: PreTrainedModel) -> bool:
+    """True when a layer of bitsandbytes treats columns apart in which any row of the pass has an outlier.
+
+    Source: LLM.int8() (arXiv 2208.07339), section 3.2. The probe of shapes cannot see it: its rows have no outliers.
+    """
+    states = (getattr(module, "state", None) for module in model.modules())
+    return any(getattr(state, "threshold", 0.0) > 0.0 for state in states)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

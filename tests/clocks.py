@@ -1,0 +1,45 @@
+"""Clocks that tests hand in: what is drafted by measured times is then the same on every machine, however busy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from selfdraft.core.rows import Rows
+from selfdraft.models.adapter import HFTarget
+from selfdraft.types import Short
+
+
+class Ticking:
+    """A clock that goes on by `step` seconds whenever it is read."""
+
+    def __init__(self, step: float = 1.0) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+class Passes:
+    """A clock that moves only while a target runs: seconds of a pass, of a shorter one, and of each row beside that."""
+
+    def __init__(self, whole: float = 1.0, short: float = 0.25, row: float = 1 / 64) -> None:
+        self.now, self.whole, self.short, self.row = 0.0, whole, short, row
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def on_passes(target: HFTarget, clock: Passes | None = None) -> HFTarget:
+    """The target, with a clock that its own passes move."""
+    moved = clock or Passes()
+    forward: Callable[..., Tensor] = target.forward
+
+    def timed(rows: Rows, short: Short | None = None) -> Tensor:
+        moved.now += (moved.whole if short is None else moved.short) + moved.row * len(rows)
+        return forward(rows, short)
+
+    target.forward, target.clock = timed, moved  # type: ignore[method-assign]
+    return target

@@ -1,0 +1,81 @@
+"""The page of results: what is put together, what is kept apart, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdraft.bench.ledger import HEAD
+from selfdraft.bench.results import page, read_rows, sheets_of
+from selfdraft.errors import RequestError
+
+
+def row(drafter: str, key: str = "1", temperature: float = 0.0, **other: Any) -> dict[str, Any]:
+    machine: dict[str, Any] = {"processor": "x", "threads": 2} | other.pop("machine", {})
+    facts: dict[str, Any] = {
+        "model": "/m/tiny",
+        "dtype": "bfloat16",
+        "weights": "abc",
+        "temperature": temperature,
+        "top_p": 1.0,
+    }
+    facts |= {"exactness": {"level": "bitwise"}, "runner": "fast", "chat": True, "max_new_tokens": 8, "batch": 1}
+    facts |= {"selfdraft": "0", "machine": machine}
+    made: dict[str, Any] = {
+        "task": "quick",
+        "group": "qa",
+        "key": key,
+        "drafter": drafter,
+        "peer": None,
+        "fingerprint": f"{drafter} {temperature} {machine}",
+    }
+    made |= {"tokens": 8, "seconds": 1.0 if drafter == "none" else 0.5, "plain_seconds": 1.0, "texts_equal": True}
+    made |= {"first_difference": None, "load_average": 1.0, "scores": {}, "conditions": facts}
+    made |= {"stats": {"num_steps": 4, "mean_acceptance_length": 2.0}}
+    return made | other
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    data = "".join(HEAD + json.dumps(one)[1:] + "\n" for one in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def test_a_page_of_two_files(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", row("none"), row("none", "2"), row("lookup"))
+    other = write(tmp_path / "b.jsonl.gz", row("none", temperature=0.8), row("none", machine={"threads": 4}))
+    sections = sheets_of(read_rows([one, other]))
+    assert [len(sheets) for sheets in sections] == [2, 1]
+    text = page(sections, {0: "p.png"})
+    assert text.count("### Greedy") == 2
+    assert "| lookup | 2.00x (2.00), 1 of 2 | 2.00x (2.00), 1 of 2 | yes, 1 |" in text
+    assert "| plain, tokens/s | 8.0 | 8.0 | |" in text
+    assert text.count("p.png") == 1
+
+
+def test_no_ratio_where_a_text_differs() -> None:
+    rows = [row("none"), row("lookup", texts_equal=False, first_difference=4)]
+    assert "| lookup | texts differ (2.00) | texts differ (2.00) | NO: 0 of 1 |" in page(sheets_of(rows), {})
+    rows[1]["peer"] = "engine 1"
+    assert "| lookup | 2.00x | 2.00x | 0 of 1; 50 % of the tokens |" in page(sheets_of(rows), {})
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="measured twice under the same conditions"):
+        sheets_of([row("none"), row("none", fingerprint="other")])
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(RequestError, match=r"a\.jsonl:1: not written by"):
+        read_rows([path])
+    with pytest.raises(RequestError, match="cannot be read: No such file"):
+        read_rows([tmp_path / "none"])
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", row("none"), row("lookup"))
+    path.write_bytes(path.read_bytes()[:-5])
+    assert [one["drafter"] for one in read_rows([path])] == ["none"]
