@@ -92,7 +92,8 @@ def bench(
 ) -> None:
     """Measure drafters on the field's tasks.
 
-    Without --tasks, on 64 prompts that are part of this package. Every prompt is decoded by every drafter several times: begin with --limit 1. Exit code 1 if a text of ours differs.
+    Without --tasks, on 64 prompts that are part of this package. Every prompt is decoded by every drafter several
+    times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
     from selfdraft.bench.log import check_log
