@@ -6,8 +6,10 @@ import tempfile
 import torch
 
 from selfdraft.models import embedded
+from selfdraft.models.stock import quiet
 
 torch.set_num_threads(1)
+quiet()  # no bars of transformers in what tests read from the error output, whichever test comes first
 SMOLLM2 = embedded.installed("smollm2")
 """In the user's cache, where `make test` has put it; tests only read it."""
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="selfdraft-tests-")

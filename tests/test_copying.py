@@ -12,6 +12,7 @@ from selfdraft.core.profile import Profile
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters.auto import TREE_FROM, Auto
 from selfdraft.types import Budget, SamplingParams
+from tests.clocks import Passes, on_passes
 from tests.models import run, tiny_target
 
 FREE = [0.0] * AHEAD
@@ -76,7 +77,7 @@ def test_what_was_not_drafted_is_scored_too() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_auto_with_copies_says_what_plain_decoding_says(temperature: float) -> None:
-    target = tiny_target(slots=3)
+    target = on_passes(tiny_target(slots=3), Passes(whole=BRIEF.step(1), row=0.0))
     target.profile = BRIEF
     assert BRIEF.step(1) < TREE_FROM
     prompts = [[1, 2, 3], [9, 8, 7, 6] * 4, [4] * 5]
@@ -85,5 +86,7 @@ def test_auto_with_copies_says_what_plain_decoding_says(temperature: float) -> N
     plain = run(target, "none", prompts, sampling, slots=3)
     texts = run(target, drafter, prompts, sampling, slots=3)
     assert [s.output for s in texts] == [s.output for s in plain]
-    assert any("copy" in source for s in texts for source in s.sources)
+    assert sum(s.stats.num_draft_tokens for s in texts) > 0
+    # copies of greedy text hold; of a random model's text at temperature 1 they hold by chance only
+    assert temperature or any("copy" in source for s in texts for source in s.sources)
     assert not drafter._notes, "no tree was made"

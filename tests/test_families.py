@@ -420,10 +420,10 @@ def test_unreachable_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_folder_without_a_config(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"no config\.json; give the folder"):
+    with pytest.raises(LoadError, match=r"no config\.json and no \.gguf file; give the folder"):
         load_model(tmp_path, dtype=None)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(LoadError, match="is a file; give the folder"):
+    with pytest.raises(LoadError, match=r"is a file; give a \.gguf file, or the folder"):
         load_model(tmp_path / "model.safetensors", dtype=None)
 
 

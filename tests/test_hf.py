@@ -225,7 +225,7 @@ def test_text_streamer(model: LlamaForCausalLM, drafter: str, capsys: pytest.Cap
 
 
 def test_iterator_streamer(model: LlamaForCausalLM) -> None:
-    streamer = TextIteratorStreamer(tokenizer(), timeout=5)
+    streamer = TextIteratorStreamer(tokenizer(), timeout=600)
     said = ours(model, SINGLE, token_streamer=streamer)
     assert "".join(streamer) == tokenizer().decode(said[0])
 
@@ -234,7 +234,7 @@ def test_a_streamer_ends_when_a_step_fails(model: LlamaForCausalLM) -> None:
     def fail(ids: Tensor, scores: Tensor) -> Tensor:
         raise ZeroDivisionError
 
-    streamer = TextIteratorStreamer(tokenizer(), timeout=5)
+    streamer = TextIteratorStreamer(tokenizer(), timeout=600)
     with pytest.raises(ZeroDivisionError):
         ours(model, SINGLE, token_streamer=streamer, logits_processor=[fail])
     assert "".join(streamer) == tokenizer().decode(SINGLE[0])

@@ -145,6 +145,46 @@ def test_quiet_rooms(module: str) -> None:
     assert not list(noises(tree_of(module))), MODULES[module]
 
 
+CACHED = ("core.profile",)
+"""Modules of core that may keep a result: the prices of a profile, which follow from its own numbers alone."""
+
+
+def kept_time(tree: ast.Module) -> Iterator[str]:
+    """Clocks and results that outlive a call: core is handed the time, and its objects hold what they know."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [f"{node.value.id}.{node.attr}"]
+        for name in names:
+            cached = re.fullmatch(r"functools\.(cache|lru_cache|cached_property)", name)
+            if cached or name.partition(".")[0] in ("time", "datetime"):
+                yield f"{node.lineno}: {name}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) == "core"])
+def test_core_reads_no_clock_and_caches_nothing(module: str) -> None:
+    assert bool(list(kept_time(tree_of(module)))) == (module in CACHED), MODULES[module]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import time",
+        "from time import perf_counter",
+        "import datetime",
+        "from functools import lru_cache",
+        "import functools\n@functools.cache\ndef f(): pass",
+    ],
+)
+def test_the_clock_test_can_tell(line: str) -> None:
+    assert list(kept_time(ast.parse(line)))
+    assert not list(kept_time(ast.parse("from functools import partial\nself.time.observe(1)\nclock()")))
+
+
 def too_long(tree: ast.Module, most: int = LONGEST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

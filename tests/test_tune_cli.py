@@ -99,7 +99,7 @@ def test_a_profile_of_a_busy_machine_is_not_kept(
     done = typed(monkeypatch, capsys, "tune", "--model", "pocket", "--dtype", "float32")
     assert done.code == 0
     assert "the machine is busy" in done.err
-    assert not (tmp_path / "selfdraft").exists()
+    assert not (tmp_path / "selfdraft" / "profiles").exists()
 
 
 def test_a_set_in_the_checkpoints_folder_is_taken(folder: Path) -> None:

@@ -272,8 +272,9 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     draw = random.Random(os.getpid())
     kills, lengths = 0, [0]
     before: list[tuple[str, Skip, float]] = []
-    while kills < 10:
+    while kills < 10 or not max(lengths):
         kills += killed(lambda: search(places[1]), draw.uniform(0.02, 0.25) * whole)
+        whole *= 1.1  # on a machine that got busier nothing would be booked in that time
         if (places[1] / "study.db").is_file():
             now = booked(places[1] / "study.db")
             assert now[: len(before)] == before, "something booked was lost"
@@ -282,7 +283,6 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
         if len(before) == 68:
             (places[1] / "study.db").unlink()  # it was too fast: begin anew, the kills still count
             before = []
-    assert max(lengths) > 0
     assert search(places[1]) == wanted
     assert booked(places[1] / "study.db") == booked(places[0] / "study.db")
 

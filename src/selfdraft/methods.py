@@ -72,5 +72,10 @@ def check_early(drafter: str | None, config: Mapping[str, object] | None) -> Non
     Where other packages offer drafters, the whole check of `selfdraft.drafters.find` comes later. Errors: OptionError.
     """
     name, options = drafter_of(drafter, config)
-    if ALIASES.get(name, name) in OPTIONS or not entry_points(group=GROUP):
+    if ALIASES.get(name, name) in OPTIONS or not offered():
         check(name, options, OPTIONS)
+
+
+def offered() -> bool:
+    """Whether other packages offer drafters."""
+    return bool(entry_points(group=GROUP))

@@ -27,7 +27,7 @@ WARM = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.mistral.modeling_mistral",
 )
-PATIENCE = 90
+PATIENCE = 600
 """Seconds after which a run that does not end counts as failed."""
 
 

@@ -110,10 +110,11 @@ def generate(
 
 def _texts(prompt: str | None, prompts: Path | None, limit: int | None, log: Path | None) -> Sequence[str]:
     """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
-    from selfdraft.bench.log import check_log
-
     texts = gather(prompt, prompts, limit)
-    check_log(log)
+    if log is not None:
+        from selfdraft.bench.log import check_log
+
+        check_log(log)
     return texts
 
 

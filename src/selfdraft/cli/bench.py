@@ -90,9 +90,10 @@ def bench(
     no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure drafters on the field's tasks; without options, on 64 prompts that are part of this package.
+    """Measure drafters on the field's tasks.
 
-    Every prompt is decoded by every drafter several times: begin with --limit 1. Exit code 1 if a text of ours differs.
+    Without --tasks, on 64 prompts that are part of this package. Every prompt is decoded by every drafter several
+    times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
     from selfdraft.bench.ledger import Ledger
     from selfdraft.bench.log import check_log
@@ -109,17 +110,22 @@ def bench(
         llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
         if chat is None and getattr(llm.tokenizer, "chat_template", None):
             plan, items = as_chat(plan, tasks, data_dir, limit)
-        named = drafters not in (None, "all")
-        fit = [c for c in contenders if runnable(llm, c.method, c.options, named=named or bool(c.options)) is not None]
+        by_name = drafters not in (None, "all")
+        fit = [one for one in contenders if runnable(llm, one.method, one.options, named=by_name or bool(one.options))]
         setting = set_up(llm, model, adapter or [], fit, plan, log)
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
-    records = report(rows, [one.label for one in setting.contenders])
+    tell(reported(setting, rows, llm.target.context), output, draw, profile=profile, as_json=as_json)
+
+
+def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[dict[str, Any]]:
+    """The records of all rows; what was skipped is said. Errors: RequestError when nothing was measured."""
     for reason in setting.skipped:
         show.note(f"skipped: {reason}")
+    records = report(rows, [one.label for one in setting.contenders])
     if not records:
-        raise RequestError(f"nothing was measured: none of the prompts fits into the context of {llm.target.context}")
-    tell(records, output, draw, profile=profile, as_json=as_json)
+        raise RequestError(f"nothing was measured: none of the prompts fits into the context of {context}")
+    return records
 
 
 def tell(

@@ -13,7 +13,7 @@ import typer
 
 from selfdraft import show
 from selfdraft.errors import MissingMasks, OptionError, RequestError
-from selfdraft.methods import ALIASES, check_early, drafter_of
+from selfdraft.methods import ALIASES, OPTIONS, check_early, drafter_of, offered
 from selfdraft.types import check_dtype
 
 if TYPE_CHECKING:
@@ -203,20 +203,22 @@ def conditions(llm: LLM, model: str) -> dict[str, Any]:
 
 
 def named(wanted: str) -> list[str]:
-    """The drafters of a list with commas, or 'all'. A wrong name is told before anything heavy is imported.
+    """The drafters of a list with commas, or 'all'. The built-in ones are known before anything heavy is imported.
 
     Errors: OptionError.
     """
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    if wanted != "all":
-        for name in names:
+    names = [*dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip())]
+    if wanted == "all" and not offered():
+        return [*OPTIONS]
+    if wanted == "all" or not all(ALIASES.get(name, name) in OPTIONS for name in names):
+        for name in names if wanted != "all" else ():
             check_early(name, None)
-    from selfdraft.drafters import find, table
+        from selfdraft.drafters import find, table
 
-    names = [*table()] if wanted == "all" else names
-    for name in names:
-        find(name, {})
-    return [*dict.fromkeys(names)]
+        names = [*table()] if wanted == "all" else names
+        for name in names:
+            find(name, {})
+    return names
 
 
 def drafter_names(wanted: str, against: str) -> list[str]:

@@ -54,12 +54,12 @@ def verify(
     from selfdraft.bench.prompts import read_prompts
     from selfdraft.types import SamplingParams
 
-    check_options(model, None, None, dtype)
     names = drafter_names(drafters, against)
     texts = read_prompts(prompts, limit)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
+    check_options(model, None, None, dtype)
     from selfdraft.bench.verify import Report, plainly, stock_greedy
     from selfdraft.bench.verify import verify as run
 

