@@ -1,7 +1,7 @@
 """Which of several ways to run a step is the quickest, found by short trials that are judged by time alone.
 
 Pure: seconds are handed in. The best way so far runs; each other way is tried now and then. A trial ends as soon as it
-is clearly too slow, so that a way that loses much is seen through in a few steps and one that loses little costs little.
+is clearly too slow, so one that loses much ends after a few steps, and one that runs long loses little.
 """
 
 from __future__ import annotations
