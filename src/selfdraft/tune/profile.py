@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -22,6 +21,7 @@ from selfdraft.core.rows import Rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import OptionError
+from selfdraft.files import cache_folder, whole_file
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.kept import cpu_name
 from selfdraft.models.native import SOURCE
@@ -67,16 +67,10 @@ def identity(target: HFTarget) -> dict[str, Any]:
     }
 
 
-def cache_folder() -> Path:
-    from platformdirs import user_cache_path
-
-    return Path(user_cache_path("selfdraft")) / "profiles"
-
-
 def place_of(target: HFTarget, folder: Path | None = None) -> Path:
     """Where the profile of this target is kept."""
     key = hashlib.blake2b(json.dumps(identity(target), sort_keys=True).encode(), digest_size=12).hexdigest()
-    return (folder or cache_folder()) / f"{key}.json"
+    return (folder or cache_folder("profiles")) / f"{key}.json"
 
 
 def load(target: HFTarget, folder: Path | None = None) -> tuple[Profile | None, str]:
@@ -111,16 +105,10 @@ def _check(profile: Profile) -> None:
 def save(profile: Profile, target: HFTarget, folder: Path | None = None) -> Path:
     """Keep a profile. Errors: OptionError when the folder cannot be written; nothing half-written is left."""
     place = place_of(target, folder)
-    part = place.with_suffix(f".{os.getpid()}.part")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(place) as part:
+            part.write_text(json.dumps({"identity": identity(target), "profile": asdict(profile)}) + "\n", "utf-8")
     except OSError as error:
-        raise _unwritable(place, error) from error
-    try:
-        part.write_text(json.dumps({"identity": identity(target), "profile": asdict(profile)}) + "\n", "utf-8")
-        os.replace(part, place)
-    except OSError as error:
-        part.unlink(missing_ok=True)
         raise _unwritable(place, error) from error
     return place
 
