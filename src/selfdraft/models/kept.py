@@ -26,6 +26,7 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.files import cache_folder, whole_file
 from selfdraft.models import native
 from selfdraft.models.adapter import Exactness
+from selfdraft.models.machine import cpu_name
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.models.shapes import Shapes
 
@@ -164,15 +165,6 @@ def _runner() -> str:
         return native.fingerprint()
     except RunnerUnavailable as error:
         return str(error)
-
-
-def cpu_name() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _hash(*parts: bytes) -> str:
