@@ -16,6 +16,7 @@ from selfdraft.bench.replay import LogTarget, replay, time_of
 from selfdraft.core.guess import Guess, expand
 from selfdraft.core.profile import Profile, best_size
 from selfdraft.core.sequence import Sequence
+from selfdraft.core.stepcost import StepCost
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.watch import MOST, RAREST, SHARE, START, TRIAL, Watch
 from selfdraft.drafters.auto import Auto
@@ -245,15 +246,15 @@ def test_the_first_measurement_is_brief() -> None:
     clock = Ticking(profiles.BRIEFLY / 40)  # three readings a pass: warm-up, then one round and a part
     found = profiles.measure_briefly(target, now=clock)
     assert found is not None
-    assert found.rows == (1, 2, 4, 8, 16, 32)
+    assert found.rows == (1, 2, 4, 5, 8, 16, 32)
     assert clock.now < 1.1 * profiles.BRIEFLY
     assert profiles.measure_briefly(target, now=Ticking(1e-6)) is not None, "a quick model: all rounds, then it ends"
 
 
 def test_what_was_timed_by_then_is_enough_if_it_tells_the_price_of_rows_and_text() -> None:
-    found = profiles.measure_briefly(tiny_target(), now=Ticking(profiles.BRIEFLY / 21.5))
+    found = profiles.measure_briefly(tiny_target(), now=Ticking(profiles.BRIEFLY / 25.5))
     assert found is not None
-    assert found.rows == (1, 2, 4, 8)
+    assert found.rows == (1, 2, 4, 5, 8)
     assert found.spread > profiles.STEADY, "not kept"
 
 
@@ -315,3 +316,46 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match=r"cannot be written: .*it is used now and will be measured again"):
         profiles.save(STEPS, tiny_target(), tmp_path / "file")
+
+
+LINE = Profile((1, 2, 4, 8), (1.0, 1.2, 1.6, 2.4), (0.001, 0.001, 0.001, 0.001), host=0.1)
+
+
+def test_a_profile_that_was_measured_wrongly_is_mended_by_the_steps() -> None:
+    """Two rows were timed while something else ran: steps say that they cost what the first row costs."""
+    cost = StepCost(Profile(LINE.rows, (1.0, 1.9, 1.95, 2.4), (0.0,) * 4))
+    for _ in range(100):
+        for rows, seconds in ((1, 1.0), (2, 1.05), (4, 1.2)):
+            cost.observe(rows, 1, 0, seconds)
+    assert cost.at(1, 1, 0) == pytest.approx(1.0, rel=0.05)
+    assert cost.at(2, 1, 0) == pytest.approx(1.05, rel=0.05)
+    assert cost.added(3, 1, 0)[1:] == pytest.approx([0.05, 0.2, 0.2], abs=0.06)
+    assert cost.at(5, 1, 0) > cost.at(4, 1, 0), "where no step was, the measurement still counts"
+
+
+@pytest.mark.parametrize("speed", [0.5, 3.0])
+def test_a_machine_of_another_speed_has_the_same_prices_in_plain_steps(speed: float) -> None:
+    cost = StepCost(LINE)
+    for step in range(400):
+        rows = (1, 2, 4, 8)[step % 4]
+        cost.observe(rows, 1, 300, speed * LINE.step(rows, 300))
+    assert cost.at(1, 1, 300) == pytest.approx(speed * LINE.step(1, 300), rel=0.05)
+    wanted = [LINE.at(rows, 300) - LINE.at(1, 300) for rows in (1, 2, 4, 8)]
+    added = cost.added(7, 1, 300)
+    assert [added[n] for n in (0, 1, 3, 7)] == pytest.approx(
+        [speed * each for each in wanted], rel=0.1, abs=0.05 * speed
+    )
+
+
+def test_prices_never_fall_and_one_odd_step_moves_little() -> None:
+    cost = StepCost(LINE)
+    for step in range(64):
+        cost.observe((1, 4)[step % 2], 1, 0, LINE.step((1, 4)[step % 2]))
+    before = cost.at(4, 1, 0)
+    cost.observe(4, 1, 0, 1000.0)
+    assert cost.at(4, 1, 0) < 1.1 * before
+    for rows in (3, 7, 9):
+        cost.observe(rows, 1, 0, 0.0)
+    prices = cost.prices(16, 1, 0)
+    assert prices == sorted(prices)
+    assert prices[0] >= 0

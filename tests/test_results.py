@@ -64,6 +64,16 @@ def test_no_ratio_where_a_text_differs() -> None:
     assert "| lookup | 2.00x | 2.00x | 0 of 1; 50 % of the tokens |" in page(sheets_of(rows), {})
 
 
+def test_texts_over_other_weights_are_not_compared_with_ours() -> None:
+    other: dict[str, Any] = {"peer": "engine 1", "peer_file": {"name": "m.gguf"}, "texts_equal": None}
+    rows = [row("none"), row("engine", **other), row("engine-ngram", **other, texts_equal_own_plain=False)]
+    rows += [row("none", "2"), row("engine-ngram", "2", **other, texts_equal_own_plain=True)]
+    text = page(sheets_of(rows), {})
+    assert "| engine | 2.00x, 1 of 2 | 2.00x, 1 of 2 | other weights |" in text
+    assert "| engine-ngram | 2.00x | 2.00x | other weights; as its own plain text: 1 of 2 |" in text
+    assert "Other engines: engine 1, over m.gguf (engine, engine-ngram)." in text
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="measured twice under the same conditions"):
         sheets_of([row("none"), row("none", fingerprint="other")])

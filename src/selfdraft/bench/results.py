@@ -141,12 +141,21 @@ def _table(sheet: Sheet) -> list[str]:
     for label in others:
         cells = [_cell(sheet.of(label, column), len(sheet.of(plain, column))) for column in columns]
         lines.append(f"| {label} | {' | '.join(cells)} | {_equal(sheet.of(label))} |")
-    editions = {row["drafter"]: row["peer"] for row in sheet.rows if row.get("peer")}
-    if editions:
-        lines += ["", "Other engines: " + ", ".join(f"{name} is {what}" for name, what in editions.items()) + "."]
+    lines += _engines(sheet)
     scores = {column: scores_of(sheet.of(plain, column)) for column in sheet.columns}
     said = [f"{name} " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()) for name, found in scores.items() if found]
     return [*lines, *(["", "Scores of the plain texts: " + "; ".join(said) + "."] if said else [])]
+
+
+def _engines(sheet: Sheet) -> list[str]:
+    """One line that says which packages the other engines are, and over which file of their own they ran."""
+    names: dict[str, list[str]] = {}
+    for row in sheet.rows:
+        if row.get("peer"):
+            file = f", over {row['peer_file']['name']}" if row.get("peer_file") else ""
+            names.setdefault(f"{row['peer']}{file}", []).append(row["drafter"])
+    said = [f"{what} ({', '.join(dict.fromkeys(labels))})" for what, labels in names.items()]
+    return ["", "Other engines: " + "; ".join(said) + "."] if said else []
 
 
 def ratio(rows: SequenceOf[Row], over: str) -> float:
@@ -173,6 +182,9 @@ def _cell(rows: SequenceOf[Row], prompts: int) -> str:
 
 
 def _equal(rows: SequenceOf[Row]) -> str:
+    if any(row["texts_equal"] is None for row in rows):  # over a file of its own, with other weights
+        own = [row["texts_equal_own_plain"] for row in rows if "texts_equal_own_plain" in row]
+        return "other weights" + (f"; as its own plain text: {sum(own)} of {len(own)}" if own else "")
     equal = sum(bool(row["texts_equal"]) for row in rows)
     if rows and rows[0].get("peer") and equal < len(rows):  # another engine rounds otherwise
         said = sum(row["tokens"] if (first := row["first_difference"]) is None else first for row in rows)

@@ -55,6 +55,13 @@ class KVCache:
         self.keys[layer][slot].narrow(1, start, stop - start).copy_(key)
         self.values[layer][slot].narrow(1, start, stop - start).copy_(value)
 
+    @torch.inference_mode()
+    def touch(self, slot: int, places: int) -> None:
+        """Take the memory of a slot's first places from the system: until then reading them costs nothing."""
+        for store in (self.keys, self.values):
+            for tensor in store.values():
+                tensor[slot, :, :places] = 0
+
     def view(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [1, heads, length, dim] of a slot, without a copy."""
         return self.keys[layer][slot : slot + 1, :, :length], self.values[layer][slot : slot + 1, :, :length]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 BLOCK = 256
@@ -43,13 +43,16 @@ class Profile:
         right = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
         low, high = self.rows[right - 1], self.rows[right]
         share = (rows - low) / (high - low)
-
-        def between(values: SequenceOf[float]) -> float:
-            return values[right - 1] + share * (values[right] - values[right - 1])
-
         own = tokens / sequences
-        remembered = between(self.per_token) * own + self.per_token[0] * (tokens - own)
-        return between(self.seconds) + remembered + self.per_sequence * (sequences - 1)
+        remembered = _between(self.per_token, right, share) * own + self.per_token[0] * (tokens - own)
+        return _between(self.seconds, right, share) + remembered + self.per_sequence * (sequences - 1)
+
+    def on(self, rows: SequenceOf[int]) -> Profile:
+        """The same line with other numbers of rows, ascending, as its corners."""
+        seconds = tuple(self.at(count) for count in rows)
+        return replace(
+            self, rows=tuple(rows), seconds=seconds, per_token=tuple(self.at(n, 1) - self.at(n) for n in rows)
+        )
 
     def step(self, rows: int, tokens: int = 0, sequences: int = 1) -> float:
         """Seconds of a step: the pass, and the host's work beside it."""
@@ -66,6 +69,10 @@ class Profile:
     def further(self, most: int, tokens: int = 0, sequences: int = 1) -> tuple[float, ...]:
         """Seconds that 0, 1, ... `most` rows beside those of plain decoding add to a pass, its steps included."""
         return _further(self, most, block_of(tokens), sequences)
+
+
+def _between(values: SequenceOf[float], right: int, share: float) -> float:
+    return values[right - 1] + share * (values[right] - values[right - 1])
 
 
 @lru_cache(256)

@@ -125,14 +125,11 @@ def _only(whole: PreTrainedModel, count: int, chosen: int) -> PreTrainedModel:
             return nn.Identity()
         if module is table:
             return nn.Embedding(1, int(whole.config.get_text_config().hidden_size))
-        shell = view.shallow(module)
+        shell = view.with_children(module, lambda _, child: along(child))
         for own in (shell._parameters, shell._buffers):
             for key, tensor in own.items():
                 if tensor is not None and tensor.is_floating_point():
                     own[key] = tensor.detach().float()  # type: ignore[assignment]
-        for key, child in module._modules.items():
-            if child is not None:
-                shell._modules[key] = along(child)
         return shell
 
     made = along(whole)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from selfdraft.errors import LoadError
 from selfdraft.files import cache_folder, whole_file
+from selfdraft.models.load_errors import blaming
 from selfdraft.models.places import PART
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,7 +35,7 @@ def load_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """
     file = joined(file)
     own = check(file)
-    with _blaming(file):
+    with blaming(file):
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -59,7 +58,7 @@ def load_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     metadata = _metadata(file)
     if "tokenizer.ggml.tokens" not in metadata:
         raise LoadError(f"{file}: no tokenizer in the file; pass tokenizer=... or take a file that has one")
-    with _blaming(file, "tokenizer"):
+    with blaming(file, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             file.parent, gguf_file=file.name, local_files_only=True
         )
@@ -185,15 +184,3 @@ def _join(parts: SequenceOf[Path], wanted: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-@contextmanager
-def _blaming(file: Path, what: str = "model") -> Iterator[None]:
-    """Turn whatever transformers raises into one line about `file`."""
-    try:
-        yield
-    except ImportError as error:
-        raise LoadError(f"{file}: a package for GGUF files is missing: {error}; pip install gguf accelerate") from error
-    except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LoadError(f"{file}: cannot load the {what}: {line}") from error

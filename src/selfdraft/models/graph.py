@@ -1,7 +1,8 @@
 """A forward pass as a list of torch's basic operations, recorded without computing any of them.
 
-`make_fx` of torch gives the same list, but takes 1.5 s for a model of 30 blocks, and this 0.2 s. The model sees
-ordinary tensors of its own device with arbitrary contents; what an operation returns is found on torch's "meta" device.
+`make_fx` of torch gives the same list, but takes 1.5 s for a model of 30 blocks, and this 0.4 s (docs/log.md). The
+model sees ordinary tensors of its own device with arbitrary contents; what an operation returns is found on torch's
+"meta" device.
 """
 
 from __future__ import annotations

@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +19,14 @@ from typing import Any
 
 import torch
 import transformers
-from platformdirs import user_cache_path
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.files import cache_folder, whole_file
 from selfdraft.models import native
 from selfdraft.models.adapter import Exactness
+from selfdraft.models.machine import cpu_name
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.models.shapes import Shapes
 
@@ -70,7 +69,7 @@ class ProofStore:
     """Records in a folder, one file each; the user's cache folder unless another is given."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or Path(user_cache_path("selfdraft")) / "proofs"
+        self.folder = folder or cache_folder("proofs")
 
     def place(self, identity: Mapping[str, Any]) -> Path:
         """The file of an identity."""
@@ -89,15 +88,10 @@ class ProofStore:
 
     def keep(self, identity: Mapping[str, Any], record: Record) -> bool:
         """Write a record, whole or not at all. Returns whether it could be written; if not, it is proved again."""
-        place = self.place(identity)
-        part = place.with_suffix(f".{os.getpid()}.part")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"identity": identity, "proof": asdict(record)}) + "\n", "utf-8")
-            os.replace(part, place)
+            with whole_file(self.place(identity)) as part:
+                part.write_text(json.dumps({"identity": identity, "proof": asdict(record)}) + "\n", "utf-8")
         except OSError:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
             return False
         return True
 
@@ -171,15 +165,6 @@ def _runner() -> str:
         return native.fingerprint()
     except RunnerUnavailable as error:
         return str(error)
-
-
-def cpu_name() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _hash(*parts: bytes) -> str:

@@ -229,6 +229,7 @@ struct Pass {
   const word *extras;                                 // places behind `seen`, of rows that see no mere chain
   char **keys, **values;                              // per layer
   const word *strides;                                // per layer: elements from slot to slot and head to head, K and V
+  word ahead; // bit 0 for one row, bit 1 for two: the weights to come are fetched by hand (fetching.py)
 };
 
 // How far a step is. Whoever comes takes the next part; a step is over when its parts are done, not when all threads
@@ -339,7 +340,8 @@ template <class T> void linear(const Pass &pass, const Instr &op, word rows, wor
   for (word r = 0; r < rows; r += CHUNK) {
     word count = std::min(CHUNK, rows - r);
     // measured (docs/decisions/006-runner.md): which shape of block keeps up with memory, and then with the sums
-    auto go = count == 1 ? products<T, 16, 1, 0> : count == 2 ? products<T, 8, 2, 0>
+    auto go = count == 1 ? (pass.ahead & 1 ? products<T, 16, 1, 16> : products<T, 16, 1, 0>)
+      : count == 2 ? (pass.ahead & 2 ? products<T, 8, 2, 8> : products<T, 8, 2, 0>)
       : count > 8 ? products<T, 8, 2, 2> : count > 4 && op.more[3] > 1024 ? products<T, 4, 4, 2> : products<T, 4, 4, 4>;
     go(W, X + r * op.a.row, op.a.row, Y + r * op.out.row, op.out.row, bias, op.more[3], from, to, count);
   }

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from selfdraft.models import gguf
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
 from selfdraft.models.kept import ProofStore, Record, identity_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
+from selfdraft.models.load_errors import blaming
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.models.places import find_gguf, place
 from selfdraft.models.probe import probe_fast, probe_shapes
@@ -51,12 +52,12 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code
     local = Path(where).is_dir()
     if local:
         _check_folder(Path(where), trust_remote_code)
-    with _blaming(where):
+    with blaming(where):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=local)
     check_config(config)
     if getattr(config, "quantization_config", None) is not None:
         dtype = None
-    with _blaming(where):
+    with blaming(where):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
@@ -77,7 +78,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     # transformers makes an empty tokenizer for some families when there is no file at all
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         raise LoadError(f"{where}: no tokenizer (tokenizer.json is missing); copy it there, or pass tokenizer=...")
-    with _blaming(where, "tokenizer"):
+    with blaming(where, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where, trust_remote_code=trust_remote_code, local_files_only=folder.is_dir()
         )
@@ -252,25 +253,3 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
                 f"{folder}: {pickled[0]} is a pickle, which can run code and is never opened; convert it to safetensors"
             )
         raise LoadError(f"{folder}: no *.safetensors file; the weights are missing")
-
-
-@contextmanager
-def _blaming(where: str, what: str = "model") -> Iterator[None]:
-    """Turn whatever transformers raises into one line about `where`."""
-    try:
-        yield
-    except ImportError as error:
-        extra = "; pip install selfdraft[quantised]" if "quant" in str(error).lower() or "bits" in str(error) else ""
-        raise LoadError(f"{where}: a package for this {what} is missing: {first_line(error)}{extra}") from error
-    except Exception as error:
-        hint = _hint(str(error))
-        raise LoadError(f"{where}: cannot load the {what}: {first_line(error)}{hint}") from error
-
-
-def _hint(text: str) -> str:
-    hints: dict[str, Callable[[str], bool]] = {
-        "; read its code, then pass trust_remote_code=True": lambda t: "trust_remote_code" in t,
-        "; it is no decoder-only language model": lambda t: "Unrecognized configuration class" in t,
-        "; only safetensors are read: convert the weights": lambda t: "model.safetensors" in t,
-    }
-    return next((hint for hint, fits in hints.items() if fits(text)), "")

@@ -119,11 +119,7 @@ def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate)
             return Gated(module, parts.pop(path), gate)
         if not any(name.startswith(path and path + ".") for name in parts):
             return module
-        shell = view.shallow(module)
-        for name, child in module._modules.items():
-            if child is not None:
-                shell._modules[name] = along(child, f"{path}.{name}" if path else name)
-        return shell
+        return view.with_children(module, lambda name, child: along(child, f"{path}.{name}" if path else name))
 
     changed = along(stock, "")
     if parts:

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.files import cache_folder
+from selfdraft.models.tape import INSTR, STEP
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("g++", "clang++", "c++")
@@ -27,17 +29,36 @@ PATIENCE = 300
 """Seconds that the compiler may take."""
 
 
+class Pass(ctypes.Structure):
+    """The layout of `Pass` in kernels.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "answers", "threads", "layers")),
+        *((name, ctypes.c_void_p) for name in ("arena", "scratch")),
+        ("scratch_bytes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "slot", "place", "seen", "extra", "position", "extras")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "strides")),
+        ("ahead", ctypes.c_int64),
+    ]
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The kernels, built on first use. Errors: RunnerUnavailable says what is missing."""
     compiler = _compiler()
-    built = _home() / f"kernels-{_fingerprint(compiler)}.so"
+    built = cache_folder("kernels") / f"kernels-{_fingerprint(compiler)}.so"
     if not built.is_file():
         built = _build(compiler, built)
     try:
-        return ctypes.CDLL(str(built))
+        opened = ctypes.CDLL(str(built))
     except OSError as error:
         raise RunnerUnavailable(f"{built} cannot be loaded: {error}") from error
+    word, place = ctypes.c_int64, ctypes.c_void_p
+    opened.selfdraft_keep.argtypes = [place, place, word, word, word, place, word]
+    opened.selfdraft_run.argtypes = [place, word, place, place]
+    sizes = [opened.selfdraft_sizes(which) for which in range(3)]
+    assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels.cpp and tape.py disagree"
+    return opened
 
 
 def fingerprint() -> str:
@@ -50,11 +71,6 @@ def _compiler() -> str:
     if compiler is None:
         raise RunnerUnavailable(f"there is no C++ compiler ({', '.join(COMPILERS)}) on this machine")
     return compiler
-
-
-def _home() -> Path:
-    """The user's cache folder."""
-    return Path.home() / ".cache" / "selfdraft"
 
 
 @cache

@@ -160,11 +160,7 @@ def rounding(stock: PreTrainedModel, bits: int, gate: Gate, clock: Clock) -> tup
             if getattr(getattr(module, "weight", None), "ndim", 0) > 1 and not isinstance(module, nn.Embedding):
                 kept.add(module)
             return module
-        shell = view.shallow(module)
-        for name, child in module._modules.items():
-            if child is not None:
-                shell._modules[name] = along(child)
-        return shell
+        return view.with_children(module, lambda _, child: along(child))
 
     changed = along(stock)
     assert isinstance(changed, PreTrainedModel)

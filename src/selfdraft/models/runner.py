@@ -20,23 +20,12 @@ from transformers import PreTrainedModel
 from selfdraft.core.cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.models import native
-from selfdraft.models.tape import INSTR, STEP, Slot
+from selfdraft.models import fetching, native
+from selfdraft.models.native import Pass
+from selfdraft.models.tape import Slot
 from selfdraft.models.trace import Traced, trace
 
 Words = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-
-
-class Pass(ctypes.Structure):
-    """The layout of `Pass` in kernels.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "answers", "threads", "layers")),
-        *((name, ctypes.c_void_p) for name in ("arena", "scratch")),
-        ("scratch_bytes", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("slots", "slot", "place", "seen", "extra", "position", "extras")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "strides")),
-    ]
 
 
 class Runner:
@@ -47,13 +36,6 @@ class Runner:
         if weight.device.type != "cpu":
             raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {weight.device}")
         self._library = native.library()
-        self._library.selfdraft_keep.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
-            *(ctypes.c_void_p, ctypes.c_int64),
-        ]
-        self._library.selfdraft_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-        sizes = [self._library.selfdraft_sizes(which) for which in range(3)]
-        assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels.cpp and tape.py disagree"
         self.cache = cache
         self.dtype = weight.dtype
         self._like = weight.new_empty(0)
@@ -64,7 +46,7 @@ class Runner:
         self._strips: tuple[tuple[int, int], Words] | None = None
         self._opened: dict[int, tuple[int, int]] = {}
         self._shapes = np.zeros((0, 3), np.int64)
-        self._pass = Pass()
+        self._pass = Pass(ahead=fetching.ahead(self.dtype))
         self._address = ctypes.addressof(self._pass)
 
     def tape(self, model: PreTrainedModel, *, embedded: bool = False, resuming: bool = False) -> Traced:

@@ -36,10 +36,7 @@ def clone(model: PreTrainedModel, attention: str = NAME) -> PreTrainedModel:
     def fresh(module: nn.Module) -> nn.Module:
         if not (module._modules or hasattr(module, "config") or module.training):
             return module  # a leaf with weights only: shared (one in training mode is not: views are set to eval)
-        shell = shallow(module)
-        for name, child in module._modules.items():
-            if child is not None:
-                shell._modules[name] = fresh(child)
+        shell = with_children(module, lambda _, child: fresh(child))
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             if id(config) not in configs:
@@ -79,6 +76,15 @@ def mlp_of(block: nn.Module) -> str | None:
     return next((name for name in MLP_NAMES if name in block._modules), None)
 
 
+def with_children(module: nn.Module, change: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+    """A new shell of one module whose children are `change(name, child)`; the module keeps its own."""
+    shell = shallow(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            shell._modules[name] = change(name, child)
+    return shell
+
+
 def rearranged(view: PreTrainedModel, count: int, change: Callable[[int, nn.Module], nn.Module]) -> PreTrainedModel:
     """A view whose block i is `change(i, block)`; everything else is shared with `view`."""
     wanted = blocks(view, count)
@@ -88,11 +94,7 @@ def rearranged(view: PreTrainedModel, count: int, change: Callable[[int, nn.Modu
             return nn.ModuleList(change(i, block) for i, block in enumerate(wanted))
         if not any(child is wanted for child in module.modules()):
             return module
-        shell = shallow(module)
-        for name, child in module._modules.items():
-            if child is not None:
-                shell._modules[name] = along(child)
-        return shell
+        return with_children(module, lambda _, child: along(child))
 
     changed = along(view)
     assert isinstance(changed, PreTrainedModel)

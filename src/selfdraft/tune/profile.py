@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -22,24 +21,25 @@ from selfdraft.core.rows import Rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import OptionError
+from selfdraft.files import cache_folder, whole_file
 from selfdraft.models.adapter import HFTarget
-from selfdraft.models.kept import cpu_name
+from selfdraft.models.machine import cpu_name
 from selfdraft.models.native import SOURCE
 from selfdraft.models.timing import clock_of
 from selfdraft.tune.costs import Bench, beside_the_pass
 from selfdraft.types import SamplingParams, Skip
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of rows that are timed."""
 SHORT, LONG = 32, 1024
 """Remembered tokens while they are timed; LONG where the context has room for it."""
 SECONDS, LEAST, MOST = 15.0, 3, 25
 """The rounds take about so long; but there are at least and at most so many of them."""
-FIRST = ((0, 1), (0, 2), (0, 4), (0, 8), (1, 1), (1, 8), (0, 16), (1, 16), (0, 32))
+FIRST = ((0, 1), (0, 2), (0, 4), (0, 5), (0, 8), (1, 1), (1, 8), (0, 16), (1, 16), (0, 32))
 """What is timed before the first answer, in this order: (behind SHORT or LONG tokens, number of rows)."""
-ENOUGH = 6
+ENOUGH = 7
 """With so many of them there is a profile."""
-BRIEFLY, ROUNDS = 0.5, 8
+BRIEFLY, ROUNDS = 1.0, 8
 """No pass begins later than so many seconds after the first one then; at most so many rounds."""
 REPEATS, BRIEF = 4, 0.01
 """A pass is repeated so often before its time counts, but not longer than so many seconds."""
@@ -67,16 +67,10 @@ def identity(target: HFTarget) -> dict[str, Any]:
     }
 
 
-def cache_folder() -> Path:
-    from platformdirs import user_cache_path
-
-    return Path(user_cache_path("selfdraft")) / "profiles"
-
-
 def place_of(target: HFTarget, folder: Path | None = None) -> Path:
     """Where the profile of this target is kept."""
     key = hashlib.blake2b(json.dumps(identity(target), sort_keys=True).encode(), digest_size=12).hexdigest()
-    return (folder or cache_folder()) / f"{key}.json"
+    return (folder or cache_folder("profiles")) / f"{key}.json"
 
 
 def load(target: HFTarget, folder: Path | None = None) -> tuple[Profile | None, str]:
@@ -111,16 +105,10 @@ def _check(profile: Profile) -> None:
 def save(profile: Profile, target: HFTarget, folder: Path | None = None) -> Path:
     """Keep a profile. Errors: OptionError when the folder cannot be written; nothing half-written is left."""
     place = place_of(target, folder)
-    part = place.with_suffix(f".{os.getpid()}.part")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(place) as part:
+            part.write_text(json.dumps({"identity": identity(target), "profile": asdict(profile)}) + "\n", "utf-8")
     except OSError as error:
-        raise _unwritable(place, error) from error
-    try:
-        part.write_text(json.dumps({"identity": identity(target), "profile": asdict(profile)}) + "\n", "utf-8")
-        os.replace(part, place)
-    except OSError as error:
-        part.unlink(missing_ok=True)
         raise _unwritable(place, error) from error
     return place
 
@@ -164,7 +152,7 @@ def measure_briefly(
 ) -> Profile | None:
     """A coarse profile before the first answer: FIRST, in at most `seconds` and one pass more.
 
-    The first passes warm up. What they see in the cache is whatever lies there, which takes as long to read as text.
+    The first passes warm up. What is timed sees zeros in the cache, which takes as long to read as text.
     None where a model is so slow that not even ENOUGH were timed: rows are priced while decoding.
     Errors: OptionError where the context is too short.
     """
@@ -178,8 +166,9 @@ def measure_briefly(
         bench.sequence.cached = bench.context
     found: dict[tuple[int, int], list[float]] = {}
     began = clock()
-    for _, rows in FIRST[:2]:
-        _once(benches[0], rows, clock)
+    for bench in benches:  # weights come from their file when they are first read
+        _once(bench, 2, clock)
+    target.cache.touch(0, long)
     for number, rows in FIRST * ROUNDS:
         if clock() - began >= seconds:
             break
@@ -270,7 +259,7 @@ def settled(target: HFTarget, rows: Rows, skip: Skip | None = None) -> float:
 def profile_of(
     target: HFTarget, *, folder: Path | None = None, note: Callable[[str], None] = lambda _: None
 ) -> Profile | None:
-    """The kept profile; where there is none a coarse one, measured now in less than a second, kept if it was steady.
+    """The kept profile; where there is none a coarse one, measured now in about a second, kept if it was steady.
 
     None where nothing could be measured in that time. Errors: OptionError where the context is too short.
     """
