@@ -53,9 +53,9 @@ class Speed:
 
 @dataclass(slots=True)
 class _Rest:
-    """A way that does not run: in how many steps it is tried, and how long it rests when it loses again."""
+    """A way that does not run: the step of the best way at which it is tried, and its rest when it loses again."""
 
-    wait: int = 0
+    due: int = 0
     pause: int = PAUSES[0]
 
 
@@ -69,7 +69,10 @@ class Trials:
         self.steps = [0] * ways
         """Steps that each way has run."""
         self._tried = Speed()
-        self._since = 0
+        self._ran = 0
+        """Steps of whichever way was the best."""
+        self._next = FIRST
+        """The one of them at which the next trial may begin."""
         self._reference = 0.0
         self._rests = [_Rest() for _ in range(ways)]
 
@@ -81,37 +84,40 @@ class Trials:
             self._judge()
             return
         self.speed.observe(tokens, seconds)
-        self._since += 1
-        for rest in self._rests:
-            rest.wait -= 1
-        self._look_back()
-        due = [way for way, rest in enumerate(self._rests) if way != self.best and rest.wait <= 0]
-        if due and self._since >= FIRST:
-            self.way, self._tried = due[0], Speed()
+        self._ran += 1
+        if self._reference and self.speed.cost > WORSE * self._reference:
+            self._doubt()
+        if self._ran >= self._next:
+            due = [way for way, rest in enumerate(self._rests) if way != self.best and rest.due <= self._ran]
+            if due:
+                self.way, self._tried = due[0], Speed()
 
     def _judge(self) -> None:
         """End the trial when it is lost, or when it is long enough."""
         count, rest = self._tried.steps, self._rests[self.way]
         ratio = self._tried.cost / self.speed.cost
         if count >= LONGEST and ratio < 1:
-            self._rests[self.best] = _Rest(PAUSES[0])
+            self._rests[self.best] = _Rest(self._ran + PAUSES[0])
             self.best, self.speed = self.way, self._tried
             rest.pause = PAUSES[0]
         elif count >= LONGEST or (count >= SHORTEST and ratio > 1 + DOUBT / count**0.5):
             lost = count * (self._tried.seconds.value - self._tried.tokens.value * self.speed.cost)
             owed = int(lost / (SHARE * self.speed.seconds.value))
-            rest.wait = min(max(rest.pause, owed), PAUSES[1])
+            rest.due = self._ran + min(max(rest.pause, owed), PAUSES[1])
             rest.pause = min(2 * rest.pause, PAUSES[1])
             self.way = self.best
         else:
             return
-        self._since, self._reference = 0, self.speed.cost
+        self._reference = self.speed.cost
+        self._plan()
 
-    def _look_back(self) -> None:
-        """When the best way became much slower, what was learned about the others is old."""
-        if not self._reference:
-            return
-        if self.speed.cost > WORSE * self._reference:
-            self._reference = self.speed.cost
-            for rest in self._rests:
-                rest.wait, rest.pause = min(rest.wait, PAUSES[0]), PAUSES[0]
+    def _plan(self) -> None:
+        soonest = min(rest.due for way, rest in enumerate(self._rests) if way != self.best)
+        self._next = max(soonest, self._ran + FIRST)
+
+    def _doubt(self) -> None:
+        """The best way became much slower: what was learned about the others is old."""
+        self._reference = self.speed.cost
+        for rest in self._rests:
+            rest.due, rest.pause = min(rest.due, self._ran + PAUSES[0]), PAUSES[0]
+        self._plan()

@@ -386,6 +386,9 @@ class Lookahead:
             self._way = self.trials.way
             self.sizes.running = self._way == WINDOWED
         self._drafting = len(sequences)
+        if self._way == PLAIN:
+            self._drafted = began, self._learning
+            return [EMPTY] * len(sequences)
         drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
         ready = self.clock()
         self._drafted = ready, ready - began + self._learning
@@ -395,15 +398,15 @@ class Lookahead:
         began = self.clock()
         emitted = rows = 0
         for sequence, result in zip(sequences, results, strict=True):
-            note = self._notes.get(sequence)
             emitted += len(result.tokens)
             rows += 1 + len(result.draft)
+            note = None if self._way == PLAIN else self._notes.get(sequence)
             if note is not None and result.tokens:
                 self._learn(note, sequence, result)
         alone = self._drafting == len(sequences) and all(result.tokens for result in results)
         if self.adaptive and alone:  # nothing was prefilled in this pass
             self.sizes.time.observe(rows, began - self._drafted[0])
-            if self._way != GIVEN:
+            if self._way in (GUESSES, WINDOWED):
                 self.sizes.own.observe(self._drafted[1])
                 self.sizes.step(emitted)
         for sequence in sequences:
@@ -430,8 +433,8 @@ class Lookahead:
             pool = Pool(sizes.size, most, sequence.prompt_length)
             note = self._notes[sequence] = _Note(Window(sizes.width, sizes.size - 1, pool, fed))
         note.nodes, note.ran = [], False
-        if sequence.room <= 1 or self._way == PLAIN:
-            return EMPTY  # if the next token is the last one there is nothing to accept and nothing to learn for
+        if sequence.room <= 1:
+            return EMPTY  # the next token is the last one: nothing to accept, nothing to learn for
         window = note.window
         windowed = self._way in (WINDOWED, GIVEN)
         if window.base != len(sequence.tokens):
@@ -491,8 +494,6 @@ class Lookahead:
 
     def _learn(self, note: _Note, sequence: Sequence, result: Result) -> None:
         """Score every guess by the text, then read the model's answers."""
-        if self._way == PLAIN:
-            return
         said = self._score(note, result)
         if note.nodes or note.ran:
             note.counts.book(note.nodes, said)
