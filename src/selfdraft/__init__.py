@@ -9,12 +9,14 @@ from selfdraft.errors import SelfdraftError
 from selfdraft.types import SamplingParams, Skip, Stats
 
 if TYPE_CHECKING:
+    from selfdraft.async_llm import AsyncLLM
     from selfdraft.drafters import build as load_drafter
     from selfdraft.hf import generate
     from selfdraft.llm import LLM, CompletionOutput, Piece, RequestOutput
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "Piece",
     "RequestOutput",
@@ -28,6 +30,7 @@ __all__ = [
 
 _LATE = {
     "LLM": ("selfdraft.llm", "LLM"),
+    "AsyncLLM": ("selfdraft.async_llm", "AsyncLLM"),
     "CompletionOutput": ("selfdraft.llm", "CompletionOutput"),
     "Piece": ("selfdraft.llm", "Piece"),
     "RequestOutput": ("selfdraft.llm", "RequestOutput"),

@@ -8,8 +8,6 @@ SelfdraftError
 │   └── PromptTooLong     the prompt does not fit into the context
 ├── OptionError           an option is unknown, out of range, or belongs to another method
 ├── PeerError             another engine, run for comparison, failed or cannot take this checkpoint
-
-
 ├── RunnerUnavailable     the fast runner cannot be used here for this model; the plain one can
 └── EngineError           a fault inside a step (NaN logits, no room); the engine stays usable
 """
@@ -59,3 +57,5 @@ class EngineError(SelfdraftError, RuntimeError):
     def __init__(self, message: str, request: object = None) -> None:
         super().__init__(message)
         self.request = request
+        self.outputs: tuple[object, ...] = ()
+        """What `LLM.generate` has for all prompts of the call: answers, and errors in their places."""

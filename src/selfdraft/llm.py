@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -26,7 +28,8 @@ from selfdraft.core.text import TextStream
 from selfdraft.drafters import build, find, table
 from selfdraft.drafters.layer_skip import read_skip
 from selfdraft.engine.loop import Engine
-from selfdraft.errors import OptionError, PromptTooLong, RequestError
+from selfdraft.engine.shared import SharedEngine
+from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError
 from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
 from selfdraft.methods import drafter_of
 from selfdraft.models import load
@@ -65,6 +68,8 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
+    error: SelfdraftError | None = None
+    """Why there are no outputs, with `return_errors`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,19 @@ class Piece:
     finish_reason: FinishReason | None
     output: CompletionOutput
     """The answer so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The requests of one call to `LLM.generate`: for each prompt its sequences, or why it has none."""
+
+    prompts: list[Prompt]
+    requests: list[list[Sequence] | SelfdraftError]
+    return_errors: bool
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [sequence for one in self.requests if not isinstance(one, SelfdraftError) for sequence in one]
 
 
 class LLM:
@@ -147,9 +165,14 @@ class LLM:
         self.eos = load.eos_ids(self.model, self.tokenizer)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
         self.drafter_name = name
-        self.engine = self._engine(name, options)
+        self._tokenizing = threading.RLock()
+        """A tokenizer of the Rust library raises when two threads use it at once."""
+        self._share(self._engine(name, options))
         self.stats = Stats()
         """Counts over all requests so far."""
+
+    def _share(self, engine: Engine) -> None:
+        self.engine, self.shared = engine, SharedEngine(engine)
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
         if getattr(find(drafter, options), "profiled", False) and self.target.profile is None:
@@ -164,86 +187,144 @@ class LLM:
             _log.info("%s", error)
 
     def engine_for(self, drafter: str | None, speculative_config: Mapping[str, object] | None = None) -> Engine:
-        """Another engine over the same target, for comparisons; do not run two at the same moment."""
+        """Another engine over the same target, for comparisons in one thread; do not run two at the same moment."""
         return self._engine(*drafter_of(drafter, speculative_config))
 
     def use(self, drafter: str | None = None, speculative_config: Mapping[str, object] | None = None) -> None:
-        """Change the drafter; model, cache and exactness stay."""
+        """Change the drafter; model, cache and exactness stay. Errors: EngineError while requests run."""
         name, options = drafter_of(drafter, speculative_config)
-        self.engine, self.drafter_name = self._engine(name, options), name
+        with self.shared.idle("the drafter cannot be changed"):
+            self._share(self._engine(name, options))
+            self.drafter_name = name
 
     def generate(
         self,
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        return_errors: bool = False,
     ) -> list[RequestOutput]:
         """Answer all prompts, batched. A prompt is text or token ids; one params for all, or one for each.
 
-        Errors: RequestError names the prompt by number; then none of them was run.
+        Any number of threads may call this, and have streams, at once: their requests share the engine's steps, and
+        each has the text that it has alone.
+        Errors: RequestError names the prompt by number; then none of them was run. EngineError names the prompt whose
+        own step failed (NaN, every token banned, a processor that raises); the others are answered first, and are in
+        `error.outputs`. With `return_errors` neither is raised: such a prompt has no outputs, and its `error`.
         """
+        job = self.job(prompts, sampling_params, return_errors=return_errors)
+        return self.finish(job)
+
+    def job(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        return_errors: bool = False,
+    ) -> Job:
+        """The checked requests of a call to `generate`; `finish` runs them. Errors: RequestError."""
         batch = _as_batch(prompts)
         params = _spread(sampling_params, len(batch))
-        requests = []
+        found: list[list[Sequence] | SelfdraftError] = []
         for i, (prompt, one) in enumerate(zip(batch, params, strict=True)):
-            with naming(i):
-                requests.append(self.requests(prompt, one))
-        sequences = [sequence for request in requests for sequence in request]
-        for _ in self.engine.generate(sequences):
-            pass
-        for sequence in sequences:
-            self.stats.add(sequence.stats)
-        return [
-            RequestOutput(
-                prompt if isinstance(prompt, str) else None,
-                tuple(request[0].tokens[: request[0].prompt_length]),
-                tuple(_completion(i, sequence) for i, sequence in enumerate(request)),
-            )
-            for prompt, request in zip(batch, requests, strict=True)
-        ]
+            try:
+                with naming(i):
+                    found.append(self.requests(prompt, one))
+            except RequestError as error:
+                if not return_errors:
+                    raise
+                found.append(error)
+        return Job(batch, found, return_errors)
+
+    def finish(self, job: Job) -> list[RequestOutput]:
+        """The answers of a job, when all have ended. Errors: as `generate`."""
+        self.shared.submit(job.sequences)
+        try:
+            self.shared.run(job.sequences)
+        finally:
+            self._count(job.sequences)
+        outputs = [self._output(i, *pair) for i, pair in enumerate(zip(job.prompts, job.requests, strict=True))]
+        failed = next((one.error for one in outputs if one.error is not None), None)
+        if isinstance(failed, EngineError) and not job.return_errors:
+            failed.outputs = tuple(outputs)
+            raise failed
+        return outputs
+
+    def _output(self, number: int, prompt: Prompt, request: list[Sequence] | SelfdraftError) -> RequestOutput:
+        """The answers to one prompt, or what went wrong with it."""
+        text, ids = (prompt, ()) if isinstance(prompt, str) else (None, tuple(prompt))
+        if isinstance(request, SelfdraftError):
+            return RequestOutput(text, ids, (), request)
+        ids = tuple(request[0].tokens[: request[0].prompt_length])
+        for sequence in request:
+            if (error := self.shared.errors.get(sequence)) is not None:
+                named = EngineError(f"prompt {number}: {error}", sequence)
+                named.__cause__ = error.__cause__ or error
+                return RequestOutput(text, ids, (), named)
+        return RequestOutput(text, ids, tuple(_completion(i, sequence) for i, sequence in enumerate(request)))
+
+    def _count(self, sequences: SequenceOf[Sequence]) -> None:
+        with self._tokenizing:
+            for sequence in sequences:
+                self.stats.add(sequence.stats)
 
     def chat(self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation ({'role', 'content'} each) through the checkpoint's chat template."""
         return self.generate([self.render(messages)], sampling_params)[0]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Answer one prompt piece by piece, a piece a step. Closing the iterator aborts the request.
+        """Answer one prompt piece by piece. Closing the iterator aborts the request.
 
-        Errors: RequestError, before the first piece is asked for.
+        A piece holds what has come since the last one was read: one step, or more when other calls ran meanwhile. The
+        last one has the finish reason.
+        Errors: RequestError, before the first piece is asked for; EngineError when its own step fails.
         """
+        return self.pieces(self.stream_request(prompt, sampling_params))
+
+    def stream_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Sequence:
+        """The one request of a stream, checked; `pieces` runs it. Errors: RequestError."""
         sampling = sampling_params or SamplingParams()
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: a stream carries one answer; use generate for more")
         (sequence,) = self.requests(prompt, sampling)
-        return self._pieces(sequence)
+        return sequence
 
-    def _pieces(self, sequence: Sequence) -> Iterator[Piece]:
+    def pieces(self, sequence: Sequence) -> Iterator[Piece]:
+        """The answer of one request piece by piece; see `stream`."""
         shown = written = 0
+
+        def read() -> tuple[str, CompletionOutput]:
+            return self._shown(sequence), _completion(0, sequence)
+
+        self.shared.submit([sequence])
         try:
-            for _ in self.engine.generate([sequence]):
-                text = self._shown(sequence)
+            while True:
+                text, output = self.shared.until(partial(_moved, sequence, written), read)
+                if (error := self.shared.errors.get(sequence)) is not None:
+                    raise EngineError(str(error), sequence) from error
                 yield Piece(
-                    text[shown:],
-                    tuple(sequence.output[written:]),
-                    tuple(sequence.sources[written:]),
-                    sequence.finish_reason,
-                    _completion(0, sequence),
+                    text[shown:], output.token_ids[written:], output.sources[written:], output.finish_reason, output
                 )
-                shown, written = len(text), sequence.written
+                if output.finish_reason is not None:
+                    return
+                shown, written = len(text), len(output.token_ids)
         finally:
-            self.stats.add(sequence.stats)
+            self.shared.abort([sequence])
+            self._count([sequence])
 
     def render(self, messages: SequenceOf[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn. Errors: RequestError."""
         tokenizer = self._needs_tokenizer("chat messages")
         if not getattr(tokenizer, "chat_template", None):
             raise RequestError("this checkpoint has no chat template; give a plain prompt instead of messages")
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        with self._tokenizing:
+            ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         return [int(token) for token in ids]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids are checked and passed on. Errors: RequestError."""
         if isinstance(prompt, str):
-            ids = self._needs_tokenizer("a text prompt")(prompt)["input_ids"]
+            ids = self._ids(prompt, "a text prompt")
         else:
             ids = [int(token) for token in prompt]
         outside = next((token for token in ids if not self._known(token)), None)
@@ -255,7 +336,15 @@ class LLM:
         """Text of tokens; special tokens are left out."""
         if self.tokenizer is None:
             return ""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with self._tokenizing:
+            said = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(said)
+
+    def _ids(self, text: str, what: str, **options: bool) -> list[int]:
+        """Token ids of a text; `what` it is, for the error. Errors: RequestError without a tokenizer."""
+        tokenizer = self._needs_tokenizer(what)
+        with self._tokenizing:
+            return list(tokenizer(text, **options)["input_ids"])
 
     def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[Sequence]:
         """The n sequences of one prompt, checked and ready for an engine. Errors: RequestError."""
@@ -324,8 +413,7 @@ class LLM:
             able = ", ".join(name for name, factory in table().items() if getattr(factory, "predicts", False))
             raise RequestError(f"drafter {self.drafter_name!r} reads no prediction; these do: {able}")
         if isinstance(sampling.prediction, str):
-            tokenizer = self._needs_tokenizer("a prediction as text")
-            return tuple(tokenizer(sampling.prediction, add_special_tokens=False)["input_ids"])
+            return tuple(self._ids(sampling.prediction, "a prediction as text", add_special_tokens=False))
         outside = next((token for token in sampling.prediction if not self._known(token)), None)
         if outside is not None:
             raise RequestError(f"token id {outside} in the prediction is outside {self.target.vocab} tokens")
@@ -333,9 +421,8 @@ class LLM:
 
     def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Token ids of the bad words, as they are written at the start of a text and after a space."""
-        tokenizer = self._needs_tokenizer("bad_words")
         spellings = [form for word in sampling.bad_words for form in (word.strip(), " " + word.strip())]
-        ids = {tuple(tokenizer(form, add_special_tokens=False)["input_ids"]) for form in spellings}
+        ids = {tuple(self._ids(form, "bad_words", add_special_tokens=False)) for form in spellings}
         return (*sampling.bad_words_ids, *sorted(ids))
 
     def _shown(self, sequence: Sequence) -> str:
@@ -397,6 +484,11 @@ def _spread(params: SamplingParams | SequenceOf[SamplingParams] | None, count: i
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling params for {count} prompts; give one, or one for each")
     return list(params)
+
+
+def _moved(sequence: Sequence, written: int) -> bool:
+    """Whether it has ended, or has more than so many output tokens."""
+    return sequence.finished or sequence.written > written
 
 
 def _completion(index: int, sequence: Sequence) -> CompletionOutput:

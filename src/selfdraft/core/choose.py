@@ -63,12 +63,22 @@ def process(
     scores = _constrain(scores, sampling, path, prompt_length, ends)
     scores = _penalise(scores, sampling, path, prompt_length)
     for processor in sampling.logits_processors:
-        scores = processor(path, scores)
+        scores = _checked(processor(path, scores), scores)
     if sampling.greedy:
         return scores
     # the best score becomes 0, so that no temperature however small lifts it to infinity
     coolest = max(sampling.temperature, torch.finfo(scores.dtype).tiny)
     return _truncate((scores - scores.max()) / coolest, sampling)
+
+
+def _checked(said: Tensor, given: Tensor) -> Tensor:
+    """What a processor returned. Errors: EngineError unless it is one score, and no NaN, for every token."""
+    if not isinstance(said, Tensor) or said.shape != given.shape:
+        what = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        raise EngineError(f"a logits processor returned {what} instead of a tensor of {tuple(given.shape)} scores")
+    if said.isnan().any():
+        raise EngineError("a logits processor returned NaN; return -inf for tokens that must not come")
+    return said
 
 
 def _constrain(

@@ -80,6 +80,8 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[
         except EngineError as error:
             error.request = sequence
             raise
+        except Exception as error:  # of a processor: the other requests of the batch have no part in it
+            raise EngineError(f"a logits processor raised {type(error).__name__}: {error}", sequence) from error
     return results
 
 

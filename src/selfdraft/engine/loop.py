@@ -35,16 +35,17 @@ class Engine:
         self._free = list(range(slots))[::-1]
 
     def submit(self, sequence: Sequence) -> None:
-        """Let a sequence wait for a slot; one that was aborted before is not run.
+        """Let a sequence wait for a slot; one that was aborted before is not run. Errors: those of `check`."""
+        self.check(sequence)
+        if not sequence.finished:
+            self.waiting.append(sequence)
 
-        Errors: RequestError for an empty prompt, PromptTooLong for one that leaves no room for an answer.
-        """
+    def check(self, sequence: Sequence) -> None:
+        """Errors: RequestError for an empty prompt, PromptTooLong for one that leaves no room for an answer."""
         if not sequence.tokens:
             raise RequestError("the prompt is empty: give at least one token")
         if sequence.room <= 0:
             raise PromptTooLong(f"a prompt of {sequence.prompt_length} tokens leaves no room in {sequence.limit}")
-        if not sequence.finished:
-            self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; doing so twice, or after its end, changes nothing."""
@@ -63,6 +64,8 @@ class Engine:
         self.running += scheduler.admit(self.waiting, self._free)
         work = scheduler.plan(self.running, self.chunk, self.rows)
         if not work:
+            if self.running or self.waiting:
+                raise EngineError("no request can go on, though some wait: their slots are taken by nobody")
             return []
         try:
             results = step(self.target, self.drafter, work, self.nodes)
@@ -76,6 +79,8 @@ class Engine:
             for sequence in sequences:
                 self.submit(sequence)
             while not all(sequence.finished for sequence in sequences):
+                if not self.running and not self.waiting:
+                    raise EngineError("a request has left the engine without an end: it was used from elsewhere, too")
                 yield from self.advance()
         finally:
             for sequence in sequences:

@@ -11,6 +11,7 @@ from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY
 from selfdraft.core.verify import Result, verify
+from selfdraft.errors import EngineError
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import Budget
 
@@ -31,7 +32,7 @@ def step(target: Target, drafter: Drafter, work: SequenceOf[tuple[Sequence, int]
     logits = target.forward(rows)  # 3 one pass
     results = verify(rows, logits, sequences)  # 4 follow what the target chooses
     for (sequence, share), span, result in zip(work, rows.spans, results, strict=True):
-        emitted = commit(sequence, result)  # 5 stop rules, statistics, text
+        emitted = committed(sequence, result)  # 5 stop rules, statistics, text
         accepted = [span.row(node) for node in result.path[: max(emitted - 1, 0)]]
         target.keep(sequence.slot, sequence.cached, [*range(share), *accepted])  # 6 remember those rows
         sequence.cached += share + len(accepted)
@@ -39,6 +40,15 @@ def step(target: Target, drafter: Drafter, work: SequenceOf[tuple[Sequence, int]
             result.proposed, result.nodes = proposed[sequence], clipped[sequence][1]
     drafter.observe(sequences, results)  # 7 let the drafter see how it did
     return results
+
+
+def committed(sequence: Sequence, result: Result) -> int:
+    """How many tokens `commit` wrote. Errors: EngineError with the sequence when code that came with it raises."""
+    try:
+        return commit(sequence, result)
+    except Exception as error:
+        what = f"a stopping criterion or the tokenizer raised {type(error).__name__}: {error}"
+        raise EngineError(what, sequence) from error
 
 
 def budget(target: Target, sequence: Sequence, nodes: int) -> Budget:
