@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import threading
+import weakref
 from functools import cache
 from typing import Any
 
@@ -24,8 +28,12 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import selfdraft
-from selfdraft import drafters
+from selfdraft import drafters, hf
+from selfdraft.core.sequence import Sequence
+from selfdraft.engine.loop import Engine
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.models import load
+from selfdraft.models.adapter import HFTarget
 from tests.models import VOCAB, random_adapters, tiny_llama
 
 SINGLE = [[3, 4, 5, 6, 7, 3, 4, 5]]
@@ -69,7 +77,7 @@ def plain(model: LlamaForCausalLM, rows: list[list[int]], **options: Any) -> Ten
     return ids
 
 
-def ours(model: LlamaForCausalLM, rows: list[list[int]], drafter: str = "lookup", **options: Any) -> Tensor:
+def ours(model: LlamaForCausalLM, rows: list[list[int]] = SINGLE, drafter: str = "lookup", **options: Any) -> Tensor:
     return plain(model, rows, custom_generate=selfdraft.generate, drafter=drafter, adapters=ADAPTERS, **options)
 
 
@@ -299,3 +307,104 @@ def test_the_model_is_left_alone(model: LlamaForCausalLM) -> None:
     assert (json.dumps(model.config.to_dict(), default=str), model.config._attn_implementation) == before
     assert model.generation_config == config
     assert torch.equal(plain(model, BATCH), text)
+
+
+# What is kept with a model from call to call
+
+
+def count_openings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    opened: list[str] = []
+    real = load.open_target
+
+    def counted(model: LlamaForCausalLM, **options: Any) -> HFTarget:
+        opened.append(options["exactness"])
+        return real(model, **options)
+
+    monkeypatch.setattr(load, "open_target", counted)
+    return opened
+
+
+def test_a_model_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(tiny_llama())
+    opened, wanted = count_openings(monkeypatch), plain(model, SINGLE)
+    for drafter in ("lookup", "none", "lookup"):
+        assert torch.equal(ours(model, drafter=drafter), wanted)
+    assert opened == ["token"]
+    assert torch.equal(ours(model, BATCH), plain(model, BATCH)), "more rows than the kept one has slots"
+    assert torch.equal(ours(model, BATCH[:2]), plain(model, BATCH[:2]))
+    assert opened == ["token"] * 2
+    assert torch.equal(ours(model, drafter="lookup", exactness="bitwise"), wanted)
+    assert opened == ["token"] * 2 + ["bitwise"]
+
+
+@pytest.mark.parametrize("change", ["dtype", "weights", "module", "attention"])
+def test_a_model_that_was_changed_is_proved_again(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(tiny_llama())
+    opened = count_openings(monkeypatch)
+    ours(model)
+    if change == "dtype":
+        model.to(torch.float32)
+    elif change == "weights":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).contiguous())
+    elif change == "module":
+        model.model.layers[1].mlp = copy.deepcopy(model.model.layers[0].mlp)
+    else:
+        model.set_attn_implementation("eager" if model.config._attn_implementation != "eager" else "sdpa")
+    assert torch.equal(ours(model), plain(model, SINGLE))
+    assert len(opened) == 2
+
+
+def test_weights_that_are_trained_in_place_count(model: LlamaForCausalLM) -> None:
+    own = copy.deepcopy(model)
+    before = ours(own)
+    with torch.no_grad():
+        own.lm_head.weight.copy_(own.lm_head.weight.flip(0))
+    assert torch.equal(ours(own), plain(own, SINGLE))
+    assert not torch.equal(ours(own), before)
+
+
+@pytest.mark.parametrize("drafter", drafters.NAMES)
+def test_what_is_kept_dies_with_the_model(drafter: str) -> None:
+    own = copy.deepcopy(tiny_llama())
+    ours(own, drafter=drafter)
+    [(_, target)] = hf._LEFT[own]
+    gone = weakref.ref(own), weakref.ref(target)
+    del own, target
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+@pytest.mark.parametrize("drafter", drafters.NAMES)
+def test_no_call_leaves_anything_behind(drafter: str, model: LlamaForCausalLM) -> None:
+    """Counted in living objects and tensors, after the first calls have filled what is kept."""
+
+    def living() -> int:
+        gc.collect()
+        return sum(isinstance(one, Tensor | Sequence | Engine) for one in gc.get_objects())
+
+    for _ in range(2):
+        ours(model, drafter=drafter)
+    before = living()
+    for _ in range(5):
+        ours(model, drafter=drafter)
+    assert living() <= before
+
+
+def test_calls_at_once_and_inside_one_another(model: LlamaForCausalLM) -> None:
+    wanted, said = plain(model, SINGLE), list[Tensor]()
+
+    def inside(ids: Tensor, scores: Tensor) -> Tensor:
+        said.append(ours(model, drafter="lookup", max_new_tokens=4))
+        return scores
+
+    assert torch.equal(ours(model, drafter="lookup", logits_processor=LogitsProcessorList([inside])), wanted)
+    assert all(torch.equal(one, plain(model, SINGLE, max_new_tokens=4)) for one in said)
+    threads = [threading.Thread(target=lambda: said.append(ours(model, drafter="suffix"))) for _ in range(3)]
+    said.clear()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 3
+    assert all(torch.equal(one, wanted) for one in said)
+    assert len(hf._LEFT[model]) <= hf.KEPT

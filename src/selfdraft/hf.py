@@ -11,10 +11,13 @@ stop strings as `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,15 +28,22 @@ from transformers.generation.streamers import BaseStreamer
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build
 from selfdraft.engine.loop import Engine
-from selfdraft.errors import OptionError, RequestError
+from selfdraft.errors import EngineError, OptionError, RequestError
 from selfdraft.methods import drafter_of
 from selfdraft.models import load
+from selfdraft.models.adapter import HFTarget
 from selfdraft.models.masks import MaskAdapter, load_adapters
 from selfdraft.types import LogitsProcessor, SamplingParams, StoppingCriterion
 
 UNSUPPORTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "penalty_alpha")
 STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 """Processors that count on being called once per token, in order."""
+SLOTS = 16
+"""Most rows that are decoded at once; the others wait."""
+KEPT = 2
+"""Prepared targets that are kept with a model."""
+_LEFT: WeakKeyDictionary[PreTrainedModel, list[tuple[tuple[object, ...], HFTarget]]] = WeakKeyDictionary()
+_LEFT_LOCK = threading.Lock()
 OURS = (MaxLengthCriteria, EosTokenCriteria)
 """Stopping criteria that `commit` does itself."""
 
@@ -61,23 +71,70 @@ def generate(
     _check(model, config, input_ids, model_kwargs, token_streamer)
     _check_processors(processors)
     name, options = drafter_of(drafter, speculative_config)
-    target = load.open_target(
-        model,
-        slots=min(len(input_ids), 16),
-        exactness=exactness,
-        adapters=load_adapters(adapters, model),
-        runner="plain",  # the roundings of transformers' own kernels, so that ties fall as in its own decoding
-    )
-    engine = Engine(target, build(name, target, options), slots=target.slots)
-    mask = model_kwargs.get("attention_mask")
-    sequences = []
-    for i, row in enumerate(input_ids):
-        prompt = row[mask[i].bool()] if mask is not None else row
-        sampling = _sampling(config, processors, criteria, input_ids, i, len(prompt))
-        sequences.append(_open(prompt.tolist(), input_ids.shape[1], sampling, criteria, config, target.context))
-    _run(engine, sequences, input_ids, token_streamer)
+    with prepared(model, min(len(input_ids), SLOTS), exactness, adapters) as target:
+        engine = Engine(target, build(name, target, options), slots=target.slots)
+        mask = model_kwargs.get("attention_mask")
+        sequences = []
+        for i, row in enumerate(input_ids):
+            prompt = row[mask[i].bool()] if mask is not None else row
+            sampling = _sampling(config, processors, criteria, input_ids, i, len(prompt))
+            sequences.append(_open(prompt.tolist(), input_ids.shape[1], sampling, criteria, config, target.context))
+        _run(engine, sequences, input_ids, token_streamer)
     ids = _padded(input_ids, sequences, config)
     return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids
+
+
+@contextmanager
+def prepared(
+    model: PreTrainedModel,
+    slots: int,
+    exactness: Literal["bitwise", "token"],
+    adapters: SequenceOf[str | Path | MaskAdapter],
+) -> Iterator[HFTarget]:
+    """A proven target of this model, for one caller at a time: one that an earlier call left, or a new one.
+
+    It is kept as long as the model lives, and the model is what it was: same modules, parameters, dtype and device.
+    A second caller at the same moment gets a target of its own.
+    """
+    state = (exactness, *map(_trace_of, adapters), *_state_of(model))
+    left = _LEFT.setdefault(model, [])
+    target = None
+    with _LEFT_LOCK:
+        place = next((i for i, (kept, one) in enumerate(left) if kept == state and one.slots >= slots), None)
+        if place is not None:
+            target = left.pop(place)[1]
+    if target is None:
+        target = load.open_target(
+            model,
+            slots=slots,
+            exactness=exactness,
+            adapters=load_adapters(adapters, model),
+            runner="plain",  # the roundings of transformers' own kernels, so that ties fall as in its own decoding
+        )
+    try:
+        yield target
+    finally:
+        with _LEFT_LOCK:
+            left.insert(0, (state, target))
+            del left[KEPT:]
+
+
+def _state_of(model: PreTrainedModel) -> Iterator[object]:
+    """What makes a prepared target wrong when it changes."""
+    yield model.config._attn_implementation
+    for module in model.modules():
+        yield id(module)
+        for one in (*module._parameters.values(), *module._buffers.values()):
+            if one is not None:
+                yield id(one), one.data_ptr(), one.dtype, one.device
+
+
+def _trace_of(adapter: str | Path | MaskAdapter) -> object:
+    """An adapter's name: the object, or the folder and when it was last written."""
+    if isinstance(adapter, MaskAdapter):
+        return id(adapter)
+    folder = Path(adapter).expanduser()
+    return str(folder), *sorted((file.name, file.stat().st_mtime_ns) for file in folder.glob("*"))
 
 
 def _run(engine: Engine, sequences: list[Sequence], input_ids: Tensor, streamer: BaseStreamer | None) -> None:
@@ -91,6 +148,8 @@ def _run(engine: Engine, sequences: list[Sequence], input_ids: Tensor, streamer:
                 for token in sequences[0].output[sent:]:
                     streamer.put(torch.tensor([token]))
                 sent = sequences[0].written
+    except EngineError as error:
+        raise error.__cause__ or error from error  # what a processor raised, as transformers lets it through
     finally:
         if streamer is not None:
             streamer.end()
