@@ -85,7 +85,7 @@ def bench(
 ) -> Callable[..., Done]:
     """Runs `selfdraft bench` on the tiny model in float32, with a home folder of its own; later options win."""
     cheap = ("--model", folder, "--tasks", folder / "prompts.jsonl", "--drafters", "lookup", "--max-new-tokens", 8)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "home"))
     monkeypatch.setattr(foreign, "CALM", 0.0)
 
     def call(*arguments: object) -> Done:
@@ -170,7 +170,7 @@ def test_what_a_worker_is_told(bench: Callable[..., Done], fake: Callable[..., s
     lengths = [len(tokenizer()(text)["input_ids"]) for text in ("the dog ran over the hill and the dog", "añb")]
     same = {"dtype": "bfloat16", "threads": 1, "device": "cpu", "context": 64}
     assert threads == "1"
-    assert Path(llama["model"]).parent == tmp_path / "home" / ".cache" / "selfdraft" / "gguf"
+    assert Path(llama["model"]).parent == tmp_path / "home" / "gguf"
     assert llama == {"model": llama["model"], **same, "options": {}}
     options = {"num_speculative_tokens": 9, "prompt_lookup_min": 2, "prompt_lookup_max": 5}
     assert vllm["options"] == options

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 
 def cache_folder(kind: str) -> Path:
     """The folder of the user's cache that holds files of this kind; it need not exist yet.
 
-    On Linux ~/.cache/selfdraft/KIND, or below XDG_CACHE_HOME where that is set.
+    Below SELFDRAFT_CACHE where that is set, else where the system keeps caches: on Linux ~/.cache/selfdraft, or below
+    XDG_CACHE_HOME. Where that cannot be written (no home, a read-only one), a folder of this user below the system's
+    temporary folder; later runs find it again.
     """
+    if told := os.environ.get("SELFDRAFT_CACHE"):
+        return Path(told).expanduser() / kind
     from platformdirs import user_cache_path
 
-    return Path(user_cache_path("selfdraft")) / kind
+    try:
+        root = Path(user_cache_path("selfdraft"))
+        usable = root.is_absolute() and _writable(root)
+    except (RuntimeError, KeyError, OSError):  # a user without a home
+        usable = False
+    return (root if usable else _private_folder()) / kind
+
+
+def _writable(folder: Path) -> bool:
+    """Whether it can be written, or made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+@cache
+def _private_folder() -> Path:
+    """A folder that nobody else can write to: what is read from it is run."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"selfdraft-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022:
+            return folder
+    except OSError:
+        pass
+    made = tempfile.mkdtemp(prefix="selfdraft-")  # somebody else has taken the name
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
 
 
 @contextmanager

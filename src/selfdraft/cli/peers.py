@@ -14,6 +14,7 @@ import typer
 from selfdraft import show
 from selfdraft.cli.options import parse_config
 from selfdraft.errors import OptionError, PeerError, PromptTooLong
+from selfdraft.files import cache_folder
 
 if TYPE_CHECKING:
     from selfdraft.bench.peers import Kind, Peer
@@ -309,7 +310,7 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
     if guest.file is not None:
         path = guest.file
     elif guest.engine == "llama.cpp":
-        path = gguf.cached(llm.model, Path.home() / ".cache" / "selfdraft" / "gguf")
+        path = gguf.cached(llm.model, cache_folder("gguf"))
     elif find_gguf(checkpoint(model)) is not None:
         raise PeerError(f"peer {label}: {guest.engine} is not given GGUF files here; give --model a checkpoint folder")
     else:

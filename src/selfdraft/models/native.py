@@ -11,12 +11,11 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.files import cache_folder
+from selfdraft.files import cache_folder, whole_file
 from selfdraft.models.tape import INSTR, STEP
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -48,7 +47,7 @@ def library() -> ctypes.CDLL:
     compiler = _compiler()
     built = cache_folder("kernels") / f"kernels-{_fingerprint(compiler)}.so"
     if not built.is_file():
-        built = _build(compiler, built)
+        _build(compiler, built)
     try:
         opened = ctypes.CDLL(str(built))
     except OSError as error:
@@ -80,23 +79,16 @@ def _fingerprint(compiler: str) -> str:
     return hashlib.blake2b(SOURCE.read_bytes() + " ".join(FLAGS).encode() + told, digest_size=12).hexdigest()
 
 
-def _build(compiler: str, wanted: Path) -> Path:
-    """Build beside `wanted` and move it there; into a folder of this process when that cannot be written."""
+def _build(compiler: str, wanted: Path) -> None:
+    """Build `wanted`, whole or not at all. Errors: RunnerUnavailable."""
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=wanted.parent)
-    except OSError:
-        folder = tempfile.mkdtemp(prefix="selfdraft-")
-        wanted = Path(folder) / wanted.name
-    beside = Path(folder) / "building.so"
-    try:
-        _call([compiler, *FLAGS, str(SOURCE), "-o", str(beside)])
-        os.replace(beside, wanted)
-    finally:
-        beside.unlink(missing_ok=True)
-        if wanted.parent != Path(folder):
-            os.rmdir(folder)
-    return wanted
+        with whole_file(wanted) as part:
+            _call([compiler, *FLAGS, str(SOURCE), "-o", str(part)])
+            part.chmod(0o755)
+    except OSError as error:
+        raise RunnerUnavailable(
+            f"{wanted} cannot be written ({error.strerror}): set SELFDRAFT_CACHE to a folder that can"
+        ) from error
 
 
 def _call(command: list[str]) -> bytes:
