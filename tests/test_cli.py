@@ -225,7 +225,10 @@ def test_generate(run: Any, folder: Path) -> None:
     done = run("generate", PROMPT, "--model", folder, "--max-new-tokens", 20, "--dtype", "float64")
     assert done.code == 0
     assert done.out == answer(PROMPT, max_tokens=20) + "\n"
-    assert re.fullmatch(r"20 tokens in \d+ steps \(\d\.\d\d a step\), [\d.]+ tokens/s, auto.*\n", done.err)
+    assert re.fullmatch(
+        r"20 tokens in \d+ steps \(\d\.\d\d a step\), first token after [\d.]+ s, then [\d.]+ tokens/s, auto.*\n",
+        done.err,
+    )
 
 
 def test_text_is_written_as_it_is(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +267,9 @@ def test_generate_json(run: Any, folder: Path) -> None:
 
 def test_compare_in_words(run: Any, folder: Path) -> None:
     done = run("generate", PROMPT, "--model", folder, "--max-new-tokens", 8, "--compare", "--temperature", 1)
-    assert re.search(r"plain [\d.]+ tokens/s, auto [\d.]+ tokens/s: [\d.]+x; texts equal: yes", done.err)
+    assert re.search(
+        r"plain [\d.]+ tokens/s, auto [\d.]+ tokens/s: [\d.]+x; texts equal: yes \(whole answers", done.err
+    )
 
 
 def test_seeds(run: Any, folder: Path) -> None:

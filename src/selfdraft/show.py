@@ -23,7 +23,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from selfdraft.bench.compare import Comparison
     from selfdraft.core.profile import Profile
-    from selfdraft.llm import Piece
+    from selfdraft.llm import CompletionOutput, Piece
     from selfdraft.types import Stats
 
 STAGES = ("target", "drafting", "rest")
@@ -51,14 +51,27 @@ SAMPLE_PROMPTS = (
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Seconds of one answer, those until its first tokens apart: they go with the length of the prompt."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
+        self.first: float | None = None
+        """Seconds until the first tokens came; None before."""
+        self._with_first = 0
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._began
+
+    def saw(self, output: CompletionOutput) -> None:
+        """The answer has grown."""
+        if self.first is None and output.token_ids:
+            self.first, self._with_first = self.seconds, len(output.token_ids)
+
+    def speed(self, tokens: int) -> float | None:
+        """Tokens per second of an answer of so many tokens that ends now, after its first ones; None without others."""
+        later = tokens - self._with_first
+        return later / (self.seconds - self.first) if self.first is not None and later > 0 else None
 
 
 def hush() -> None:
@@ -89,11 +102,15 @@ def heading(prompt: str) -> None:
     out.print(Text(f"\n> {line[:100]}{'...' if len(line) > 100 else ''}", style="bold"))
 
 
-def figures(stats: Stats, seconds: float, drafter: str) -> None:
+def figures(stats: Stats, clock: Clock, drafter: str) -> None:
     """The one line of figures that ends an answer."""
-    speed = stats.num_output_tokens / seconds if seconds else 0.0
+    speed = clock.speed(stats.num_output_tokens)
     line = f"{counted(stats.num_output_tokens, 'token')} in {counted(stats.num_steps, 'step')}"
-    line += f" ({stats.mean_acceptance_length:.2f} a step), {speed:.1f} tokens/s"
+    line += f" ({stats.mean_acceptance_length:.2f} a step)"
+    if clock.first is not None:
+        line += f", first token after {clock.first:.2f} s"
+    if speed is not None:
+        line += f", then {speed:.1f} tokens/s"
     if stats.num_draft_tokens:
         line += f", {drafter}: {stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} draft tokens accepted"
     else:
@@ -112,7 +129,7 @@ def comparison(result: Comparison, drafter: str) -> None:
         err.print(Text("the texts DIFFER from plain decoding: no speed-up is given", style="bold red"))
         return
     line = f"plain {result.plain_tokens_per_second:.1f} tokens/s, {drafter} {result.drafted_tokens_per_second:.1f}"
-    line += f" tokens/s: {result.speedup:.2f}x; texts equal: yes (median of {result.runs} runs each)"
+    line += f" tokens/s: {result.speedup:.2f}x; texts equal: yes (whole answers, median of {result.runs} runs each)"
     err.print(Text(line, style="dim"))
     if result.reason:
         err.print(Text(result.reason, style="dim"))

@@ -153,18 +153,22 @@ def _answer(
     try:
         for piece in llm.stream(ids, sampling):
             output = piece.output
+            clock.saw(output)
             if not quiet:
                 show.piece(piece)
     except KeyboardInterrupt:
         if output is not None and not quiet:
-            show.figures(output.stats, clock.seconds, llm.drafter_name)
+            show.figures(output.stats, clock, llm.drafter_name)
         raise
     assert output is not None
     record: dict[str, Any] = {"prompt": text, "text": output.text, "token_ids": list(output.token_ids)}
     record |= {"sources": list(output.sources), "finish_reason": output.finish_reason}
-    record |= {"stop_reason": output.stop_reason, "seconds": round(clock.seconds, 4), **output.stats.as_dict()}
+    speed, first = clock.speed(len(output.token_ids)), clock.first or 0.0
+    record |= {"stop_reason": output.stop_reason, "seconds": round(clock.seconds, 4)}
+    record |= {"first_token_seconds": round(first, 4), "decode_tokens_per_second": speed and round(speed, 2)}
+    record |= output.stats.as_dict()
     if not quiet:
-        show.figures(output.stats, clock.seconds, llm.drafter_name)
+        show.figures(output.stats, clock, llm.drafter_name)
     if compare:
         record["compare"] = _compare(llm, ids, sampling, quiet=quiet)
     return record
@@ -205,6 +209,7 @@ def chat(
         try:
             for piece in llm.stream(ids, sampling):
                 answer = piece.output.text
+                clock.saw(piece.output)
                 show.piece(piece)
         except RequestError as error:
             show.complain(f"{error}; the conversation starts anew")
@@ -214,5 +219,5 @@ def chat(
             show.write("\n")
             show.note("stopped; the text so far stays in the conversation")
         else:
-            show.figures(piece.output.stats, clock.seconds, llm.drafter_name)
+            show.figures(piece.output.stats, clock, llm.drafter_name)
         messages.append({"role": "assistant", "content": answer})
