@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
+from math import prod
 
 import torch
 from torch import Tensor
+
+from selfdraft.errors import EngineError
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Zeros that take memory page by page when they are written; torch.zeros writes, numpy.zeros asks for huge pages.
+
+    Errors: OSError, OverflowError.
+    """
+    if sys.platform == "win32":
+        return mmap.mmap(-1, max(size, 1))
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages
 
 
 class KVCache:
     """Keys and values [slots, heads, places, dim] per layer, made when a layer first writes.
 
     Rows of a forward are written behind the `base` tokens that count; `keep` moves the chosen ones into place.
-    Memory is slots x places, whatever was drafted; `reserve` doubles the places when more are needed.
+    Addresses are set aside for slots x places, whatever was drafted; `reserve` doubles the places when more are needed.
+    On a CPU the system gives memory only for what was written: requests take the sum of their lengths.
     """
 
     def __init__(self, slots: int, places: int) -> None:
@@ -22,6 +43,8 @@ class KVCache:
         self.values: dict[int, Tensor] = {}
         self._written: dict[tuple[int, int], int] = {}
         """Places of (layer, slot) that may hold something."""
+        self._used: dict[int, int] = {}
+        """Places of a slot that a pass has asked for."""
 
     def reserve(self, places: int) -> None:
         """Make room for `places` tokens in every slot; what is remembered stays."""
@@ -30,17 +53,42 @@ class KVCache:
         self.places = max(places, 2 * self.places)
         for store in (self.keys, self.values):
             for layer, old in store.items():
-                new = old.new_zeros(old.shape[0], old.shape[1], self.places, old.shape[3])
-                new[:, :, : old.shape[2]] = old
+                new = self._zeros(old, old.shape[1], old.shape[3])
+                for slot, used in self._used.items():
+                    kept = min(used, old.shape[2])
+                    new[slot, :, :kept] = old[slot, :, :kept]
                 store[layer] = new
+
+    def claim(self, slot: int, base: int, size: int) -> None:
+        """A pass writes `size` rows behind `base` tokens of a slot: what lies there outlives a growth of the cache."""
+        used = self._used.get(slot, 0) if base else 0
+        self._used[slot] = max(used, base + size)
 
     def open(self, layer: int, heads: int, wide: int, deep: int, like: Tensor) -> None:
         """Make the strips of a layer unless they are there: keys `wide`, values `deep`, of the type of `like`."""
         if layer in self.keys:
             return
         # zeros, not empty: places behind the mask are read, and 0 * NaN would poison the sum
-        self.keys[layer] = like.new_zeros(self.slots, heads, self.places, wide)
-        self.values[layer] = like.new_zeros(self.slots, heads, self.places, deep)
+        self.keys[layer] = self._zeros(like, heads, wide)
+        self.values[layer] = self._zeros(like, heads, deep)
+
+    def _zeros(self, like: Tensor, heads: int, wide: int) -> Tensor:
+        """Strips [slots, heads, places, wide] of zeros, of which nothing takes memory yet where that can be had.
+
+        Errors: EngineError when the system has no room for them.
+        """
+        shape = (self.slots, heads, self.places, wide)
+        try:
+            if like.device.type != "cpu":
+                return like.new_zeros(shape)
+            return torch.frombuffer(_pages(prod(shape) * like.itemsize), dtype=like.dtype).view(shape)
+        except (OSError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
+            layers = max(len(self.keys), 1)
+            raise EngineError(
+                f"no memory for the keys and values of {self.slots} requests with {self.places} tokens each (a layer "
+                f"takes {2 * prod(shape) * like.itemsize / 2**20:.0f} MiB, {layers} were made): lower max_num_seqs or "
+                "max_model_len"
+            ) from error
 
     def write(self, layer: int, slot: int, start: int, key: Tensor, value: Tensor) -> None:
         """Put rows key, value [heads, n, dim] at places start .. start + n of a slot."""
@@ -52,6 +100,7 @@ class KVCache:
             self.values[layer][slot, :, stop:written] = 0
             written = stop
         self._written[layer, slot] = max(written, stop)
+        self._used[slot] = max(self._used.get(slot, 0), stop)
         self.keys[layer][slot].narrow(1, start, stop - start).copy_(key)
         self.values[layer][slot].narrow(1, start, stop - start).copy_(value)
 

@@ -277,6 +277,8 @@ class HFTarget:
     def _make_room(self, rows: Rows) -> None:
         last = max(span.base + span.size for span in rows.spans)
         self.cache.reserve(max(last, self.shapes.edge(int(rows.positions.max()), 0)))
+        for span in rows.spans:
+            self.cache.claim(span.slot, span.base, span.size)
 
 
 def context_of(model: PreTrainedModel) -> int:
