@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from selfdraft.types import SamplingParams
 from tests.models import run, tiny_target
 
 PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
+ERRORS = PAGE.parent / "recipes" / "troubleshooting.py"
 
 
 def blocks() -> list[str]:
@@ -47,3 +50,8 @@ def test_the_toy_is_built_with_checked_options(toy: str) -> None:
     assert drafters.build(toy, target, {"num_speculative_tokens": 2})
     with pytest.raises(OptionError, match="no option 'window_size': it belongs to lookahead"):
         drafters.build(toy, target, {"window_size": 2})
+
+
+def test_the_page_of_errors_is_what_the_source_says() -> None:
+    done = subprocess.run([sys.executable, str(ERRORS), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
