@@ -320,9 +320,12 @@ def test_trees_start_small_until_the_price_of_a_row_is_known() -> None:
 # recycling
 
 
-def test_topk_of_a_wide_vocabulary() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sign", ["mixed", "negative"])
+def test_topk_of_a_wide_vocabulary(dtype: torch.dtype, sign: str) -> None:
     draw = torch.Generator().manual_seed(1)
-    logits = torch.randn(3, 5000, generator=draw)
+    logits = torch.randn(3, 5000, generator=draw).to(dtype)
+    logits = -logits.abs() if sign == "negative" else logits
     for k in (1, 8, 16):
         values, ids = topk(logits, k)
         assert torch.equal(values, logits.topk(k).values)

@@ -5,6 +5,9 @@ Source: Token Recycling (arXiv 2408.08696), section 3; the noise of a sampled re
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +69,8 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     A row's k largest lie in the k blocks whose maxima are largest, so most of a wide row is read only once.
     """
+    if logits.device.type == "cpu":
+        return _topk_here(logits, k)
     rows, vocab = logits.shape
     if rows * vocab <= FEW or vocab <= 2 * BLOCK * k:
         best = logits.topk(min(k, vocab))
@@ -75,3 +80,33 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     which = blocks.amax(-1).topk(k).indices
     inside = blocks.gather(1, which[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k)
     return inside.values, which.gather(1, inside.indices // BLOCK) * BLOCK + inside.indices % BLOCK
+
+
+def _topk_here(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk` by numpy: torch would share this little work out among threads, and wait for them on a busy machine."""
+    order = _order(logits)
+    rows, vocab = order.shape
+    most = min(k, vocab)
+    ids = np.arange(vocab)[None].repeat(rows, 0) if vocab <= 2 * BLOCK * k else None
+    if ids is None:
+        whole = vocab // BLOCK * BLOCK
+        blocks = order[:, :whole].reshape(rows, -1, BLOCK)
+        which = np.argpartition(blocks.max(-1), -k)[:, -k:]
+        inside = np.take_along_axis(blocks, which[:, :, None], 1).reshape(rows, -1)
+        ids = (which[:, :, None] * BLOCK + np.arange(BLOCK)).reshape(rows, -1)
+        if whole < vocab:  # the last block is a short one
+            inside = np.concatenate([inside, order[:, whole:]], 1)
+            ids = np.concatenate([ids, np.arange(whole, vocab)[None].repeat(rows, 0)], 1)
+        order = inside
+    best = np.argpartition(order, -most)[:, -most:]
+    best = np.take_along_axis(best, np.argsort(np.take_along_axis(order, best, 1), kind="stable")[:, ::-1], 1)
+    found = torch.from_numpy(np.take_along_axis(ids, best, 1))
+    return logits.gather(1, found), found
+
+
+def _order(logits: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+    """Numbers in the order of the logits. numpy knows no bfloat16: its bits are, negative ones turned round."""
+    if logits.dtype != torch.bfloat16:
+        return np.asarray(logits.numpy())
+    bits = logits.contiguous().view(torch.int16).numpy()
+    return np.asarray(bits ^ ((bits >> 15) & 0x7FFF))
