@@ -19,8 +19,10 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from selfdraft.errors import LoadError
 from selfdraft.files import cache_folder, whole_file
+from selfdraft.models.folder import check_pointer
 from selfdraft.models.load_errors import blaming
 from selfdraft.models.places import PART
+from selfdraft.models.weights import check_weights
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 VALUES = {"I8", "I16", "I32", "I64", "F64"}
@@ -43,10 +45,9 @@ def load_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             dtype=dtype or own,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_weights` names them
         )
-    if missing := sorted(info["missing_keys"]):
-        first = ", ".join(missing[:3])
-        raise LoadError(f"{file}: {len(missing)} weights are missing, the first are {first}; it is not a whole model")
+    check_weights(file, model, info)
     model.config.__dict__.pop("quantization_config", None)  # nothing in the model is quantised any more
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -102,6 +103,7 @@ def _tensors(file: Path) -> SequenceOf[Any]:
 
 def _metadata(file: Path) -> dict[str, Any]:
     """Keys and values of the file's head; lists of texts are only counted. Errors: LoadError."""
+    check_pointer(file)
     try:
         metadata: dict[str, Any] = read_gguf_metadata(str(file))[0]
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, MemoryError) as error:
