@@ -19,7 +19,8 @@ from transformers import GenerationConfig, LlamaForCausalLM, MixtralConfig, Mixt
 
 from selfdraft import LLM, SamplingParams
 from selfdraft.bench.peers.local import Transformers
-from selfdraft.cli import main
+from selfdraft.bench.run import Contender
+from selfdraft.cli.peers import Guest, check_merged
 from selfdraft.errors import LoadError, OptionError
 from selfdraft.models import stock
 from selfdraft.models.ends import eos_ids, turn_end
@@ -27,6 +28,7 @@ from selfdraft.models.load import load_model, load_tokenizer
 from selfdraft.models.lora import unwrapped
 from tests import gguf_files
 from tests.models import VOCAB, tiny_llama
+from tests.terminal import typed
 from tests.test_llm import tokenizer
 
 Weights = dict[str, Tensor]
@@ -207,7 +209,9 @@ def test_a_gguf_file_with_more_layers_than_it_says(tmp_path: Path) -> None:
     at = raw.index(b"llama.block_count") + len(b"llama.block_count") + 4  # behind the name: the type, then the number
     assert raw[at] == 2
     (tmp_path / "tiny.gguf").write_bytes(raw[:at] + b"\x01" + raw[at + 1 :])
-    with pytest.raises(LoadError, match=r"more layers than the 1 of|have no place in the model"):
+    with pytest.raises(
+        LoadError, match=r"more layers than the 1 of its block_count: the first is blk\.1, the last blk\.1;"
+    ):
         load_model(tmp_path / "tiny.gguf", dtype=None)
 
 
@@ -216,7 +220,7 @@ def test_a_gguf_file_with_more_layers_than_it_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"num_beams": 3}, {"min_new_tokens": 20}],
+    [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"num_beams": 3}, {"suppress_tokens": [36]}],
     ids=str,
 )
 def test_the_reference_is_plain_greedy_whatever_the_checkpoint_asks_for(
@@ -228,9 +232,9 @@ def test_the_reference_is_plain_greedy_whatever_the_checkpoint_asks_for(
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, **settings}))
     model = load_model(folder, dtype=None)
     own = model.generation_config
-    usual = model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, eos_token_id=sorted(ends))
     stopped = wanted[: wanted.index(wanted[5]) + 1]
-    assert usual[0, len(PROMPT) :].tolist() != stopped, "these settings change the text"
+    usual = model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)
+    assert usual[0, len(PROMPT) :].tolist() != wanted, "these settings change the text"
     assert stock.greedy(model, PROMPT, 24, frozenset()) == wanted
     assert stock.greedy(model, PROMPT, 24, ends) == stopped
     peer = Transformers("transformers", model, {}, lambda: None)
@@ -643,27 +647,40 @@ def test_other_adapters_of_peft(tmp_path: Path) -> None:
         load_model(tmp_path / "prompts", dtype=None)
 
 
-def test_lora_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, lora = saved(tmp_path / "base"), tmp_path / "lora"
     spoken(None).save_pretrained(base)
     adapter(lora, base)
-    command = ["generate", "ABCABC", "--model", str(base), "--drafter", "none", "--max-new-tokens", "8", "--json"]
-
-    def said(*options: str) -> Any:
-        with pytest.raises(SystemExit) as ended:
-            main([*command, *options])
-        assert not ended.value.code
-        return json.loads(capsys.readouterr().out)
-
-    llm = LLM(lora, drafter="none", dtype="auto", cache=False)
+    command = ("generate", "ABCABC", "--model", base, "--drafter", "none", "--max-new-tokens", "8", "--json")
+    llm = LLM(lora, drafter="none", cache=False)
     wanted = llm.generate("ABCABC", SamplingParams(max_tokens=8))[0].outputs[0].token_ids
-    found = said("--lora", str(lora))
+    found = json.loads(typed(monkeypatch, capsys, *command, "--lora", lora).out)
     assert found["lora"] == str(lora)
     assert found["results"][0]["token_ids"] == list(wanted)
-    assert said()["results"][0]["token_ids"] != list(wanted)
-    with pytest.raises(SystemExit):
-        main([*command, "--lora", str(tmp_path / "nothing")])
-    assert "there is no such folder" in capsys.readouterr().err
+    plain = json.loads(typed(monkeypatch, capsys, *command).out)
+    assert "lora" not in plain
+    assert plain["results"][0]["token_ids"] != list(wanted)
+    done = typed(monkeypatch, capsys, *command, "--lora", tmp_path / "nothing")
+    assert done.code == 2
+    assert "nothing: there is no such folder" in done.err
+
+
+def test_peers_that_would_read_the_base_model_are_refused(tmp_path: Path) -> None:
+    base, lora = saved(tmp_path / "base"), tmp_path / "lora"
+    adapter(lora, base)
+
+    def guest(engine: str) -> Guest:
+        return Guest(Contender(engine, "none"), {}, engine, "python")
+
+    for model, merged in ((base, lora), (lora, None)):
+        check_merged([guest("transformers"), guest("llama.cpp")], str(model), merged)
+        with pytest.raises(
+            OptionError, match="--peers vllm: it reads the checkpoint's folder, without the LoRA adapter"
+        ):
+            check_merged([guest("transformers"), guest("vllm")], str(model), merged)
+    check_merged([guest("vllm")], str(base), None)
 
 
 def test_a_model_of_peft_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -693,6 +710,6 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
         (GenerationConfig(), "GenerationC"),
     ):
         with pytest.raises(LoadError, match=rf"{name}.* is no model of transformers; give a PreTrainedModel, a folder"):
-            LLM(odd)  # type: ignore[arg-type]
+            LLM(odd)
     with pytest.raises(OptionError, match=r"with a loaded model: merging would change that model; give its folder"):
         LLM(tiny_llama(), lora=tmp_path)
