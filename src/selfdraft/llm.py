@@ -113,6 +113,7 @@ class LLM:
     or not at all; `llm.target.runs` says what was taken, and why.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
+    `lora`: the folder of a LoRA adapter of peft, merged into the weights when they are loaded.
     `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
     proves it again and keeps nothing. A loaded transformers model is proved each time.
     `clock`: seconds that drafters and measurements read; one that is handed in makes a run repeatable.
@@ -128,6 +129,7 @@ class LLM:
         dtype: str = "auto",
         tokenizer: Tokenizer | None = None,
         adapters: SequenceOf[str | Path | MaskAdapter] = (),
+        lora: str | Path | None = None,
         exactness: Literal["bitwise", "token"] = "bitwise",
         runner: Literal["auto", "plain", "fast"] = "auto",
         max_num_seqs: int = 16,
@@ -144,11 +146,11 @@ class LLM:
         find(name, options)
         if isinstance(model, str | Path):
             path = checkpoint(model, note=_log.warning)
-            self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code)
+            self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code, lora=lora)
             self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
             beside = find_adapters(Path(path).expanduser())
         else:
-            self.model, self.tokenizer, beside = model, tokenizer, []
+            self.model, self.tokenizer, beside = load.unwrapped(model, lora), tokenizer, []
         self.target = load.open_target(
             self.model,
             slots=max_num_seqs,

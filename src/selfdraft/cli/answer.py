@@ -18,6 +18,7 @@ from selfdraft.cli.options import (
     Exact,
     InTemplate,
     Log,
+    Lora,
     MaxNew,
     Memory,
     Model,
@@ -52,6 +53,7 @@ def generate(
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
+    lora: Lora = None,
     prompts: PromptFile = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts of the file.", min=1)] = None,
     chat_template: InTemplate = False,
@@ -98,14 +100,23 @@ def generate(
     check_options(model, drafter, speculative_config, dtype)
     texts = _texts(prompt, prompts, limit, log)
     llm = open_llm(
-        model, drafter, speculative_config, dtype, exactness, threads, adapter, memory=memory, no_cache=no_cache
+        model,
+        drafter,
+        speculative_config,
+        dtype,
+        exactness,
+        threads,
+        adapter,
+        memory=memory,
+        no_cache=no_cache,
+        lora=lora,
     )
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
         _keep(llm, ids, results[-1]["token_ids"], sampling, log, memory)
     if as_json:
-        show.document({**conditions(llm, model), "drafter": llm.drafter_name, "results": results})
+        show.document({**conditions(llm, model, lora), "drafter": llm.drafter_name, "results": results})
 
 
 def _texts(prompt: str | None, prompts: Path | None, limit: int | None, log: Path | None) -> Sequence[str]:
@@ -188,6 +199,7 @@ def chat(
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
+    lora: Lora = None,
     max_new_tokens: MaxNew = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
@@ -200,7 +212,7 @@ def chat(
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
-    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache)
+    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache, lora=lora)
     messages: list[dict[str, str]] = []
     while (said := show.ask()) is not None:
         messages.append({"role": "user", "content": said})

@@ -17,6 +17,7 @@ from selfdraft.cli.options import (
     Dtype,
     Exact,
     Log,
+    Lora,
     MaxNew,
     Model,
     NoCache,
@@ -27,7 +28,7 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, invited, joined
+from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, check_merged, invited, joined
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
 
@@ -62,6 +63,7 @@ def bench(
     tasks: Annotated[str, typer.Option(help=TASKS)] = "quick",
     model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
+    lora: Lora = None,
     drafters: Names = None,
     speculative_config: Configs = None,
     peers: Peers = None,
@@ -103,16 +105,17 @@ def bench(
     plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all")
     contenders = field_of(drafters, speculative_config or [])
     guests = invited(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
+    check_merged(guests, model, lora)
     items = gather_items(tasks, data_dir, limit, plan)
     draw = painter(pictures)
     check_log(log)
     with Ledger(output) as ledger:
-        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
+        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
         if chat is None and getattr(llm.tokenizer, "chat_template", None):
             plan, items = as_chat(plan, tasks, data_dir, limit)
         by_name = drafters not in (None, "all")
         fit = [one for one in contenders if runnable(llm, one.method, one.options, named=by_name or bool(one.options))]
-        setting = set_up(llm, model, adapter or [], fit, plan, log)
+        setting = set_up(llm, model, adapter or [], fit, plan, log, lora)
         with joined(setting, guests, llm, model, items, peer_timeout):
             rows = measure_all(setting, items, ledger, quiet=as_json)
     tell(reported(setting, rows, llm.target.context), output, draw, profile=profile, as_json=as_json)
@@ -253,6 +256,7 @@ def set_up(
     contenders: Sequence[Contender],
     plan: Plan,
     log: Path | None = None,
+    lora: Path | None = None,
 ) -> Bench:
     """The bench around an open model."""
     from importlib.metadata import version
@@ -270,9 +274,12 @@ def set_up(
 
     device = next(llm.model.parameters()).device
     facts = (
-        conditions(llm, model)
+        conditions(llm, model, lora)
         | plan.facts
-        | {"weights": identity(model, llm, folders), "selfdraft": version("selfdraft")}
+        | {
+            "weights": identity(model, llm, [*folders, *([lora] if lora is not None else [])]),
+            "selfdraft": version("selfdraft"),
+        }
     )
     adapters = {adapter.method: adapter.bytes for adapter in getattr(llm.target, "adapters", ())}
     return Bench(

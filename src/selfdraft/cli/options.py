@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selfdraft import show
-from selfdraft.errors import MissingMasks, OptionError, RequestError
+from selfdraft.errors import LoadError, MissingMasks, OptionError, RequestError
 from selfdraft.methods import ALIASES, OPTIONS, check_early, drafter_of, offered
 from selfdraft.types import check_dtype
 
@@ -46,6 +46,10 @@ Adapters = Annotated[
     list[Path] | None,
     typer.Option("--adapter", help="Mask tokens for s3d or space: a folder of 'selfdraft train'. May be repeated."),
 ]
+Lora = Annotated[
+    Path | None,
+    typer.Option("--lora", help="A LoRA adapter of peft, merged into the model at load: its folder.", metavar="DIR"),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default when not given.", min=1)]
 Log = Annotated[
     Path | None, typer.Option(help="Append the tokens of every answer to this jsonl file; 'replay' reads it.")
@@ -73,9 +77,12 @@ def open_llm(
     runner: str = "auto",
     memory: Path | None = None,
     no_cache: bool = False,
+    lora: Path | None = None,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = check_options(model, drafter, config, dtype)
+    if lora is not None and not lora.expanduser().is_dir():
+        raise LoadError(f"--lora {lora}: there is no such folder; give the one that peft's `save_pretrained` wrote")
     if memory is not None:
         from selfdraft.memory import check_memory, with_memory
 
@@ -99,6 +106,7 @@ def open_llm(
             dtype=dtype,
             exactness="bitwise" if exactness == "bitwise" else "token",
             adapters=adapters or (),
+            lora=lora,
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
             cache=not no_cache,
@@ -188,13 +196,14 @@ def encode_all(llm: LLM, texts: Sequence[str], chat_template: bool, sampling: Sa
     return checked
 
 
-def conditions(llm: LLM, model: str) -> dict[str, Any]:
+def conditions(llm: LLM, model: str, lora: Path | None = None) -> dict[str, Any]:
     """What a figure means nothing without."""
     from selfdraft.bench.doctor import machine
 
     dtype = str(next(llm.model.parameters()).dtype).removeprefix("torch.")
     return {
         "model": model,
+        **({"lora": str(lora)} if lora is not None else {}),
         "dtype": dtype,
         "exactness": {"level": llm.exactness.level, "why": llm.exactness.why},
         "runner": llm.target.runs,

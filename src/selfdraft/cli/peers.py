@@ -97,6 +97,19 @@ def invited(
     return guests
 
 
+def check_merged(guests: Sequence[Guest], model: str, lora: Path | None) -> None:
+    """Errors: OptionError when a peer would read the base model and not the one with the LoRA adapter merged in."""
+    folder = Path(model).expanduser()
+    if lora is None and not ((folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()):
+        return
+    for guest in guests:
+        if guest.engine not in ("transformers", "llama.cpp"):
+            raise OptionError(
+                f"--peers {guest.engine}: it reads the checkpoint's folder, without the LoRA adapter "
+                f"{lora or model}; leave it out, or merge the adapter with peft and save the model"
+            )
+
+
 def _gguf(models: Sequence[str], model: str, names: str | None, configs: Sequence[str]) -> Path | None:
     """The GGUF file for llama.cpp: the one given, or the model itself when it is one. Errors: OptionError."""
     from selfdraft.bench.peers import PEERS

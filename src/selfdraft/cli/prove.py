@@ -15,6 +15,7 @@ from selfdraft.cli.options import (
     Dtype,
     Exact,
     InTemplate,
+    Lora,
     MaxNew,
     Model,
     NoCache,
@@ -34,6 +35,7 @@ def verify(
     prompts: Annotated[Path, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")],
     model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
+    lora: Lora = None,
     drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
     max_new_tokens: MaxNew = 128,
@@ -63,7 +65,7 @@ def verify(
     from selfdraft.bench.verify import Report, plainly, stock_greedy
     from selfdraft.bench.verify import verify as run
 
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
     requests = [
         repeatable(llm, sampling, seed + i, ids)
@@ -77,7 +79,7 @@ def verify(
     with show.progress(len(texts) * len(engines), quiet=as_json) as advance:
         for _ in run(llm.model, reference, engines, requests, report):
             advance()
-    result = {**conditions(llm, model), "against": against, "drafters": list(engines), "prompts": len(texts)}
+    result = {**conditions(llm, model, lora), "against": against, "drafters": list(engines), "prompts": len(texts)}
     result |= {"temperature": temperature, **report.as_dict()}
     if as_json:
         show.document(result)
@@ -88,6 +90,7 @@ def verify(
 
 def doctor(
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     max_new_tokens: MaxNew = 48,
     threads: Threads = None,
     prove: Annotated[bool, typer.Option("--prove", help="Do the proof at load again, kept or not.")] = False,
@@ -101,7 +104,7 @@ def doctor(
     trials: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
-            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner, no_cache=prove)
+            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner, no_cache=prove, lora=lora)
             if runner == "auto" and llm.target.runner is None:
                 continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]

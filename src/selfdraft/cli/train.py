@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from selfdraft import show
-from selfdraft.cli.options import DEFAULT_MODEL, Dtype, Model, Threads, open_llm
+from selfdraft.cli.options import DEFAULT_MODEL, Dtype, Lora, Model, Threads, open_llm
 from selfdraft.errors import OptionError
 from selfdraft.types import within
 
@@ -32,6 +32,7 @@ def train(
     more: Annotated[list[Path] | None, typer.Argument(help="More data files.", show_default=False)] = None,
     recipe: Annotated[Literal["s3d", "space"], typer.Option(help="The drafter that shall use the masks.")] = "space",
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     distill: Annotated[
         bool, typer.Option("--distill", help="Let the model continue the prompts of the data, and learn from that.")
     ] = False,
@@ -81,7 +82,7 @@ def train(
     check_output(output)
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
-    llm = open_llm(model, "none", None, dtype, "token", threads, slots=batch_size if distill else 1)
+    llm = open_llm(model, "none", None, dtype, "token", threads, slots=batch_size if distill else 1, lora=lora)
     if card is not None:
         _check_model(llm, card, output)
         return

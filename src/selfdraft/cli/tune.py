@@ -18,6 +18,7 @@ from selfdraft.cli.options import (
     AsJson,
     Dtype,
     Exact,
+    Lora,
     Model,
     Threads,
     conditions,
@@ -135,6 +136,7 @@ def tune(
     check: Check = None,
     draft_lengths: Lengths = "2,4",
     adapter: Adapters = None,
+    lora: Lora = None,
     sweep: Sweep = False,
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
@@ -151,7 +153,7 @@ def tune(
     """
     _refuse_foreign(context, method)
     if method == "auto":
-        _auto(open_llm(model, "none", None, dtype, exactness, threads, None), model, as_json)
+        _auto(open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora), model, as_json)
         return
     from selfdraft.bench.prompts import read_prompts
     from selfdraft.tune.layer_skip import Options, Subject
@@ -168,9 +170,9 @@ def tune(
     lengths = _lengths(draft_lengths)
     job = Job(model, output, evidence, costs, tuple(check or ()), lengths, sweep, as_json)
     texts = list(PROMPTS[:limit]) if prompts is None else read_prompts(prompts, limit)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, lora=lora)
     ids = encode_all(llm, texts, chat, options.sampling)
-    METHODS[method](llm, Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model)), job, options)
+    METHODS[method](llm, Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model, lora)), job, options)
 
 
 def _auto(llm: LLM, model: str, as_json: bool) -> None:

@@ -19,10 +19,13 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from selfdraft.errors import LoadError
 from selfdraft.files import cache_folder, whole_file
+from selfdraft.models.folder import check_pointer
 from selfdraft.models.load_errors import blaming
 from selfdraft.models.places import PART
+from selfdraft.models.weights import check_weights
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK = re.compile(r"blk\.(?P<number>\d+)\.")
 VALUES = {"I8", "I16", "I32", "I64", "F64"}
 """Types of tensors that hold plain numbers and need no dequantisation."""
 
@@ -43,10 +46,9 @@ def load_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             dtype=dtype or own,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_weights` names them
         )
-    if missing := sorted(info["missing_keys"]):
-        first = ", ".join(missing[:3])
-        raise LoadError(f"{file}: {len(missing)} weights are missing, the first are {first}; it is not a whole model")
+    check_weights(file, model, info)
     model.config.__dict__.pop("quantization_config", None)  # nothing in the model is quantised any more
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -73,14 +75,18 @@ def check(file: Path) -> torch.dtype:
     metadata = _metadata(file)
     _check_architecture(file, str(metadata["general.architecture"]))
     types: set[str] = set()
+    blocks: set[int] = set()
     size, end, last = file.stat().st_size, 0, ""
     for tensor in _tensors(file):
         types.add(tensor.tensor_type.name)
+        if match := BLOCK.match(tensor.name):
+            blocks.add(int(match["number"]))
         if end < (behind := int(tensor.data_offset) + int(tensor.n_bytes)):
             end, last = behind, tensor.name
     if end > size:
         raise _truncated(file, f"tensor {last!r} ends at byte {end:,} and the file has {size:,}")
     _check_types(file, types)
+    _check_blocks(file, blocks, metadata.get(f"{metadata['general.architecture']}.block_count"))
     if types - set(FLOATS) - VALUES:
         return torch.bfloat16
     return next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32)
@@ -102,6 +108,7 @@ def _tensors(file: Path) -> SequenceOf[Any]:
 
 def _metadata(file: Path) -> dict[str, Any]:
     """Keys and values of the file's head; lists of texts are only counted. Errors: LoadError."""
+    check_pointer(file)
     try:
         metadata: dict[str, Any] = read_gguf_metadata(str(file))[0]
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, MemoryError) as error:
@@ -126,6 +133,15 @@ def _check_architecture(file: Path, name: str) -> None:
         raise LoadError(
             f"{file}: transformers cannot read the architecture {name!r} from a GGUF file; it reads {known}. "
             "Give the model's folder of safetensors instead"
+        )
+
+
+def _check_blocks(file: Path, blocks: set[int], count: object) -> None:
+    """Errors: LoadError when the file has blocks behind the last one that it counts; transformers would drop them."""
+    if isinstance(count, int) and blocks and max(blocks) >= count:
+        raise LoadError(
+            f"{file}: the file has more layers than the {count} of its block_count: the first is blk.{count}, the last "
+            f"blk.{max(blocks)}; its head belongs to another model: convert the model again"
         )
 
 

@@ -6,93 +6,153 @@ adapter and are compared with the stock model's own forward pass.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models import gguf
 from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
+from selfdraft.models.ends import eos_ids as eos_ids
+from selfdraft.models.ends import whole_ends
+from selfdraft.models.folder import (
+    check_folder,
+    check_tokenizer_files,
+    check_vocabulary,
+    has_tokenizer,
+    tokenizer_fault,
+)
 from selfdraft.models.kept import ProofStore, Record, identity_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
 from selfdraft.models.load_errors import blaming
+from selfdraft.models.lora import base_of, is_lora, merged
+from selfdraft.models.lora import unwrapped as unwrapped
 from selfdraft.models.masks import MaskAdapter
 from selfdraft.models.places import find_gguf, place
 from selfdraft.models.probe import probe_fast, probe_shapes
 from selfdraft.models.proof import prove
 from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
+from selfdraft.models.weights import check_weights
 from selfdraft.types import Clock
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-"""Weight files that run code when they are read; never opened."""
+NO_ADAPTER = "selfdraft-merges-adapters-itself"
+"""A subfolder that is nowhere: where transformers looks for an adapter, which it applies only if peft is installed."""
 ATTENDING = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers whose whole memory is keys and values at positions."""
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool = False,
+    lora: str | Path | None = None,
+) -> PreTrainedModel:
     """A causal language model from a local folder, a GGUF file or a hub name, in eval mode; no pickle is opened.
 
     `dtype` None is the checkpoint's own; a checkpoint with a `quantization_config` loads as it is, and a GGUF file
-    dequantised.
+    dequantised. `lora` is the folder of a LoRA adapter that is merged into the weights; a `path` that is such a folder
+    itself stands for its base model with it merged.
     Errors: LoadError says what is wrong with which folder or name, and the way out.
     """
+    if lora is not None:
+        return merged(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code), lora)
     if (file := find_gguf(path)) is not None:
         loaded = gguf.load_model(file, dtype)
         check_config(loaded.config)
         return loaded
     where = place(path)
     local = Path(where).is_dir()
+    if local and is_lora(Path(where)):
+        with _below(where):
+            model = load_model(base_of(Path(where)), dtype=dtype, trust_remote_code=trust_remote_code)
+        return merged(model, where)
     if local:
-        _check_folder(Path(where), trust_remote_code)
-    with blaming(where):
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=local)
+        check_folder(Path(where), trust_remote_code)
+    config = _config(where, trust_remote_code, local)
     check_config(config)
     if getattr(config, "quantization_config", None) is not None:
         dtype = None
     with blaming(where):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             local_files_only=local,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_weights` names them; transformers would only say that there are some
+            adapter_kwargs={"subfolder": NO_ADAPTER},
         )
+    check_weights(where, model, info)
     return model.eval()
 
 
+def _config(where: str, trust_remote_code: bool, local: bool) -> Any:
+    """The configuration. End ids that transformers does not take, such as null, are left out and logged."""
+    with blaming(where):
+        try:
+            return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=local)
+        except StrictDataclassError:
+            fields, _ = PreTrainedConfig.get_config_dict(where, local_files_only=local)
+            kept = whole_ends(fields)
+            if kept == fields or fields.get("model_type") not in CONFIG_MAPPING:
+                raise
+            return CONFIG_MAPPING[fields["model_type"]].from_dict(kept)
+
+
+@contextmanager
+def _below(folder: str) -> Iterator[None]:
+    """Say of an error that it is about the base model of a LoRA adapter."""
+    try:
+        yield
+    except LoadError as error:
+        text = str(error)
+        if not text.startswith(folder):
+            text = f"{folder} is a LoRA adapter, and its base model: {error}; or give --model BASE and --lora DIR"
+        raise type(error)(text) from error
+
+
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Errors: LoadError when there is none."""
+    """The checkpoint's tokenizer; of a LoRA adapter its own, or that of its base model.
+
+    Errors: LoadError when there is none, or none can be made of its files.
+    """
     if (file := find_gguf(path)) is not None:
         return gguf.load_tokenizer(file)
     where = place(path)
     folder = Path(where)
-    # transformers makes an empty tokenizer for some families when there is no file at all
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
-        raise LoadError(f"{where}: no tokenizer (tokenizer.json is missing); copy it there, or pass tokenizer=...")
-    with blaming(where, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=trust_remote_code, local_files_only=folder.is_dir()
-        )
+    if folder.is_dir():
+        if not has_tokenizer(folder) and is_lora(folder):
+            return load_tokenizer(base_of(folder), trust_remote_code=trust_remote_code)
+        check_tokenizer_files(folder)
+    try:
+        with blaming(where, "tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                where, trust_remote_code=trust_remote_code, local_files_only=folder.is_dir()
+            )
+    except LoadError as error:
+        if "trust_remote_code" in str(error) or not folder.is_dir() or (why := tokenizer_fault(folder)) is None:
+            raise
+        raise LoadError(f"{where}: cannot load the tokenizer: {why}") from error
+    check_vocabulary(where, tokenizer)
     return tokenizer
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Token ids that end a text: of the generation config, else of the config, else of the tokenizer."""
-    config = model.config.get_text_config()
-    for owner in (getattr(model, "generation_config", None), config, tokenizer):
-        found = getattr(owner, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else map(int, found))
-    return frozenset()
 
 
 def open_target(
@@ -226,30 +286,3 @@ def check_config(config: Any) -> None:
         raise UnsupportedModel(
             f"{kind!r} has layers of type {odd[0]!r}, whose state cannot be rewound to an earlier token"
         )
-
-
-def _check_folder(folder: Path, trust_remote_code: bool) -> None:
-    """What can be said about a folder before transformers reads it. Errors: LoadError."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise LoadError(f"{folder}: no config.json and no .gguf file; give the folder that `save_pretrained` wrote")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise LoadError(f"{file} is not valid JSON ({error}); download it again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise LoadError(f"{file} names no model_type; give a checkpoint in the format of transformers")
-    kind = config["model_type"]
-    if kind not in CONFIG_MAPPING and not trust_remote_code:
-        if "auto_map" in config:
-            raise LoadError(
-                f"{folder}: model type {kind!r} needs the checkpoint's code; read it, then pass trust_remote_code=True"
-            )
-        raise LoadError(f"{folder}: transformers does not know model type {kind!r}; check config.json or upgrade")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLED)
-        if pickled:
-            raise LoadError(
-                f"{folder}: {pickled[0]} is a pickle, which can run code and is never opened; convert it to safetensors"
-            )
-        raise LoadError(f"{folder}: no *.safetensors file; the weights are missing")

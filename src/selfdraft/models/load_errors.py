@@ -9,6 +9,14 @@ from pathlib import Path
 from selfdraft.errors import LoadError
 from selfdraft.models.kinds import first_line
 
+CLEARER = {
+    "automatic conversion of the weights": (
+        "weights that belong together, mostly those of experts, are missing in part or have different sizes; "
+        "download it again"
+    ),
+}
+"""Our words where transformers only points at a report that it printed."""
+
 
 @contextmanager
 def blaming(where: str | Path, what: str = "model") -> Iterator[None]:
@@ -19,13 +27,14 @@ def blaming(where: str | Path, what: str = "model") -> Iterator[None]:
         extra = "; pip install selfdraft[quantised]" if "quant" in str(error).lower() or "bits" in str(error) else ""
         raise LoadError(f"{where}: a package for this {what} is missing: {first_line(error)}{extra}") from error
     except Exception as error:
-        hint = _hint(str(error))
-        raise LoadError(f"{where}: cannot load the {what}: {first_line(error)}{hint}") from error
+        said = next((text for mark, text in CLEARER.items() if mark in str(error)), first_line(error))
+        raise LoadError(f"{where}: cannot load the {what}: {said}{_hint(str(error))}") from error
 
 
 def _hint(text: str) -> str:
     hints: dict[str, Callable[[str], bool]] = {
         "; read its code, then pass trust_remote_code=True": lambda t: "trust_remote_code" in t,
+        "; the file is cut off or damaged: download it again": lambda t: "deserializing header" in t,
         "; it is no decoder-only language model": lambda t: "Unrecognized configuration class" in t,
         "; only safetensors are read: convert the weights": lambda t: "model.safetensors" in t,
     }

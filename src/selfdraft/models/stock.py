@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -29,16 +30,22 @@ def greedy(model: Model, prompt: SequenceOf[int], most: int, ends: frozenset[int
     """What `model.generate` says greedily to token ids: at most `most` new tokens, until an id of `ends`."""
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], device=device)
-    text = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=most,
-        do_sample=False,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=0,
-    )
+    with _own_settings(model) as settings:
+        settings.update(max_new_tokens=most, eos_token_id=sorted(ends) or None)
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     new: list[int] = text[0, len(prompt) :].tolist()
     return new
+
+
+@contextmanager
+def _own_settings(model: Model) -> Iterator[GenerationConfig]:
+    """Fresh settings of greedy decoding. The checkpoint's, a repetition penalty or beams, are put away meanwhile."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # what stands here counts where a call says None
+    try:
+        yield GenerationConfig(do_sample=False, num_beams=1, pad_token_id=0)
+    finally:
+        model.generation_config = own
 
 
 class _Noticing:
@@ -65,20 +72,11 @@ def decode(
     `options` are generate's own: those of prompt lookup.
     """
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
-    ends = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = None  # what stands here counts where a call says None
-    try:
+    with _own_settings(model) as settings:
+        settings.update(max_new_tokens=count, **options)
         text = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=_Noticing(notice),
-            **options,
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=_Noticing(notice)
         )
-    finally:
-        model.generation_config.eos_token_id = ends
     new: list[int] = text[0, len(prompt) :].tolist()
     return new
 

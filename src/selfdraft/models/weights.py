@@ -1,0 +1,135 @@
+"""What a checkpoint's weights say of its configuration: keys that are missing, left over, or of another size.
+
+transformers fills what is missing with random numbers and drops what is left over, and such a model writes gibberish.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from selfdraft.errors import LoadError
+from selfdraft.models.kinds import is_quantised
+
+_log = logging.getLogger("selfdraft")
+COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|attn\.bias|attention\.bias|[kv]_scale|_extra_state)$"
+)
+"""Keys of old checkpoints that hold nothing learned: rotary tables, causal masks, scales of an 8-bit cache."""
+SHOWN = 3
+
+
+def check_weights(where: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuse a model that was not read whole; `info` is the loading info of transformers' `from_pretrained`.
+
+    What is left over and changes nothing is logged in one line. Errors: LoadError names the first keys.
+    """
+    missing = _in_order(key for key in info["missing_keys"] if not COMPUTED.search(key))
+    unused = _in_order(key for key in info["unexpected_keys"] if not COMPUTED.search(key))
+    if odd := sorted(info["mismatched_keys"], key=lambda one: _numbered(one[0])):
+        key, found, wanted = odd[0]
+        raise LoadError(
+            f"{where}: {len(odd)} weights have other sizes than the configuration says, the first is {key}: "
+            f"{_size(found)} in the file, {_size(wanted)} by the configuration; take the config.json of this very model"
+        )
+    if missing:
+        raise LoadError(
+            f"{where}: {len(missing)} weights are missing, the first are {_first(missing)}; "
+            f"{_wrapped(missing, unused) or _short(model, missing) or 'it is not a whole model'}"
+        )
+    if beyond := [key for key in unused if _beyond(model, key)]:
+        name, most = _stack(model, beyond[0]) or ("layers", 0)
+        raise LoadError(
+            f"{where}: the file has more layers than the {most} of {name} in the configuration: {len(beyond)} weights "
+            f"have no place, the first are {_first(beyond)}; take the config.json of this very model"
+        )
+    if inner := [] if is_quantised(model) else [key for key in unused if _inside(model, key)]:
+        raise LoadError(
+            f"{where}: {len(inner)} weights have no place in the model, the first are {_first(inner)}; "
+            "it is another model than the configuration says: take the config.json of this very model"
+        )
+    if unused:
+        _log.warning("%s: %d weights are not used, the first are %s", where, len(unused), _first(unused))
+
+
+def _in_order(keys: Iterable[str]) -> list[str]:
+    return sorted(keys, key=_numbered)
+
+
+def _numbered(key: str) -> list[tuple[int, str]]:
+    """A sorting key: numbers by value, so that layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _first(keys: SequenceOf[str]) -> str:
+    return ", ".join(keys[:SHOWN])
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(str(int(side)) for side in shape)
+
+
+def _wrapped(missing: SequenceOf[str], unused: SequenceOf[str]) -> str | None:
+    """What to say when the keys are all there, behind a prefix that a wrapper put before them."""
+    first = next((key for key in unused if key.endswith("." + missing[0])), None)
+    if first is None:
+        return None
+    prefix = first.removesuffix(missing[0])
+    if not {prefix + key for key in missing} <= {*unused}:
+        return None
+    return (
+        f"in the file they begin with {prefix!r}: save the model inside that wrapper, or take the prefix off the keys"
+    )
+
+
+def _short(model: PreTrainedModel, missing: SequenceOf[str]) -> str | None:
+    """What to say when exactly the last layers are missing."""
+    stacks = {_stack(model, key) for key in missing}
+    stack = stacks.pop()
+    if stacks or stack is None:
+        return None
+    name, most = stack
+    numbers = {_number(name, key) for key in missing}
+    first = min(numbers)
+    if not first or numbers != {*range(first, most)}:
+        return None
+    return f"the configuration says {most} layers and the file has {first}: take the config.json of this very model"
+
+
+def _stack(model: PreTrainedModel, key: str) -> tuple[str, int] | None:
+    """The list of modules that a key is in or behind, as the key spells it, and its length."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            short = path.removeprefix(f"{model.base_model_prefix}.")  # checkpoints of the bare base model leave it out
+            for name in (path, short):
+                if re.match(rf"{re.escape(name)}\.\d+\.", key):
+                    return name, len(module)
+    return None
+
+
+def _number(name: str, key: str) -> int:
+    return int(key.removeprefix(f"{name}.").partition(".")[0])
+
+
+def _beyond(model: PreTrainedModel, key: str) -> bool:
+    """True for a layer behind the last one, unless it is one of the prediction layers that some models carry there."""
+    if (stack := _stack(model, key)) is None:
+        return False
+    extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    return _number(stack[0], key) >= stack[1] + extra
+
+
+def _inside(model: PreTrainedModel, key: str) -> bool:
+    """True for a weight of a module that takes part: it would compute otherwise with it."""
+    stack = _stack(model, key)
+    if stack is not None:
+        return _number(stack[0], key) < stack[1]
+    owner = key.rpartition(".")[0]
+    return any(path == owner and path for path, _ in model.named_modules())
