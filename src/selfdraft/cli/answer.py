@@ -99,18 +99,8 @@ def generate(
     )
     check_options(model, drafter, speculative_config, dtype)
     texts = _texts(prompt, prompts, limit, log)
-    llm = open_llm(
-        model,
-        drafter,
-        speculative_config,
-        dtype,
-        exactness,
-        threads,
-        adapter,
-        memory=memory,
-        no_cache=no_cache,
-        lora=lora,
-    )
+    loading: dict[str, Any] = {"memory": memory, "no_cache": no_cache, "lora": lora}
+    llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, **loading)
     results = []
     for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MASKS = {"space": 5, "s3d": 4}
 OWN_TEXTS = "own_texts.jsonl"
+SarSft = Annotated[
+    bool, typer.Option("--sar-sft", help="space: tune the model itself, as the paper does; writes a new model.")
+]
 
 
 def train(
@@ -52,9 +55,7 @@ def train(
     skip_widths: Annotated[
         str | None, typer.Option(help="s3d: numbers of middle blocks to skip, with commas between.")
     ] = None,
-    sar_sft: Annotated[
-        bool, typer.Option("--sar-sft", help="space: tune the model itself, as the paper does; writes a new model.")
-    ] = False,
+    sar_sft: SarSft = False,
     seed: Annotated[int, typer.Option(help="Same seed, same adapter.")] = 0,
     every: Annotated[int, typer.Option(help="Steps between checkpoints and measurements.", min=1)] = 100,
     dtype: Dtype = "auto",
