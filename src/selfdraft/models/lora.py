@@ -48,7 +48,10 @@ def base_of(folder: Path) -> str:
             f"{folder} is a LoRA adapter and {CONFIG} names no base model; give the base model, and the folder with "
             "--lora DIR (lora=DIR)"
         )
-    found = next((one for one in (Path(name).expanduser(), folder / name) if one.is_dir()), None)
+    places = [Path(name).expanduser(), folder / name]
+    if name.startswith("."):  # written beside the adapter; what lies so to the current folder is another's
+        places.reverse()
+    found = next((one for one in places if one.is_dir()), None)
     if found is None:
         return name
     if found.resolve() == folder.resolve() or is_lora(found):
