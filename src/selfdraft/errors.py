@@ -23,7 +23,7 @@ def shown(value: object) -> str:
     try:
         words = repr(value)
     except Exception:  # a number of thousands of digits, or a class of the user's
-        return f"a {type(value).__name__}"
+        return f"<{type(value).__name__}>"
     return words if len(words) <= WIDEST else f"{words[:WIDEST]}..."
 
 

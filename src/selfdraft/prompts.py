@@ -1,6 +1,7 @@
 """Prompts and messages as people give them, made plain: texts, token ids, dicts, arrays, conversations, files.
 
-The shapes of vLLM and transformers are taken; anything else is a RequestError that says what was given, and what to give.
+The shapes of vLLM and transformers are taken; anything else is a RequestError that says what was given
+and what to give.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Array(Protocol):
 
 
 Prompt = str | SequenceOf[int] | Mapping[str, Any] | Array
-"""One prompt: text, token ids, vLLM's dicts ({'prompt'}, {'prompt_token_ids'}), or what transformers' tokenizers give."""
+"""One prompt: text, token ids, vLLM's dicts ({'prompt'}, {'prompt_token_ids'}), or a tokenizer's output."""
 Message = Mapping[str, Any]
 """One message of a conversation: 'role', and 'content' as a text or a list of text parts."""
 TAKEN = "give a text, a list of token ids, {'prompt': text}, {'prompt_token_ids': ids}, or a tokenizer's output"
