@@ -26,6 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from selfdraft import LLM, AsyncLLM, SamplingParams, cli
 from selfdraft.errors import OptionError, RequestError, SelfdraftError
 from selfdraft.llm import RequestOutput
+from selfdraft.sampling import bad_word_ids
 from selfdraft.types import _READERS
 from tests.clocks import Ticking
 from tests.terminal import one_line, typed
@@ -265,24 +266,30 @@ def test_a_bias_of_minus_infinity_is_a_ban() -> None:
     assert first not in banned[0].outputs[0].token_ids
 
 
-@pytest.mark.parametrize("word", ["\n", " ", "\t\n"])
+@pytest.mark.parametrize("word", ["\n", " "])
 def test_whitespace_is_banned_as_it_is(word: str) -> None:
-    """Its last token would come at every place where the word could end."""
-    before, last = ids(word)[:-1], ids(word)[-1]
-    params = replace(SHORT, logit_bias=dict.fromkeys(before, 1000.0) | {last: 2000.0})
-    assert set(llm().generate(A, params)[0].outputs[0].token_ids) == {last}, "it comes when it is not banned"
-    prompt = [*ids(A), *before]
-    assert llm().generate(prompt, params)[0].outputs[0].token_ids[0] == last
-    if not before:
-        banned = llm().generate(A, replace(params, bad_words=word))[0].outputs[0]
-        assert last not in banned.token_ids
-        assert (
-            ids("a")[0]
-            in llm()
-            .generate(A, replace(SHORT, bad_words=word, allowed_token_ids=[last, *ids("a")]))[0]
-            .outputs[0]
-            .token_ids
-        )
+    (token,) = ids(word)
+    params = replace(SHORT, logit_bias={token: 2000.0})
+    assert set(llm().generate(A, params)[0].outputs[0].token_ids) == {token}, "it comes when it is not banned"
+    assert token not in llm().generate(A, replace(params, bad_words=word))[0].outputs[0].token_ids
+
+
+def test_a_bad_word_is_banned_in_every_spelling_and_its_letters_are_not() -> None:
+    (sequence,) = llm().requests(A, replace(SHORT, bad_words="the "))
+    assert {*sequence.sampling.bad_words_ids} == {tuple(ids(form)) for form in ("the ", "the", " the")}
+    (sequence,) = llm().requests(A, replace(SHORT, bad_words=["\n"]))
+    assert sequence.sampling.bad_words_ids == (tuple(ids("\n")),)
+
+
+def test_whitespace_is_banned_inside_a_text() -> None:
+    """Llama's tokenizers put a mark before a text, which stands there and nowhere else."""
+
+    def encode(text: str) -> list[int]:
+        return [1, *map(ord, text)]
+
+    assert bad_word_ids(["\n"], encode) == [(1, 10), (10,)]
+    with pytest.raises(RequestError, match="has no token for 'x'; leave it out"):
+        bad_word_ids(["x"], lambda _: [])
 
 
 # --- stops and special tokens -----------------------------------------------------------------------------------
@@ -504,11 +511,11 @@ def test_a_prompt_that_cannot_be_read(run: Any, tmp_path: Path, monkeypatch: pyt
 def test_a_system_message(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--model", folder, "--max-new-tokens", 4, "--dtype", "float64")
     own = LLM(model(), tokenizer=talker().tokenizer, drafter="none", clock=Ticking(0.001))
-    wanted = own.generate("[system]be[user]the dog[bot]", SamplingParams(max_tokens=4))[0].outputs[0].text
+    wanted = own.generate("[system]def return a, b[user]the dog[bot]", SamplingParams(max_tokens=4))[0].outputs[0].text
     assert wanted != own.generate("[user]the dog[bot]", SamplingParams(max_tokens=4))[0].outputs[0].text
-    assert run("generate", "the dog", "--system", "be", *options).out == wanted + "\n"
+    assert run("generate", "the dog", "--system", "def return a, b", *options).out == wanted + "\n"
     piped(monkeypatch, b"the dog\n\n")
-    assert run("chat", "--system", "be", *options).out == f"> {wanted}\n> "
+    assert run("chat", "--system", "def return a, b", *options).out == f"> {wanted}\n> "
 
 
 def test_output_that_is_not_utf_8(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,7 +598,7 @@ def outcome(prompt: Any, params: SamplingParams) -> Any:
         return type(error)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(plain=PLAIN, options=OPTIONS)
 def test_every_shape_of_a_prompt_is_answered_as_the_plain_one(plain: Any, options: dict[str, Any]) -> None:
     params = params_of(options) or SamplingParams(max_tokens=2)
@@ -600,7 +607,7 @@ def test_every_shape_of_a_prompt_is_answered_as_the_plain_one(plain: Any, option
         assert outcome(shape, params) == wanted, shape
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(prompt=JUNK, options=OPTIONS)
 def test_whatever_is_given_is_answered_or_refused(prompt: Any, options: dict[str, Any]) -> None:
     params = params_of(options) or SamplingParams(max_tokens=2)

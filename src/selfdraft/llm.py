@@ -370,7 +370,7 @@ class LLM:
         ]
 
     def _readied(self, sampling: SamplingParams) -> tuple[SamplingParams, dict[int, str]]:
-        """The options in token ids of this model, and the stop strings that are special tokens. Errors: RequestError."""
+        """The options in token ids of this model, and stop strings that are special tokens. Errors: RequestError."""
         stops: dict[int, str] = {}
         if sampling.stop:
             if self.tokenizer is None:
