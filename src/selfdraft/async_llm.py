@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from selfdraft.llm import LLM, Message, Piece, Prompt, RequestOutput
 from selfdraft.models.stock import Model
@@ -50,9 +50,11 @@ class AsyncLLM:
         finally:
             self.llm.shared.abort(job.sequences)
 
-    async def chat(self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None) -> RequestOutput:
+    async def chat(
+        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **template: Any
+    ) -> RequestOutput:
         """As `LLM.chat`."""
-        ids = await self._run(lambda: self.llm.render(messages))
+        ids = await self._run(lambda: self.llm.render(messages, **template))
         return (await self.generate([ids], sampling_params))[0]
 
     async def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Piece]:

@@ -14,6 +14,18 @@ SelfdraftError
 
 from __future__ import annotations
 
+WIDEST = 80
+"""Most characters of a value that are shown in an error."""
+
+
+def shown(value: object) -> str:
+    """A value as it is written in an error: its repr, cut where it is long, and its type when it has none."""
+    try:
+        words = repr(value)
+    except Exception:  # a number of thousands of digits, or a class of the user's
+        return f"<{type(value).__name__}>"
+    return words if len(words) <= WIDEST else f"{words[:WIDEST]}..."
+
 
 class SelfdraftError(Exception):
     """Base of all errors meant for the user."""

@@ -13,12 +13,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +28,7 @@ from selfdraft.drafters import build, find, table
 from selfdraft.drafters.layer_skip import read_skip
 from selfdraft.engine.loop import Engine
 from selfdraft.engine.shared import SharedEngine
-from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError
+from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError, shown
 from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
 from selfdraft.methods import drafter_of
 from selfdraft.models import load
@@ -37,67 +36,26 @@ from selfdraft.models.embedded import checkpoint
 from selfdraft.models.kept import ProofStore
 from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.stock import Model, Tokenizer
+from selfdraft.outputs import CompletionOutput, Job, Piece, RequestOutput, completion
+from selfdraft.prompts import (
+    Message,
+    ParsedPrompt,
+    Prompt,
+    check_text,
+    naming,
+    once,
+    parse_prompt,
+    render_messages,
+    split_prompts,
+)
+from selfdraft.sampling import bad_word_ids, generation_defaults, read_generation_config, spread, stop_tokens
 from selfdraft.tune.profile import profile_of
-from selfdraft.types import Clock, FinishReason, Logprob, SamplingParams, Stats, check_dtype, within
+from selfdraft.types import Clock, SamplingParams, Stats, check_dtype, within
 
+__all__ = ["LLM", "CompletionOutput", "Job", "Message", "Piece", "Prompt", "RequestOutput", "naming", "pick_dtype"]
 _log = logging.getLogger("selfdraft")
-Prompt = str | SequenceOf[int]
-Message = Mapping[str, str]
 SKIP_FILE = "selfdraft_skip.json"
 """The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One answer. `sources[i]` says who proposed token i: a drafter's name, or 'target'."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    sources: tuple[str, ...]
-    logprobs: tuple[Logprob, ...]
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-    stats: Stats
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """The answers to one prompt, in order of their index."""
-
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
-    error: SelfdraftError | None = None
-    """Why there are no outputs, with `return_errors`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one step added to a stream: tokens with their sources, and the text that is certain by now.
-
-    Texts of all pieces add up to the text of the answer; a piece may have tokens and no text yet.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    sources: tuple[str, ...]
-    finish_reason: FinishReason | None
-    output: CompletionOutput
-    """The answer so far."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """The requests of one call to `LLM.generate`: for each prompt its sequences, or why it has none."""
-
-    prompts: list[Prompt]
-    requests: list[list[Sequence] | SelfdraftError]
-    return_errors: bool
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        return [sequence for one in self.requests if not isinstance(one, SelfdraftError) for sequence in one]
 
 
 class LLM:
@@ -116,6 +74,9 @@ class LLM:
     `lora`: the folder of a LoRA adapter of peft, merged into the weights when they are loaded.
     `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
     proves it again and keeps nothing. A loaded transformers model is proved each time.
+    `generation_config`: what a request without SamplingParams means. 'none' is greedy, as this library promises; 'auto'
+    takes temperature, top_k, top_p, min_p and repetition_penalty of the checkpoint, as vLLM does; a folder, those of
+    its generation_config.json. `default_sampling_params()` says them.
     `clock`: seconds that drafters and measurements read; one that is handed in makes a run repeatable.
     Errors: LoadError, OptionError, RunnerUnavailable.
     """
@@ -137,11 +98,12 @@ class LLM:
         prefill_chunk: int = 256,
         trust_remote_code: bool = False,
         cache: bool = True,
+        generation_config: str | Path = "none",
         clock: Clock = time.perf_counter,
     ) -> None:
         within("max_num_seqs", max_num_seqs, 1, 2**20)
         within("prefill_chunk", prefill_chunk, 1, 2**20)
-        wanted = pick_dtype(dtype)
+        wanted, settings = pick_dtype(dtype), read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
         if isinstance(model, str | Path):
@@ -165,6 +127,7 @@ class LLM:
             self.target.skip_default = read_skip(searched, self.target.layers)
         self.exactness = self.target.exactness
         self.eos = load.eos_ids(self.model, self.tokenizer)
+        self._defaults = generation_defaults(settings, self.model)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
         self.drafter_name = name
         self._tokenizing = threading.RLock()
@@ -206,7 +169,9 @@ class LLM:
         *,
         return_errors: bool = False,
     ) -> list[RequestOutput]:
-        """Answer all prompts, batched. A prompt is text or token ids; one params for all, or one for each.
+        """Answer all prompts, batched; one params for all, or one for each.
+
+        A prompt is text, token ids (also an array), vLLM's dicts, or what a tokenizer of transformers gives.
 
         Any number of threads may call this, and have streams, at once: their requests share the engine's steps, and
         each has the text that it has alone.
@@ -225,18 +190,22 @@ class LLM:
         return_errors: bool = False,
     ) -> Job:
         """The checked requests of a call to `generate`; `finish` runs them. Errors: RequestError."""
-        batch = _as_batch(prompts)
-        params = _spread(sampling_params, len(batch))
+        batch = split_prompts(prompts)
+        params = spread(sampling_params, len(batch), self._defaults)
+        parsed: list[ParsedPrompt] = []
         found: list[list[Sequence] | SelfdraftError] = []
         for i, (prompt, one) in enumerate(zip(batch, params, strict=True)):
+            given = ParsedPrompt()
             try:
                 with naming(i):
-                    found.append(self.requests(prompt, one))
+                    given = parse_prompt(prompt)
+                    found.append(self._open(given, one))
             except RequestError as error:
                 if not return_errors:
                     raise
                 found.append(error)
-        return Job(batch, found, return_errors)
+            parsed.append(given)
+        return Job(parsed, found, return_errors)
 
     def finish(self, job: Job) -> list[RequestOutput]:
         """The answers of a job, when all have ended. Errors: as `generate`."""
@@ -252,9 +221,9 @@ class LLM:
             raise failed
         return outputs
 
-    def _output(self, number: int, prompt: Prompt, request: list[Sequence] | SelfdraftError) -> RequestOutput:
+    def _output(self, number: int, prompt: ParsedPrompt, request: list[Sequence] | SelfdraftError) -> RequestOutput:
         """The answers to one prompt, or what went wrong with it."""
-        text, ids = (prompt, ()) if isinstance(prompt, str) else (None, tuple(prompt))
+        text, ids = prompt.text, prompt.ids or ()
         if isinstance(request, SelfdraftError):
             return RequestOutput(text, ids, (), request)
         ids = tuple(request[0].tokens[: request[0].prompt_length])
@@ -263,16 +232,21 @@ class LLM:
                 named = EngineError(f"prompt {number}: {error}", sequence)
                 named.__cause__ = error.__cause__ or error
                 return RequestOutput(text, ids, (), named)
-        return RequestOutput(text, ids, tuple(_completion(i, sequence) for i, sequence in enumerate(request)))
+        return RequestOutput(text, ids, tuple(completion(i, sequence) for i, sequence in enumerate(request)))
 
     def _count(self, sequences: SequenceOf[Sequence]) -> None:
         with self._tokenizing:
             for sequence in sequences:
                 self.stats.add(sequence.stats)
 
-    def chat(self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation ({'role', 'content'} each) through the checkpoint's chat template."""
-        return self.generate([self.render(messages)], sampling_params)[0]
+    def chat(
+        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **template: Any
+    ) -> RequestOutput:
+        """Answer a conversation ({'role', 'content'} each) through the checkpoint's chat template.
+
+        `template`: the options of `render`. Errors: RequestError; EngineError.
+        """
+        return self.generate([self.render(messages, **template)], sampling_params)[0]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Piece]:
         """Answer one prompt piece by piece. Closing the iterator aborts the request.
@@ -285,7 +259,7 @@ class LLM:
 
     def stream_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Sequence:
         """The one request of a stream, checked; `pieces` runs it. Errors: RequestError."""
-        sampling = sampling_params or SamplingParams()
+        (sampling,) = spread(sampling_params, 1, self._defaults)
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: a stream carries one answer; use generate for more")
         (sequence,) = self.requests(prompt, sampling)
@@ -296,7 +270,7 @@ class LLM:
         shown = written = 0
 
         def read() -> tuple[str, CompletionOutput]:
-            return self._shown(sequence), _completion(0, sequence)
+            return self._shown(sequence), completion(0, sequence)
 
         self.shared.submit([sequence])
         try:
@@ -314,43 +288,66 @@ class LLM:
             self.shared.abort([sequence])
             self._count([sequence])
 
-    def render(self, messages: SequenceOf[Message]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn. Errors: RequestError."""
-        tokenizer = self._needs_tokenizer("chat messages")
-        if not getattr(tokenizer, "chat_template", None):
-            raise RequestError("this checkpoint has no chat template; give a plain prompt instead of messages")
+    def render(
+        self,
+        messages: SequenceOf[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn; the options are vLLM's.
+
+        `continue_final_message`: the answer goes on with the last message (with `add_generation_prompt=False`).
+        `chat_template_kwargs`: variables of the template. Errors: RequestError, with the template's words.
+        """
         with self._tokenizing:
-            ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        return [int(token) for token in ids]
+            return render_messages(
+                self._needs_tokenizer("chat messages"),
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; ids are checked and passed on. Errors: RequestError."""
-        if isinstance(prompt, str):
-            ids = self._ids(prompt, "a text prompt")
+        return self._encode(parse_prompt(prompt))
+
+    def _encode(self, prompt: ParsedPrompt) -> list[int]:
+        if prompt.ids is not None:
+            ids = list(prompt.ids)
         else:
-            ids = [int(token) for token in prompt]
+            text = prompt.text or ""
+            ids = once(self._ids(text, "a text prompt"), text, self._needs_tokenizer("a text prompt"))
         outside = next((token for token in ids if not self._known(token)), None)
         if outside is not None:
-            raise RequestError(f"token id {outside} is outside the vocabulary of {self.target.vocab}")
-        return list(ids)
+            raise RequestError(f"token id {shown(outside)} is outside the vocabulary of {self.target.vocab}")
+        return ids
 
-    def decode(self, tokens: SequenceOf[int]) -> str:
-        """Text of tokens; special tokens are left out."""
+    def decode(self, tokens: SequenceOf[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of tokens; special tokens are left out unless they are asked for."""
         if self.tokenizer is None:
             return ""
         with self._tokenizing:
-            said = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            said = self.tokenizer.decode(
+                list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
         return str(said)
 
     def _ids(self, text: str, what: str, **options: bool) -> list[int]:
         """Token ids of a text; `what` it is, for the error. Errors: RequestError without a tokenizer."""
         tokenizer = self._needs_tokenizer(what)
+        check_text(text, what)
         with self._tokenizing:
             return list(tokenizer(text, **options)["input_ids"])
 
     def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[Sequence]:
         """The n sequences of one prompt, checked and ready for an engine. Errors: RequestError."""
-        tokens = self.encode(prompt)
+        return self._open(parse_prompt(prompt), sampling)
+
+    def _open(self, prompt: ParsedPrompt, sampling: SamplingParams) -> list[Sequence]:
+        tokens = self._encode(prompt)
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
         if len(tokens) >= self.target.context:
@@ -358,18 +355,8 @@ class LLM:
                 f"the prompt has {len(tokens)} tokens; the context of {self.target.context} leaves room for "
                 f"{self.target.context - 1} and an answer: shorten the prompt"
             )
-        if sampling.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
-        named = chain(
-            sampling.logit_bias, sampling.allowed_token_ids or (), sampling.stop_token_ids, *sampling.bad_words_ids
-        )
-        outside = next((token for token in named if not self._known(token)), None)
-        if outside is not None:
-            raise RequestError(f"token id {outside} in the sampling options is outside {self.target.vocab} tokens")
-        if sampling.prediction:
-            sampling = replace(sampling, prediction=self._prediction(sampling))
-        if sampling.bad_words:
-            sampling = replace(sampling, bad_words=(), bad_words_ids=self._bad_words(sampling))
+        sampling, stops = self._readied(sampling)
+        decode = partial(self.decode, skip_special_tokens=sampling.skip_special_tokens)
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
         return [
             open_sequence(
@@ -378,10 +365,40 @@ class LLM:
                 seed=seed + i,
                 eos=self.eos,
                 context=self.target.context,
-                stream=TextStream(self.decode) if self.tokenizer is not None else None,
+                stream=TextStream(decode) if self.tokenizer is not None else None,
+                stop_tokens=stops,
             )
             for i in range(sampling.n)
         ]
+
+    def _readied(self, sampling: SamplingParams) -> tuple[SamplingParams, dict[int, str]]:
+        """The options in token ids of this model, and stop strings that are special tokens. Errors: RequestError."""
+        stops: dict[int, str] = {}
+        if sampling.stop:
+            if self.tokenizer is None:
+                raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+            with self._tokenizing:
+                stops = stop_tokens(sampling.stop, self.tokenizer, self._known)
+        named = chain(
+            sampling.logit_bias, sampling.allowed_token_ids or (), sampling.stop_token_ids, *sampling.bad_words_ids
+        )
+        outside = next((token for token in named if not self._known(token)), None)
+        if outside is not None:
+            raise RequestError(
+                f"token id {shown(outside)} in the sampling options is outside {self.target.vocab} tokens"
+            )
+        if sampling.prediction:
+            sampling = replace(sampling, prediction=self._prediction(sampling))
+        if sampling.bad_words:
+            words = bad_word_ids(
+                sampling.bad_words, lambda word: self._ids(word, "bad_words", add_special_tokens=False)
+            )
+            sampling = replace(sampling, bad_words=(), bad_words_ids=(*sampling.bad_words_ids, *words))
+        return sampling, stops
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What a request without SamplingParams means: see `generation_config`."""
+        return self._defaults
 
     def logged(self, prompt: SequenceOf[int], output: SequenceOf[int], sampling: SamplingParams) -> dict[str, object]:
         """A line of a token log, as `selfdraft replay` reads it."""
@@ -421,12 +438,6 @@ class LLM:
             raise RequestError(f"token id {outside} in the prediction is outside {self.target.vocab} tokens")
         return sampling.prediction
 
-    def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token ids of the bad words, as they are written at the start of a text and after a space."""
-        spellings = [form for word in sampling.bad_words for form in (word.strip(), " " + word.strip())]
-        ids = {tuple(self._ids(form, "bad_words", add_special_tokens=False)) for form in spellings}
-        return (*sampling.bad_words_ids, *sorted(ids))
-
     def _shown(self, sequence: Sequence) -> str:
         """The text that no later token can take back."""
         if sequence.stream is None:
@@ -443,15 +454,6 @@ class LLM:
         return self.tokenizer
 
 
-@contextmanager
-def naming(number: int) -> Iterator[None]:
-    """Put the number of a prompt before what is wrong with it."""
-    try:
-        yield
-    except RequestError as error:
-        raise type(error)(f"prompt {number}: {error}") from error
-
-
 def pick_dtype(name: str) -> torch.dtype | None:
     """The dtype to load in; None is the checkpoint's own.
 
@@ -466,41 +468,6 @@ def pick_dtype(name: str) -> torch.dtype | None:
     return dtype
 
 
-def _as_batch(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items = list(prompts)
-    if not items:
-        raise RequestError("there is no prompt; give a text, token ids, or a list of either")
-    if all(isinstance(item, int) for item in items):
-        return [[int(item) for item in items if isinstance(item, int)]]
-    prompts = [item for item in items if not isinstance(item, int)]
-    if len(prompts) < len(items):
-        raise RequestError("the list mixes token ids and prompts; give one prompt as ids, or a list of prompts")
-    return prompts
-
-
-def _spread(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling params for {count} prompts; give one, or one for each")
-    return list(params)
-
-
 def _moved(sequence: Sequence, written: int) -> bool:
     """Whether it has ended, or has more than so many output tokens."""
     return sequence.finished or sequence.written > written
-
-
-def _completion(index: int, sequence: Sequence) -> CompletionOutput:
-    return CompletionOutput(
-        index,
-        sequence.stream.text if sequence.stream is not None else "",
-        tuple(sequence.output),
-        tuple(sequence.sources),
-        tuple(sequence.logprobs),
-        sequence.finish_reason,
-        sequence.stop_reason,
-        replace(sequence.stats, acceptance_histogram=dict(sequence.stats.acceptance_histogram)),
-    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +82,18 @@ def hush() -> None:
     warnings.filterwarnings("ignore")
     for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes", "optuna"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def tolerate() -> None:
+    """Replace what the terminal or pipe cannot take, where its encoding is not UTF-8, instead of ending in an error."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def asked() -> bool:
+    """Whether a person types what is read."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def piece(new: Piece) -> None:
@@ -391,7 +405,13 @@ def prose(text: str) -> None:
 
 
 def document(value: Any) -> None:
-    write(json.dumps(value, ensure_ascii=False) + "\n")
+    """JSON on one line; where the output cannot take a character, its code, which means the same."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(out.file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    write(text + "\n")
 
 
 def complain(message: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-from selfdraft.errors import OptionError
+from selfdraft.errors import OptionError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ class SamplingParams:
     """How the target chooses. Every option is honoured exactly, with every drafter.
 
     The order is that of transformers: constraints, penalties, user processors, temperature, top-k, top-p, min-p.
+    None stands for an option's default; one text, id or function for a list of it; numbers may be numpy's or torch's.
     Errors: OptionError names the option, the value and its limits.
     """
 
@@ -42,6 +43,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Taken from the logit once per occurrence in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids; -inf bans one. Ids may be texts, as JSON has them."""
     bad_words: tuple[str, ...] = ()
     """Words that must not appear in the output; the front door turns them into `bad_words_ids`."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -51,9 +53,12 @@ class SamplingParams:
     """No end-of-sequence and no stop before this many output tokens."""
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    """Texts to end before. One that is a special token of the tokenizer ends at that token, which has no text."""
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
     seed: int | None = None
     """None draws a fresh seed per request; the same seed gives the same text with every drafter."""
     n: int = 1
@@ -69,15 +74,13 @@ class SamplingParams:
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "bad_words", "logits_processors", "stopping_criteria"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "bad_words_ids", tuple(tuple(word) for word in self.bad_words_ids))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        if not isinstance(self.prediction, str):
-            object.__setattr__(self, "prediction", tuple(self.prediction))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is None:
+                value = one.default if one.default_factory is MISSING else one.default_factory()
+            if value is not None:
+                value = _READERS[one.name](one.name, value)
+            object.__setattr__(self, one.name, value)
         self._check()
 
     def _check(self) -> None:
@@ -99,12 +102,13 @@ class SamplingParams:
             raise OptionError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         if any(not text for text in self.stop):
             raise OptionError("stop holds an empty string; it would stop before the first token")
-        if any(not word for word in self.bad_words_ids) or any(not word.strip() for word in self.bad_words):
+        if any(not word for word in self.bad_words_ids) or any(not word for word in self.bad_words):
             raise OptionError("bad_words holds an empty word")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise OptionError("allowed_token_ids is empty; give at least one token id or None")
         for token, bias in self.logit_bias.items():
-            within(f"logit_bias[{token}]", bias, -math.inf, math.inf)
+            if bias != -math.inf:
+                within(f"logit_bias[{token}]", bias, -math.inf, math.inf)
 
     @property
     def greedy(self) -> bool:
@@ -126,6 +130,108 @@ class SamplingParams:
         )
 
 
+def bare(value: Any) -> Any:
+    """A number of numpy or torch as Python's own; everything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def _real(name: str, value: object) -> float:
+    number = bare(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise OptionError(f"{name}={shown(value)} is not a number")
+    return number
+
+
+def _whole(name: str, value: object) -> int:
+    number = _real(name, value)
+    if not isinstance(number, int):
+        raise OptionError(f"{name}={shown(value)} is not a whole number")
+    return number
+
+
+def _flag(name: str, value: object) -> bool:
+    flag = bare(value)
+    if not isinstance(flag, bool):
+        raise OptionError(f"{name}={shown(value)} is neither True nor False")
+    return flag
+
+
+def _items(name: str, value: object, taken: str) -> list[object]:
+    """What a list holds. Errors: OptionError when it is none."""
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+        raise OptionError(f"{name}={shown(value)}: give {taken}")
+    return [bare(item) for item in value]
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else _items(name, value, "a text or a list of texts")
+    for item in found:
+        if not isinstance(item, str):
+            raise OptionError(f"{name} holds {shown(item)}, which is no text: give a text or a list of texts")
+    return tuple(map(str, found))
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    """Token ids; one id stands for a list of it. Whether the model has them is checked where the model is known."""
+    one = bare(value)
+    found = [one] if isinstance(one, int) else _items(name, value, "token ids: a list of whole numbers")
+    return tuple(_whole(f"{name}[{place}]", item) for place, item in enumerate(found))
+
+
+def _id_lists(name: str, value: object) -> tuple[tuple[int, ...], ...]:
+    found = _items(name, value, "a list with a list of token ids for each word")
+    for item in found:
+        if isinstance(item, int):
+            raise OptionError(f"{name} holds the number {item}: give a list of token ids for each word, as in [[5, 6]]")
+    return tuple(_ids(f"{name}[{place}]", item) for place, item in enumerate(found))
+
+
+def _biases(name: str, value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name}={shown(value)}: give a dict of token ids and what is added to their logits")
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        token = bare(key)
+        if isinstance(token, str) and token.strip().isdecimal() and len(token) < 20:
+            token = int(token)
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise OptionError(f"{name} holds {shown(key)}, which is no token id: keys are whole numbers")
+        if token in found:
+            raise OptionError(f"{name} holds token id {token} twice, as a number and as a text: leave out one of them")
+        found[token] = _real(f"{name}[{token}]", bias)
+    return found
+
+
+def _prediction(name: str, value: object) -> str | tuple[int, ...]:
+    return value if isinstance(value, str) else _ids(name, value)
+
+
+def _functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
+    # transformers' lists of processors are lists that can be called, too: what they hold is meant
+    found = (
+        [value] if callable(value) and not isinstance(value, Iterable) else _items(name, value, "a function or a list")
+    )
+    for item in found:
+        if not callable(item):
+            raise OptionError(f"{name} holds {shown(item)}, which cannot be called: give a function or a list of them")
+    return tuple(item for item in found if callable(item))
+
+
+_READERS: dict[str, Callable[[str, object], object]] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _real),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _real),
+    **dict.fromkeys(("top_k", "min_tokens", "max_tokens", "seed", "n", "logprobs"), _whole),
+    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), _flag),
+    **dict.fromkeys(("stop", "bad_words"), _texts),
+    **dict.fromkeys(("stop_token_ids", "allowed_token_ids"), _ids),
+    **dict.fromkeys(("logits_processors", "stopping_criteria"), _functions),
+    "bad_words_ids": _id_lists,
+    "logit_bias": _biases,
+    "prediction": _prediction,
+}
+"""How each option of `SamplingParams` is read: as a person means it, or an OptionError that says what was given."""
+
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Types that a model can be loaded in."""
 
@@ -138,14 +244,19 @@ def check_dtype(name: str) -> None:
 
 def within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise OptionError unless low <= value <= high (low < value when `open_low`) and value is a number."""
-    if not isinstance(value, (int, float)) or math.isnan(value):
+    _real(name, value)
+    if isinstance(low, int):
+        _whole(name, value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.copysign(math.inf, 1 if value > 0 else -1)
+    if math.isnan(number):
         raise OptionError(f"{name}={value!r} is not a number")
-    if isinstance(low, int) and not isinstance(value, int):
-        raise OptionError(f"{name}={value!r} is not a whole number")
-    if value < low or value > high or (open_low and value == low) or math.isinf(value):
+    if value < low or value > high or (open_low and value == low) or math.isinf(number):
         ends = f"{'above' if open_low else 'at least'} {low}"
         ends += "" if high in (math.inf, 2**31) else f", at most {high}"
-        raise OptionError(f"{name}={value!r} is out of range: it must be {ends}")
+        raise OptionError(f"{name}={shown(value)} is out of range: it must be {ends}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def main() -> None:
     """Entry point: runs a verb and turns errors into one line and an exit code."""
     show.hush()
+    show.tolerate()
     try:
         # typer returns the code of an Exit, and 130 for Ctrl-C
         code = app(prog_name="selfdraft", standalone_mode=False) or 0

@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
+Prompts = Annotated[Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")]
 PromptFile = Annotated[
-    Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")
+    Path | None,
+    typer.Option(help="A text file that is the prompt; '-' is standard input. A line end at its very end is left out."),
 ]
+System = Annotated[str | None, typer.Option(help="What the system message of the chat template says.")]
 Predicted = Annotated[
     Path | None, typer.Option(help="A text that the answer may resemble: a guess for prediction and merged.")
 ]
@@ -48,15 +51,17 @@ Comparing = Annotated[
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; leave it out with --prompts.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None,
     model: Model = DEFAULT_MODEL,
     drafter: Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")] = None,
     speculative_config: Config = None,
     adapter: Adapters = None,
     lora: Lora = None,
-    prompts: PromptFile = None,
+    prompt_file: PromptFile = None,
+    prompts: Prompts = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts of the file.", min=1)] = None,
     chat_template: InTemplate = False,
+    system: System = None,
     max_new_tokens: MaxNew = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -98,20 +103,22 @@ def generate(
         prediction=read_prediction(prediction),
     )
     check_options(model, drafter, speculative_config, dtype)
-    texts = _texts(prompt, prompts, limit, log)
+    texts = _texts(prompt, prompt_file, prompts, limit, log)
     loading: dict[str, Any] = {"memory": memory, "no_cache": no_cache, "lora": lora}
     llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, **loading)
     results = []
-    for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling), strict=True):
+    for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling, system), strict=True):
         results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
         _keep(llm, ids, results[-1]["token_ids"], sampling, log, memory)
     if as_json:
         show.document({**conditions(llm, model, lora), "drafter": llm.drafter_name, "results": results})
 
 
-def _texts(prompt: str | None, prompts: Path | None, limit: int | None, log: Path | None) -> Sequence[str]:
+def _texts(
+    prompt: str | None, prompt_file: Path | None, prompts: Path | None, limit: int | None, log: Path | None
+) -> Sequence[str]:
     """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
-    texts = gather(prompt, prompts, limit)
+    texts = gather(prompt, prompt_file, prompts, limit)
     if log is not None:
         from selfdraft.bench.log import check_log
 
@@ -190,6 +197,7 @@ def chat(
     speculative_config: Config = None,
     adapter: Adapters = None,
     lora: Lora = None,
+    system: System = None,
     max_new_tokens: MaxNew = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
@@ -203,19 +211,20 @@ def chat(
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
     llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache, lora=lora)
-    messages: list[dict[str, str]] = []
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*opening]
     while (said := show.ask()) is not None:
         messages.append({"role": "user", "content": said})
-        ids = llm.render(messages)
         answer, clock = "", show.Clock()
         try:
+            ids = llm.render(messages)
             for piece in llm.stream(ids, sampling):
                 answer = piece.output.text
                 clock.saw(piece.output)
                 show.piece(piece)
         except RequestError as error:
             show.complain(f"{error}; the conversation starts anew")
-            messages.clear()
+            messages = [*opening]
             continue
         except KeyboardInterrupt:
             show.write("\n")

@@ -169,28 +169,42 @@ def parse_config(config: str | None, option: str = "--speculative-config") -> di
     return options
 
 
-def gather(prompt: str | None, prompts: Path | None, limit: int | None) -> Sequence[str]:
+def gather(prompt: str | None, prompt_file: Path | None, prompts: Path | None, limit: int | None) -> Sequence[str]:
+    """The prompts of the options, of which there must be one. Errors: RequestError."""
     from selfdraft.bench.prompts import read_prompts
+    from selfdraft.prompts import read_prompt
 
-    if (prompt is None) == (prompts is None):
-        raise RequestError("give one prompt, or a file with --prompts, and not both")
+    if sum(given is not None for given in (prompt, prompt_file, prompts)) != 1:
+        raise RequestError("give one prompt, or a file with --prompts or --prompt-file, and not both")
     if prompts is not None:
         return read_prompts(prompts, limit)
+    if prompt == "-" or prompt_file is not None:
+        path = prompt_file or "-"
+        if str(path) == "-" and show.asked():
+            show.note("reading the prompt from standard input; Ctrl-D ends it")
+        return [read_prompt(path)]
     if not prompt:
         raise RequestError("the prompt is empty: give at least one token")
     return [prompt]
 
 
-def encode_all(llm: LLM, texts: Sequence[str], chat_template: bool, sampling: SamplingParams) -> list[list[int]]:
-    """Token ids of all prompts. Each is checked before one of them is run. Errors: RequestError."""
+def encode_all(
+    llm: LLM, texts: Sequence[str], chat_template: bool, sampling: SamplingParams, system: str | None = None
+) -> list[list[int]]:
+    """Token ids of all prompts, in the chat template when asked for or when there is a `system` message.
+
+    Each is checked before one of them is run. Errors: RequestError.
+    """
     from contextlib import nullcontext
 
     from selfdraft.llm import naming
 
+    opening = [] if system is None else [{"role": "system", "content": system}]
     checked = []
     for i, text in enumerate(texts):
         with naming(i) if len(texts) > 1 else nullcontext():
-            ids = llm.render([{"role": "user", "content": text}]) if chat_template else llm.encode(text)
+            messages = [*opening, {"role": "user", "content": text}]
+            ids = llm.render(messages) if chat_template or opening else llm.encode(text)
             llm.requests(ids, sampling)
             checked.append(ids)
     return checked

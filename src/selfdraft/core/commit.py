@@ -41,11 +41,14 @@ def _finish(sequence: Sequence, token: int) -> None:
     """Text and stop rules of the newest token.
 
     Stops come before limits, so a stop at the very limit is still reported as a stop. A token that ends the output
-    has no text.
+    has no text, but for a stop string that is this token and wanted in the output.
     """
     may_stop = sequence.written >= sequence.sampling.min_tokens
     if may_stop and token in sequence.ends:
-        sequence.finish_reason, sequence.stop_reason = "stop", token
+        name = sequence.stop_tokens.get(token)
+        sequence.finish_reason, sequence.stop_reason = "stop", token if name is None else name
+        if name is not None and sequence.sampling.include_stop_str_in_output and sequence.stream is not None:
+            sequence.stream.close(name)
         return
     if sequence.stream is not None:
         old = sequence.stream.size

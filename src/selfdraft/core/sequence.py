@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Sequence:
     sampling: SamplingParams
     seed: int = 0
     ends: frozenset[int] = frozenset()
-    """Token ids that end the output: end-of-sequence ids unless ignored, and the request's stop ids."""
+    """Token ids that end the output: end-of-sequence ids unless ignored, the request's stop ids and `stop_tokens`."""
     limit: int = 0
     """Most tokens, prompt and output together: what the request and the context allow."""
     stream: TextStream | None = None
@@ -36,6 +37,8 @@ class Sequence:
     """Who said each output token first: a drafter's name, or 'target'."""
     logprobs: list[Logprob] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
+    stop_tokens: Mapping[int, str] = field(default_factory=dict)
+    """Stop strings that are one special token, by its id: such a token has no text in which to find them."""
 
     @property
     def pending(self) -> list[int]:
@@ -68,8 +71,10 @@ def open_sequence(
     eos: frozenset[int],
     context: int,
     stream: TextStream | None = None,
+    stop_tokens: Mapping[int, str] | None = None,
 ) -> Sequence:
     """A fresh sequence; `context` is the most tokens the target can hold."""
-    ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+    named = stop_tokens or {}
+    ends = frozenset([*sampling.stop_token_ids, *named]) | (frozenset() if sampling.ignore_eos else eos)
     limit = min(context, len(prompt) + sampling.max_tokens)
-    return Sequence(list(prompt), len(prompt), sampling, seed, ends, limit, stream)
+    return Sequence(list(prompt), len(prompt), sampling, seed, ends, limit, stream, stop_tokens=named)

@@ -72,6 +72,11 @@ class TextStream:
             self._add(self._held)
             self._held, self._known, self._context = "", grown, len(self._window)
 
+    def close(self, ending: str) -> None:
+        """The end: take what still waits, then a text that belongs to none of the tokens."""
+        self.flush()
+        self._add(ending)
+
     def cut(self, size: int) -> None:
         """Keep the first `size` characters; what waits is dropped, too."""
         while self.size > size:
