@@ -157,7 +157,7 @@ def test_what_is_no_prompt_is_named(name: str) -> None:
 
 
 def test_what_is_no_prompt_takes_the_place_of_its_answer() -> None:
-    answers = llm().generate([A, None, {"prompt": B}], SHORT, return_errors=True)  # type: ignore[list-item]
+    answers = llm().generate([A, None, {"prompt": B}], SHORT, return_errors=True)  # type: ignore[arg-type]
     assert [one.error is None for one in answers] == [True, False, True]
     assert said([answers[0], answers[2]]) == said(llm().generate([A, B], SHORT))
     assert (answers[1].prompt, answers[1].prompt_token_ids) == (None, ())
@@ -262,7 +262,7 @@ def test_a_bias_of_minus_infinity_is_a_ban() -> None:
     first = llm().generate(A, SHORT)[0].outputs[0].token_ids[0]
     others = [token for token in range(300) if token != first]
     banned = llm().generate(A, replace(SHORT, logit_bias={first: float("-inf")}))
-    assert said(banned) == said(llm().generate(A, replace(SHORT, allowed_token_ids=others)))
+    assert said(banned) == said(llm().generate(A, replace(SHORT, allowed_token_ids=others)))  # type: ignore[arg-type]
     assert first not in banned[0].outputs[0].token_ids
 
 
@@ -271,13 +271,13 @@ def test_whitespace_is_banned_as_it_is(word: str) -> None:
     (token,) = ids(word)
     params = replace(SHORT, logit_bias={token: 2000.0})
     assert set(llm().generate(A, params)[0].outputs[0].token_ids) == {token}, "it comes when it is not banned"
-    assert token not in llm().generate(A, replace(params, bad_words=word))[0].outputs[0].token_ids
+    assert token not in llm().generate(A, replace(params, bad_words=word))[0].outputs[0].token_ids  # type: ignore[arg-type]
 
 
 def test_a_bad_word_is_banned_in_every_spelling_and_its_letters_are_not() -> None:
-    (sequence,) = llm().requests(A, replace(SHORT, bad_words="the "))
+    (sequence,) = llm().requests(A, replace(SHORT, bad_words="the "))  # type: ignore[arg-type]
     assert {*sequence.sampling.bad_words_ids} == {tuple(ids(form)) for form in ("the ", "the", " the")}
-    (sequence,) = llm().requests(A, replace(SHORT, bad_words=["\n"]))
+    (sequence,) = llm().requests(A, replace(SHORT, bad_words=["\n"]))  # type: ignore[arg-type]
     assert sequence.sampling.bad_words_ids == (tuple(ids("\n")),)
 
 
@@ -461,7 +461,7 @@ def test_defaults_of_a_folder(tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="cannot be read; give 'none', 'auto' or a folder"):
             make(generation_config=wrong)
     with pytest.raises(OptionError, match="generation_config=None: give 'none'"):
-        make(generation_config=None)
+        make(generation_config=None)  # type: ignore[arg-type]
 
 
 # --- the command line -------------------------------------------------------------------------------------------
@@ -471,7 +471,7 @@ def test_defaults_of_a_folder(tmp_path: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     model().save_pretrained(path)
-    talker().tokenizer.save_pretrained(path)  # type: ignore[union-attr]
+    talker().tokenizer.save_pretrained(path)
     return path
 
 
