@@ -106,10 +106,8 @@ def generate(
     texts = _texts(prompt, prompt_file, prompts, limit, log)
     loading: dict[str, Any] = {"memory": memory, "no_cache": no_cache, "lora": lora}
     llm = open_llm(model, drafter, speculative_config, dtype, exactness, threads, adapter, **loading)
-    results = []
-    for text, ids in zip(texts, encode_all(llm, texts, chat_template, sampling, system), strict=True):
-        results.append(_answer(llm, text, ids, sampling, compare=compare, quiet=as_json, many=len(texts) > 1))
-        _keep(llm, ids, results[-1]["token_ids"], sampling, log, memory)
+    encoded = encode_all(llm, texts, chat_template, sampling, system)
+    results = _answers(llm, texts, encoded, sampling, log, memory, compare=compare, quiet=as_json)
     if as_json:
         show.document({**conditions(llm, model, lora), "drafter": llm.drafter_name, "results": results})
 
@@ -144,6 +142,25 @@ def _keep(
         append(log, llm.logged(ids, output, sampling))
     if memory is not None:
         llm.save_memory(memory)
+
+
+def _answers(
+    llm: LLM,
+    texts: Sequence[str],
+    encoded: Sequence[list[int]],
+    sampling: SamplingParams,
+    log: Path | None,
+    memory: Path | None,
+    *,
+    compare: bool,
+    quiet: bool,
+) -> list[dict[str, Any]]:
+    """The records of all answers, each written into the files that ask for it as soon as it is there."""
+    records = []
+    for text, ids in zip(texts, encoded, strict=True):
+        records.append(_answer(llm, text, ids, sampling, compare=compare, quiet=quiet, many=len(texts) > 1))
+        _keep(llm, ids, records[-1]["token_ids"], sampling, log, memory)
+    return records
 
 
 def _answer(
