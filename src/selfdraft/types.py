@@ -45,7 +45,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids; -inf bans one. Ids may be texts, as JSON has them."""
     bad_words: tuple[str, ...] = ()
-    """Words that must not appear in the output; the front door turns them into `bad_words_ids`."""
+    """Words that must not appear in the output; the front door turns them into `bad_words_ids`.
+
+    As in vLLM, a word is its own tokens: a longer token that holds it, such as one of several line ends, may come.
+    """
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not appear in the output."""
     allowed_token_ids: tuple[int, ...] | None = None
