@@ -305,7 +305,9 @@ def test_a_coroutine_that_is_cancelled_or_left_aborts_its_request() -> None:
         async for _ in door_.stream(TEXTS[0], long):
             break
         task = asyncio.create_task(door_.generate(TEXTS[0], long))
-        await asyncio.sleep(0)
+        begun = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(begun.set_result, None)
+        await begun  # the task runs up to its first await meanwhile
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -169,9 +169,30 @@ BUGS = (
     Bug(
         "growth-forgets",
         "core/cache.py",
-        "new[:, :, : old.shape[2]] = old",
-        "new[:, :, :1] = old[:, :, :1]",
+        "kept = min(used, old.shape[2])",
+        "kept = min(used, 1)",
         "a grown cache has lost what was in it",
+    ),
+    Bug(
+        "two-readers",
+        "engine/shared.py",
+        "while not (self._runs is None and done()):",
+        "while not done():",
+        "an answer is read while a step of another thread writes it",
+    ),
+    Bug(
+        "stream-stops",
+        "llm.py",
+        "if output.finish_reason is not None:",
+        "if output.finish_reason is None:",
+        "a stream ends after its first piece",
+    ),
+    Bug(
+        "error-of-another",
+        "engine/shared.py",
+        "self.errors[error.request] = error",
+        "pass",
+        "a request that failed looks as if it had been aborted",
     ),
     Bug(
         "wrong-rows",
