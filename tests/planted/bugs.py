@@ -174,13 +174,6 @@ BUGS = (
         "a grown cache has lost what was in it",
     ),
     Bug(
-        "two-readers",
-        "engine/shared.py",
-        "while not (self._runs is None and done()):",
-        "while not done():",
-        "an answer is read while a step of another thread writes it",
-    ),
-    Bug(
         "stream-stops",
         "llm.py",
         "if output.finish_reason is not None:",
@@ -276,6 +269,8 @@ QUICK = (
     ORACLE + "logits_and_cache_at_every_position",
     ORACLE + "a_sliding_window",
     ORACLE + "the_cache_grows",
+    "tests/test_threads.py::test_a_paused_stream_keeps_its_rest",
+    "tests/test_threads.py::test_a_request_that_fails_is_named_and_the_others_are_answered[False-nan]",
     ORACLE + "a_drafter_that_knows_the_text_needs_the_fewest_steps",
     ORACLE + "adversaries[no_words-natural]",
     ORACLE + "adversaries[hidden-natural]",
