@@ -26,6 +26,7 @@ from selfdraft.models import stock
 from selfdraft.models.ends import eos_ids, turn_end
 from selfdraft.models.load import load_model, load_tokenizer
 from selfdraft.models.lora import unwrapped
+from selfdraft.models.weights import check_weights
 from tests import gguf_files
 from tests.models import VOCAB, tiny_llama
 from tests.terminal import typed
@@ -713,3 +714,10 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
             LLM(odd)
     with pytest.raises(OptionError, match=r"with a loaded model: merging would change that model; give its folder"):
         LLM(tiny_llama(), lora=tmp_path)
+
+
+def test_the_first_of_several_wrong_sizes_is_the_first_layer_by_number() -> None:
+    odd = [(f"model.layers.{layer}.mlp.up_proj.weight", torch.Size([2, 3]), torch.Size([2, 4])) for layer in (10, 2)]
+    info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": odd}
+    with pytest.raises(LoadError, match=r"2 weights .* the first is model\.layers\.2\.mlp.*: 2x3 in the file, 2x4 by"):
+        check_weights("here", tiny_llama(), info)

@@ -76,7 +76,7 @@ def test_it_is_measured_once_for_a_machine_and_a_broken_file_is_measured_anew(
     [place] = (tmp_path / "kernels").iterdir()
     assert asked == [torch.bfloat16]
     record = json.loads(place.read_text("utf-8"))
-    for broken in ("", json.dumps(record | {"ahead": 7}), json.dumps(record | {"machine": {}})):
+    for broken in ("", json.dumps(record | {"ahead": 7}), json.dumps(record | {"identity": {}})):
         place.write_text(broken, "utf-8")
         fetching.ahead.cache_clear()
         assert fetching.ahead(torch.bfloat16) == 2

@@ -239,6 +239,34 @@ def test_a_request_that_fails_is_named_and_the_others_are_answered(name: str, sa
     assert not llm.engine.running
 
 
+@pytest.mark.parametrize("drafter", drafters.NAMES)
+def test_a_stopping_criterion_that_raises_between_two_others_hurts_neither(drafter: str) -> None:
+    """The one before it has moved in that step, the one behind it has not, and the drafter was told of neither."""
+    llm, answers, seen = door(drafter), wanted(), list[int]()
+
+    def third(_: SequenceOf[int]) -> bool:
+        seen.append(1)
+        return 1 // (3 - len(seen)) < 0
+
+    bad = SamplingParams(max_tokens=24, stopping_criteria=(third,))
+    batch, params = [CALLS[0][0], TEXTS[1], CALLS[1][0]], [CALLS[0][1], bad, CALLS[1][1]]
+    said = llm.generate(batch, params, return_errors=True)
+    assert [said[i].outputs[0].token_ids for i in (0, 2)] == answers[:2]
+    assert "a stopping criterion or the tokenizer raised ZeroDivisionError" in str(said[1].error)
+    assert llm.generate(*CALLS[2])[0].outputs[0].token_ids == answers[2]
+
+
+def test_no_engine_is_made_over_slots_that_are_in_use() -> None:
+    """A profile is measured in slot 0: the stream there would go on behind something else."""
+    llm = door("lookup")
+    stream = llm.stream(*CALLS[0])
+    first = next(stream)
+    with pytest.raises(EngineError, match="another engine cannot be made while 1 requests run"):
+        llm.engine_for("auto")
+    assert read([first, *stream]) == wanted()[0]
+    llm.engine_for("auto")
+
+
 def test_wrong_prompts_take_the_place_of_their_answers() -> None:
     llm = door("lookup")
     prompts: list[str | SequenceOf[int]] = ["", CALLS[0][0], [10**6]]

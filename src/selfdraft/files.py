@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import stat
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 def cache_folder(kind: str) -> Path:
@@ -71,6 +73,21 @@ def whole_folder(wanted: Path) -> Iterator[Path]:
         os.replace(part, wanted)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def read_record(place: Path, identity: object) -> dict[str, Any] | None:
+    """What was kept in a file for this identity; None when there is none, it is broken, or it is another's."""
+    try:
+        found = json.loads(place.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("identity") == identity else None
+
+
+def write_record(place: Path, identity: object, **values: object) -> None:
+    """Keep values, ready for JSON, for an identity; whole or not at all. Errors: OSError."""
+    with whole_file(place) as part:
+        part.write_text(json.dumps({"identity": identity, **values}) + "\n", "utf-8")
 
 
 @contextmanager

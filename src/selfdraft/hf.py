@@ -97,9 +97,9 @@ def prepared(
     A second caller at the same moment gets a target of its own.
     """
     state = (exactness, *map(_trace_of, adapters), *_state_of(model))
-    left = _LEFT.setdefault(model, [])
     target = None
     with _LEFT_LOCK:
+        left = _LEFT.setdefault(model, [])
         place = next((i for i, (kept, one) in enumerate(left) if kept == state and one.slots >= slots), None)
         if place is not None:
             target = left.pop(place)[1]

@@ -110,9 +110,10 @@ class LLM:
             path = checkpoint(model, note=_log.warning)
             self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code, lora=lora)
             self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
-            beside = find_adapters(Path(path).expanduser())
+            folder: Path | None = Path(path).expanduser()
         else:
-            self.model, self.tokenizer, beside = load.unwrapped(model, lora), tokenizer, []
+            self.model, self.tokenizer, folder = load.unwrapped(model, lora), tokenizer, None
+        beside = find_adapters(folder) if folder is not None else []
         self.target = load.open_target(
             self.model,
             slots=max_num_seqs,
@@ -120,24 +121,22 @@ class LLM:
             context=max_model_len,
             adapters=load_adapters([*adapters, *beside], self.model),
             runner=runner,
-            proofs=ProofStore() if cache and isinstance(model, str | Path) else None,
+            proofs=ProofStore() if cache and folder is not None else None,
             clock=clock,
         )
-        if isinstance(model, str | Path) and (searched := Path(path).expanduser() / SKIP_FILE).is_file():
+        if folder is not None and (searched := folder / SKIP_FILE).is_file():
             self.target.skip_default = read_skip(searched, self.target.layers)
         self.exactness = self.target.exactness
         self.eos = load.eos_ids(self.model, self.tokenizer)
         self._defaults = generation_defaults(settings, self.model)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
         self.drafter_name = name
-        self._tokenizing = threading.RLock()
-        """A tokenizer of the Rust library raises when two threads use it at once."""
-        self._share(self._engine(name, options))
         self.stats = Stats()
         """Counts over all requests so far."""
-
-    def _share(self, engine: Engine) -> None:
-        self.engine, self.shared = engine, SharedEngine(engine)
+        self._lock = threading.RLock()
+        """Guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once."""
+        self.engine = self._engine(name, options)
+        self.shared = SharedEngine(self.engine)
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
         if getattr(find(drafter, options), "profiled", False) and self.target.profile is None:
@@ -152,15 +151,19 @@ class LLM:
             _log.info("%s", error)
 
     def engine_for(self, drafter: str | None, speculative_config: Mapping[str, object] | None = None) -> Engine:
-        """Another engine over the same target, for comparisons in one thread; do not run two at the same moment."""
-        return self._engine(*drafter_of(drafter, speculative_config))
+        """Another engine over the same target, for comparisons in one thread; do not run two at the same moment.
+
+        Errors: EngineError while requests run: two engines would write into the same slots.
+        """
+        with self.shared.idle("another engine cannot be made"):
+            return self._engine(*drafter_of(drafter, speculative_config))
 
     def use(self, drafter: str | None = None, speculative_config: Mapping[str, object] | None = None) -> None:
         """Change the drafter; model, cache and exactness stay. Errors: EngineError while requests run."""
         name, options = drafter_of(drafter, speculative_config)
         with self.shared.idle("the drafter cannot be changed"):
-            self._share(self._engine(name, options))
-            self.drafter_name = name
+            self.engine, self.drafter_name = self._engine(name, options), name
+            self.shared = SharedEngine(self.engine)
 
     def generate(
         self,
@@ -235,7 +238,7 @@ class LLM:
         return RequestOutput(text, ids, tuple(completion(i, sequence) for i, sequence in enumerate(request)))
 
     def _count(self, sequences: SequenceOf[Sequence]) -> None:
-        with self._tokenizing:
+        with self._lock:
             for sequence in sequences:
                 self.stats.add(sequence.stats)
 
@@ -301,7 +304,7 @@ class LLM:
         `continue_final_message`: the answer goes on with the last message (with `add_generation_prompt=False`).
         `chat_template_kwargs`: variables of the template. Errors: RequestError, with the template's words.
         """
-        with self._tokenizing:
+        with self._lock:
             return render_messages(
                 self._needs_tokenizer("chat messages"),
                 messages,
@@ -329,7 +332,7 @@ class LLM:
         """Text of tokens; special tokens are left out unless they are asked for."""
         if self.tokenizer is None:
             return ""
-        with self._tokenizing:
+        with self._lock:
             said = self.tokenizer.decode(
                 list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
@@ -339,7 +342,7 @@ class LLM:
         """Token ids of a text; `what` it is, for the error. Errors: RequestError without a tokenizer."""
         tokenizer = self._needs_tokenizer(what)
         check_text(text, what)
-        with self._tokenizing:
+        with self._lock:
             return list(tokenizer(text, **options)["input_ids"])
 
     def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[Sequence]:
@@ -377,7 +380,7 @@ class LLM:
         if sampling.stop:
             if self.tokenizer is None:
                 raise RequestError("stop strings need a tokenizer; use stop_token_ids")
-            with self._tokenizing:
+            with self._lock:
                 stops = stop_tokens(sampling.stop, self.tokenizer, self._known)
         named = chain(
             sampling.logit_bias, sampling.allowed_token_ids or (), sampling.stop_token_ids, *sampling.bad_words_ids

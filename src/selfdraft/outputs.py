@@ -37,7 +37,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step added to a stream: tokens with their sources, and the text that is certain by now.
+    """What a stream has got since its last piece: tokens with their sources, and the text that is certain by now.
 
     Texts of all pieces add up to the text of the answer; a piece may have tokens and no text yet.
     """

@@ -29,6 +29,7 @@ from selfdraft.cli.options import (
     encode_all,
     gather,
     open_llm,
+    opened,
 )
 from selfdraft.errors import RequestError
 
@@ -228,7 +229,7 @@ def chat(
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
     llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache, lora=lora)
-    opening = [] if system is None else [{"role": "system", "content": system}]
+    opening = opened(system)
     messages = [*opening]
     while (said := show.ask()) is not None:
         messages.append({"role": "user", "content": said})

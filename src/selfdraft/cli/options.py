@@ -188,6 +188,11 @@ def gather(prompt: str | None, prompt_file: Path | None, prompts: Path | None, l
     return [prompt]
 
 
+def opened(system: str | None) -> list[dict[str, str]]:
+    """The messages that a conversation begins with."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
 def encode_all(
     llm: LLM, texts: Sequence[str], chat_template: bool, sampling: SamplingParams, system: str | None = None
 ) -> list[list[int]]:
@@ -199,7 +204,7 @@ def encode_all(
 
     from selfdraft.llm import naming
 
-    opening = [] if system is None else [{"role": "system", "content": system}]
+    opening = opened(system)
     checked = []
     for i, text in enumerate(texts):
         with naming(i) if len(texts) > 1 else nullcontext():

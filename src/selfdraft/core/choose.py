@@ -76,7 +76,7 @@ def _checked(said: Tensor, given: Tensor) -> Tensor:
     if not isinstance(said, Tensor) or said.shape != given.shape:
         what = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
         raise EngineError(f"a logits processor returned {what} instead of a tensor of {tuple(given.shape)} scores")
-    if said.isnan().any():
+    if said.max().isnan():  # NaN is more than any number
         raise EngineError("a logits processor returned NaN; return -inf for tokens that must not come")
     return said
 

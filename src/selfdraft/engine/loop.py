@@ -58,14 +58,15 @@ class Engine:
     def advance(self) -> list[tuple[Sequence, Result]]:
         """One step of whoever is next.
 
-        When it raises the engine stays usable: no sequence has moved, or (a drafter that raises in `observe`) all
-        have, and those that are finished have left their slots.
+        When it raises the engine stays usable. No sequence has moved; or all have, where a drafter raises in `observe`;
+        or, where a stopping criterion raises, those before its own, which cannot go on: abort it. Those that are
+        finished have left their slots. Errors: EngineError, with the request that it belongs to, if it is one's alone.
         """
         self.running += scheduler.admit(self.waiting, self._free)
         work = scheduler.plan(self.running, self.chunk, self.rows)
         if not work:
             if self.running or self.waiting:
-                raise EngineError("no request can go on, though some wait: their slots are taken by nobody")
+                raise EngineError(f"{len(self.waiting)} requests wait and none runs, but no slot is free")
             return []
         try:
             results = step(self.target, self.drafter, work, self.nodes)

@@ -7,14 +7,14 @@ On some processors the hardware's own prefetchers keep up with memory, and the i
 from __future__ import annotations
 
 import ctypes
-import json
 import time
 from array import array
+from contextlib import suppress
 from functools import cache
 
 import torch
 
-from selfdraft.files import cache_folder, whole_file
+from selfdraft.files import cache_folder, read_record, write_record
 from selfdraft.models import native
 from selfdraft.models.machine import cpu_name
 from selfdraft.models.tape import Buffer, Instr, Kind, Operand, Slot, Tape, assemble
@@ -37,18 +37,12 @@ def ahead(dtype: torch.dtype) -> int:
         return 0  # no kernel computes in it
     machine = {"kernels": native.fingerprint(), "processor": cpu_name(), "threads": torch.get_num_threads()}
     place = cache_folder("kernels") / f"ahead-{native.fingerprint()}-{str(dtype).removeprefix('torch.')}.json"
-    try:
-        kept = json.loads(place.read_text("utf-8"))
-        if kept["machine"] == machine and kept["ahead"] in range(4):
-            return int(kept["ahead"])
-    except (OSError, ValueError, TypeError, LookupError):
-        pass
+    kept = (read_record(place, machine) or {}).get("ahead")
+    if isinstance(kept, int) and kept in range(4):
+        return kept
     found = measure(dtype)
-    try:
-        with whole_file(place) as part:
-            part.write_text(json.dumps({"machine": machine, "ahead": found}) + "\n", "utf-8")
-    except OSError:  # it is measured again next time
-        pass
+    with suppress(OSError):  # it is measured again next time
+        write_record(place, machine, ahead=found)
     return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.files import cache_folder, whole_file
+from selfdraft.files import cache_folder, read_record, write_record
 from selfdraft.models import native
 from selfdraft.models.adapter import Exactness
 from selfdraft.models.machine import cpu_name
@@ -77,20 +77,17 @@ class ProofStore:
 
     def read(self, identity: Mapping[str, Any]) -> Record | None:
         """The record of this identity; None when there is none, or its file is broken."""
+        found = read_record(self.place(identity), identity)
         try:
-            found = json.loads(self.place(identity).read_text("utf-8"))
-            if found["identity"] != identity:
-                return None
-            given = found["proof"]
+            given = (found or {})["proof"]
             return Record(given["level"], given["why"], tuple(given["shapes"]), given["runs"]).check()
-        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        except (ValueError, TypeError, LookupError):
             return None
 
     def keep(self, identity: Mapping[str, Any], record: Record) -> bool:
         """Write a record, whole or not at all. Returns whether it could be written; if not, it is proved again."""
         try:
-            with whole_file(self.place(identity)) as part:
-                part.write_text(json.dumps({"identity": identity, "proof": asdict(record)}) + "\n", "utf-8")
+            write_record(self.place(identity), identity, proof=asdict(record))
         except OSError:
             return False
         return True

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ COMPUTED = re.compile(
 )
 """Keys of old checkpoints that hold nothing learned: rotary tables, causal masks, scales of an 8-bit cache."""
 SHOWN = 3
+Stacks = list[tuple[str, int]]
 
 
 def check_weights(where: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
@@ -31,6 +33,7 @@ def check_weights(where: str | Path, model: PreTrainedModel, info: Mapping[str, 
 
     What is left over and changes nothing is logged in one line. Errors: LoadError names the first keys.
     """
+    stacks = _stacks(model)
     missing = _in_order(key for key in info["missing_keys"] if not COMPUTED.search(key))
     unused = _in_order(key for key in info["unexpected_keys"] if not COMPUTED.search(key))
     if odd := sorted(info["mismatched_keys"], key=lambda one: _numbered(one[0])):
@@ -42,15 +45,16 @@ def check_weights(where: str | Path, model: PreTrainedModel, info: Mapping[str, 
     if missing:
         raise LoadError(
             f"{where}: {len(missing)} weights are missing, the first are {_first(missing)}; "
-            f"{_wrapped(missing, unused) or _short(model, missing) or 'it is not a whole model'}"
+            f"{_wrapped(missing, unused) or _short(stacks, missing) or 'it is not a whole model'}"
         )
-    if beyond := [key for key in unused if _beyond(model, key)]:
-        name, most = _stack(model, beyond[0]) or ("layers", 0)
+    if beyond := [key for key in unused if _beyond(stacks, key, _extra(model))]:
+        name, most = _stack(stacks, beyond[0]) or ("layers", 0)
         raise LoadError(
             f"{where}: the file has more layers than the {most} of {name} in the configuration: {len(beyond)} weights "
             f"have no place, the first are {_first(beyond)}; take the config.json of this very model"
         )
-    if inner := [] if is_quantised(model) else [key for key in unused if _inside(model, key)]:
+    paths = {path for path, _ in model.named_modules() if path}
+    if inner := [] if is_quantised(model) else [key for key in unused if _inside(stacks, paths, key)]:
         raise LoadError(
             f"{where}: {len(inner)} weights have no place in the model, the first are {_first(inner)}; "
             "it is another model than the configuration says: take the config.json of this very model"
@@ -89,11 +93,11 @@ def _wrapped(missing: SequenceOf[str], unused: SequenceOf[str]) -> str | None:
     )
 
 
-def _short(model: PreTrainedModel, missing: SequenceOf[str]) -> str | None:
+def _short(stacks: Stacks, missing: SequenceOf[str]) -> str | None:
     """What to say when exactly the last layers are missing."""
-    stacks = {_stack(model, key) for key in missing}
-    stack = stacks.pop()
-    if stacks or stack is None:
+    holding = {_stack(stacks, key) for key in missing}
+    stack = holding.pop()
+    if holding or stack is None:
         return None
     name, most = stack
     numbers = {_number(name, key) for key in missing}
@@ -103,33 +107,39 @@ def _short(model: PreTrainedModel, missing: SequenceOf[str]) -> str | None:
     return f"the configuration says {most} layers and the file has {first}: take the config.json of this very model"
 
 
-def _stack(model: PreTrainedModel, key: str) -> tuple[str, int] | None:
-    """The list of modules that a key is in or behind, as the key spells it, and its length."""
+def _stacks(model: PreTrainedModel) -> Stacks:
+    """The lists of modules and their lengths, each as a file's keys may spell it."""
+    found: Stacks = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             short = path.removeprefix(f"{model.base_model_prefix}.")  # checkpoints of the bare base model leave it out
-            for name in (path, short):
-                if re.match(rf"{re.escape(name)}\.\d+\.", key):
-                    return name, len(module)
-    return None
+            found += [(name, len(module)) for name in (path, short)]
+    return found
+
+
+def _stack(stacks: Stacks, key: str) -> tuple[str, int] | None:
+    """The list of modules that a key is in or behind, as the key spells it, and its length."""
+    return next((one for one in stacks if re.match(rf"{re.escape(one[0])}\.\d+\.", key)), None)
 
 
 def _number(name: str, key: str) -> int:
     return int(key.removeprefix(f"{name}.").partition(".")[0])
 
 
-def _beyond(model: PreTrainedModel, key: str) -> bool:
-    """True for a layer behind the last one, unless it is one of the prediction layers that some models carry there."""
-    if (stack := _stack(model, key)) is None:
-        return False
-    extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
-    return _number(stack[0], key) >= stack[1] + extra
+def _extra(model: PreTrainedModel) -> int:
+    """Prediction layers that some models carry behind the last one."""
+    return getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
 
 
-def _inside(model: PreTrainedModel, key: str) -> bool:
-    """True for a weight of a module that takes part: it would compute otherwise with it."""
-    stack = _stack(model, key)
+def _beyond(stacks: Stacks, key: str, extra: int) -> bool:
+    """True for a layer behind the last one and the `extra` ones that may stand there."""
+    stack = _stack(stacks, key)
+    return stack is not None and _number(stack[0], key) >= stack[1] + extra
+
+
+def _inside(stacks: Stacks, paths: AbstractSet[str], key: str) -> bool:
+    """True for a weight of a module that takes part, `paths` being those of all: it would compute otherwise with it."""
+    stack = _stack(stacks, key)
     if stack is not None:
         return _number(stack[0], key) < stack[1]
-    owner = key.rpartition(".")[0]
-    return any(path == owner and path for path, _ in model.named_modules())
+    return key.rpartition(".")[0] in paths

@@ -21,7 +21,7 @@ from selfdraft.core.rows import Rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import OptionError
-from selfdraft.files import cache_folder, whole_file
+from selfdraft.files import cache_folder, write_record
 from selfdraft.models.adapter import HFTarget
 from selfdraft.models.machine import cpu_name
 from selfdraft.models.native import SOURCE
@@ -106,8 +106,7 @@ def save(profile: Profile, target: HFTarget, folder: Path | None = None) -> Path
     """Keep a profile. Errors: OptionError when the folder cannot be written; nothing half-written is left."""
     place = place_of(target, folder)
     try:
-        with whole_file(place) as part:
-            part.write_text(json.dumps({"identity": identity(target), "profile": asdict(profile)}) + "\n", "utf-8")
+        write_record(place, identity(target), profile=asdict(profile))
     except OSError as error:
         raise _unwritable(place, error) from error
     return place
