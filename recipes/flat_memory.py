@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdraft
 from selfdraft import LLM, SamplingParams
+from selfdraft.methods import NAMES
 from selfdraft.models.pocket import POCKET
 
 PROMPT = "Once upon a time there was a little girl. She had a red ball. One day the red ball"
-DRAFTERS = "none lookup suffix context recycling prediction merged auto lookahead quantised cascade layer_skip s3d space".split()
+DRAFTERS = tuple(NAMES)
 NEW = 4
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -20,8 +20,8 @@ from selfdraft import LLM, SamplingParams
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.drafters.auto import Auto
-from selfdraft.engine.loop import Engine
-from selfdraft.models.stock import quiet
+from selfdraft.engine.engine import Engine
+from selfdraft.models.reference import quiet
 from selfdraft.types import Budget
 
 LINES = (

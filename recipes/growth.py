@@ -24,12 +24,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from selfdraft.bench.replay import LogTarget
 from selfdraft.core.commit import commit
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result, walk
 from selfdraft.drafters import build
+from selfdraft.replay.replay import LogTarget
 from selfdraft.types import Budget, SamplingParams
 
 STEPS = 200

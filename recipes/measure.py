@@ -21,11 +21,11 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdraft import LLM, SamplingParams
-from selfdraft.bench.compare import compare
-from selfdraft.bench.doctor import machine
-from selfdraft.bench.record import decode
 from selfdraft.drafters import NAMES
-from selfdraft.models import stock
+from selfdraft.models import reference
+from selfdraft.prove.compare import compare
+from selfdraft.prove.doctor import machine
+from selfdraft.prove.record import decode
 
 COPY = (
     "The little dog ran over the hill to see the big red barn. The farmer gave the dog a bone and a bowl of water.",
@@ -65,7 +65,7 @@ def against_transformers(llm: LLM, tokens: int, runs: int) -> None:
             record = decode(llm.engine, llm.requests(ids, sampling)[0])
             own.append(record.seconds)
             began = time.perf_counter()
-            said = stock.greedy(llm.model, ids, tokens, frozenset())
+            said = reference.greedy(llm.model, ids, tokens, frozenset())
             theirs.append(time.perf_counter() - began)
             equal &= said == list(record.tokens)
         ratios.append(median(theirs[1:]) / median(own[1:]))

@@ -24,18 +24,18 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from selfdraft.bench.doctor import machine
 from selfdraft.bench.peers import gguf
 from selfdraft.bench.peers.foreign import Foreign, edition
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.drafters import build
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.llm import POCKET
-from selfdraft.models import stock
-from selfdraft.models.adapter import HFTarget
+from selfdraft.models import reference
 from selfdraft.models.load import load_model, open_target
+from selfdraft.models.target import HFTarget
+from selfdraft.prove.doctor import machine
 from selfdraft.types import SamplingParams
 
 SHAPES = {
@@ -149,7 +149,7 @@ def measure(name: str, model: PreTrainedModel, peers: dict[str, Way], tokens: in
     print(f"\n{name}: {read / 1e6:.0f} MB for a token: {bound:.2f} ms or more; the fast path opened in {opened:.1f} s")
     prompt = torch.randint(0, fast.vocab, (PREFIX,), generator=torch.Generator().manual_seed(1)).tolist()
     ways = {
-        "transformers": timed(lambda prompt, count: stock.greedy(model, prompt, count, frozenset())),
+        "transformers": timed(lambda prompt, count: reference.greedy(model, prompt, count, frozenset())),
         **{way: timed(partial(decode, target)) for way, target in targets.items()},
         **peers,
     }

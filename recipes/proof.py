@@ -21,9 +21,9 @@ from tests.wrongs import outliers, wrongs_of
 from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable, UnsupportedModel
-from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import load_model
-from selfdraft.models.proof import prove
+from selfdraft.models.proof.whole_model import prove
+from selfdraft.models.target import HFTarget
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WRONGS = ("position", "shared cache", "window", "sink", "bias")

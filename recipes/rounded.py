@@ -18,13 +18,13 @@ import torch
 import typer
 from plain import DTYPES, PREFIX, random_model
 
-from selfdraft.bench.doctor import machine
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
-from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import load_model
 from selfdraft.models.pocket import POCKET
+from selfdraft.models.target import HFTarget
+from selfdraft.prove.doctor import machine
 from selfdraft.types import Rounded, SamplingParams, Short
 
 WAYS: dict[str, Short | None] = {"T": None, "T8": Rounded(8), "T4": Rounded(4)}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from selfdraft.core.rows import Rows
-from selfdraft.models.adapter import HFTarget
+from selfdraft.models.target import HFTarget
 from selfdraft.types import Short
 
 

@@ -5,8 +5,8 @@ import tempfile
 
 import torch
 
-from selfdraft.models import embedded
-from selfdraft.models.stock import quiet
+from selfdraft.models.checkpoint import embedded
+from selfdraft.models.reference import quiet
 
 torch.set_num_threads(1)
 quiet()  # no bars of transformers in what tests read from the error output, whichever test comes first

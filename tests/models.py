@@ -10,12 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build
-from selfdraft.engine.loop import Engine
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.masks import MaskAdapter
-from selfdraft.models.shapes import Shapes, width_of
-from selfdraft.models.student import linear_names
+from selfdraft.engine.engine import Engine
+from selfdraft.models.adapters import MaskAdapter
+from selfdraft.models.exactness import Shapes, width_of
+from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter, Target
+from selfdraft.train.student import linear_names
 from selfdraft.types import SamplingParams
 from tests.clocks import on_passes
 

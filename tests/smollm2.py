@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from selfdraft.models.embedded import installed
+from selfdraft.models.checkpoint.embedded import installed
 
 
 def smollm2_or_skip() -> Path:

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from selfdraft import LLM
-from selfdraft.bench.log import Logged, read_logs
-from selfdraft.bench.replay import LogTarget, replay, time_of
-from selfdraft.core.guess import Guess, expand
-from selfdraft.core.profile import Profile, best_size
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.stepcost import StepCost
 from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.core.watch import MOST, RAREST, SHARE, START, TRIAL, Watch
 from selfdraft.drafters.auto import Auto
 from selfdraft.drafters.context import Context
 from selfdraft.drafters.merged import Merged
+from selfdraft.drafting.live_cost import StepCost
+from selfdraft.drafting.loss_budget import MOST, RAREST, SHARE, START, TRIAL, Watch
+from selfdraft.drafting.mask_prediction import Guess, expand
+from selfdraft.drafting.pass_cost import Profile, best_size
 from selfdraft.errors import OptionError
-from selfdraft.models.adapter import HFTarget
+from selfdraft.files.token_log import Logged, read_logs
+from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
-from selfdraft.tune import profile as profiles
+from selfdraft.replay.replay import LogTarget, replay, time_of
+from selfdraft.tune import machine as profiles
 from selfdraft.types import Budget, SamplingParams
 from tests.clocks import Ticking
 from tests.models import run, tiny_llama, tiny_target

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from selfdraft.bench import ledger as ledgers
 from selfdraft.bench import measure as measuring
-from selfdraft.bench.ledger import Ledger
+from selfdraft.bench import rows as ledgers
 from selfdraft.bench.measure import Gauge, measure, settler, take, take_apart, weights_bytes
 from selfdraft.bench.report import by_position, records, scores_of, stats_of
+from selfdraft.bench.rows import Ledger
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.drafters import build
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import RequestError
 from selfdraft.types import SamplingParams, Stats
 from tests.models import tiny_llama, tiny_target

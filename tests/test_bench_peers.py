@@ -26,9 +26,9 @@ from selfdraft.bench.peers import PEERS, Answer, foreign, gguf
 from selfdraft.bench.peers.foreign import Foreign
 from selfdraft.bench.report import records
 from selfdraft.drafters import build
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import PeerError
-from selfdraft.models import stock
+from selfdraft.models import reference
 from tests.models import tiny_llama, tiny_target
 from tests.terminal import Done, one_line
 from tests.test_bench_cli import RECORD, rows_of
@@ -117,18 +117,18 @@ def test_transformers(bench: Callable[..., Done]) -> None:
 def test_transformers_goes_on_behind_an_end() -> None:
     """Its end ids are off during the run and back afterwards, also when it fails."""
     stocked = tiny_llama(torch.float32)
-    plain = stock.decode(stocked, [3, 4, 5], 12, {}, lambda: None)
+    plain = reference.decode(stocked, [3, 4, 5], 12, {}, lambda: None)
     config = stocked.generation_config
     config.eos_token_id = plain[2]
     steps: list[int] = []
     try:
-        assert stock.decode(stocked, [3, 4, 5], 12, {}, lambda: steps.append(1)) == plain
+        assert reference.decode(stocked, [3, 4, 5], 12, {}, lambda: steps.append(1)) == plain
         lookup = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2}
-        assert stock.decode(stocked, [3, 4, 5] * 4, 12, lookup, lambda: None) == stock.decode(
+        assert reference.decode(stocked, [3, 4, 5] * 4, 12, lookup, lambda: None) == reference.decode(
             stocked, [3, 4, 5] * 4, 12, {}, lambda: None
         )
         with pytest.raises(TypeError):
-            stock.decode(stocked, [3], 2, {"prompt_lookup_num_tokens": "x"}, lambda: None)  # type: ignore[dict-item]
+            reference.decode(stocked, [3], 2, {"prompt_lookup_num_tokens": "x"}, lambda: None)  # type: ignore[dict-item]
         assert config.eos_token_id == plain[2]
     finally:
         config.eos_token_id = None
@@ -749,7 +749,7 @@ def test_a_real_llama_cpp(tmp_path: Path) -> None:
     settings = SETTINGS | {"model": str(gguf.cached(made, tmp_path)), "threads": 1}
     peer = Foreign("llama.cpp", "llama.cpp", sys.executable, settings, 60.0)
     try:
-        assert list(peer.answer([3, 4, 5], 24).tokens) == stock.decode(made, [3, 4, 5], 24, {}, lambda: None)
+        assert list(peer.answer([3, 4, 5], 24).tokens) == reference.decode(made, [3, 4, 5], 24, {}, lambda: None)
     finally:
         peer.close()
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from selfdraft.bench import jail
-from selfdraft.bench.sandbox import Limits, run_program
+from selfdraft.bench.sandbox import inside
+from selfdraft.bench.sandbox.outside import Limits, run_program
 
 TIGHT = Limits(cpu_seconds=30, wall_seconds=600.0, memory_bytes=2**28, file_bytes=2**20)
 ROOMY = Limits(wall_seconds=600.0)
@@ -82,7 +82,7 @@ def test_children_that_are_left_are_ended(tmp_path: Path, monkeypatch: pytest.Mo
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
         f"open({str(left)!r}, 'w').write(str(child.pid))\n"
     )
-    monkeypatch.setattr(jail, "__file__", str(leaky))
+    monkeypatch.setattr(inside, "__file__", str(leaky))
     assert run_program("", ROOMY).why == "it ended before its tests did"
     pid = int(left.read_text())
     for _ in range(60_000):  # its new parent reaps it in its own time
@@ -124,11 +124,11 @@ def test_no_network(namespace: bool, tmp_path: Path) -> None:
 
 def test_the_namespace_alone_has_no_network() -> None:
     """Without the hook: a process that went through `leave_network` reaches nobody."""
-    code = "import os, socket, sys; sys.path.insert(0, sys.argv[1]); import jail\nprint(jail.leave_network())\n"
+    code = "import os, socket, sys; sys.path.insert(0, sys.argv[1]); import jail\nprint(inside.leave_network())\n"
     code += "try: socket.create_connection(('127.0.0.1', int(sys.argv[2])), 600); print('reached')\n"
     code += "except OSError: print('alone')\n"
     with socket.create_server(("127.0.0.1", 0)) as server:
-        arguments = [str(Path(jail.__file__).parent), str(server.getsockname()[1])]
+        arguments = [str(Path(inside.__file__).parent), str(server.getsockname()[1])]
         said = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600)
     moved, reached = said.stdout.split()
     if moved != "True":
@@ -170,7 +170,7 @@ ALLOWED = {
     "dataclass": "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nassert A(3).x == 3",
     "main": "assert __name__ == '__main__'",
     "folder": "import os\nassert os.listdir() == []",
-    "environment": f"import os\nassert os.environ.keys() <= {set(jail.ENVIRONMENT)!r}, dict(os.environ)",
+    "environment": f"import os\nassert os.environ.keys() <= {set(inside.ENVIRONMENT)!r}, dict(os.environ)",
     "arguments": "import sys\nassert sys.argv == ['answer.py']",
 }
 

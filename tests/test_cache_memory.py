@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdraft.core.cache import KVCache
+from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY
 from selfdraft.errors import EngineError, RunnerUnavailable
-from selfdraft.models.adapter import HFTarget
+from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.models import tiny_llama
 

@@ -9,20 +9,20 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor, nn
 
-from selfdraft.core.adapt import TRUSTED
-from selfdraft.core.context import ContextTree
-from selfdraft.core.memory import Memory
-from selfdraft.core.merge import Credit, Merger
-from selfdraft.core.profile import Profile
-from selfdraft.core.rounds import PAUSES, Rounds
 from selfdraft.core.rows import Rows, tree_rows
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.sources import Contexts, Copies, Reader
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
 from selfdraft.drafters.cascade import Cascade
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.rounding import decode, encode
+from selfdraft.drafting.context_tree import ContextTree
+from selfdraft.drafting.estimators import TRUSTED
+from selfdraft.drafting.inner_passes import PAUSES, Rounds
+from selfdraft.drafting.mixing import Credit, Merger
+from selfdraft.drafting.output_memory import Memory
+from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.sources import Contexts, Copies, Reader
+from selfdraft.models.rounded import decode, encode
+from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, Rounded, SamplingParams, Short
 from tests.clocks import on_passes

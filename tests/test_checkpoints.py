@@ -22,11 +22,11 @@ from selfdraft.bench.peers.local import Transformers
 from selfdraft.bench.run import Contender
 from selfdraft.cli.peers import Guest, check_merged
 from selfdraft.errors import LoadError, OptionError
-from selfdraft.models import stock
-from selfdraft.models.ends import eos_ids, turn_end
+from selfdraft.models import reference
+from selfdraft.models.checkpoint.end_ids import eos_ids, turn_end
+from selfdraft.models.checkpoint.lora import unwrapped
+from selfdraft.models.checkpoint.weights import check_weights
 from selfdraft.models.load import load_model, load_tokenizer
-from selfdraft.models.lora import unwrapped
-from selfdraft.models.weights import check_weights
 from tests import gguf_files
 from tests.models import VOCAB, tiny_llama
 from tests.terminal import typed
@@ -227,7 +227,7 @@ def test_a_gguf_file_with_more_layers_than_it_says(tmp_path: Path) -> None:
 def test_the_reference_is_plain_greedy_whatever_the_checkpoint_asks_for(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    wanted = stock.greedy(tiny_llama(torch.float32), PROMPT, 24, frozenset())
+    wanted = reference.greedy(tiny_llama(torch.float32), PROMPT, 24, frozenset())
     ends = frozenset(wanted[5:6])
     folder = saved(tmp_path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, **settings}))
@@ -236,8 +236,8 @@ def test_the_reference_is_plain_greedy_whatever_the_checkpoint_asks_for(
     stopped = wanted[: wanted.index(wanted[5]) + 1]
     usual = model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)
     assert usual[0, len(PROMPT) :].tolist() != wanted, "these settings change the text"
-    assert stock.greedy(model, PROMPT, 24, frozenset()) == wanted
-    assert stock.greedy(model, PROMPT, 24, ends) == stopped
+    assert reference.greedy(model, PROMPT, 24, frozenset()) == wanted
+    assert reference.greedy(model, PROMPT, 24, ends) == stopped
     peer = Transformers("transformers", model, {}, lambda: None)
     assert list(peer.answer(PROMPT, 24).tokens) == wanted
     lookup = Transformers("transformers", model, {"prompt_lookup_num_tokens": 3}, lambda: None)
@@ -487,7 +487,7 @@ def test_a_lora_folder_is_its_base_model_with_the_adapter_merged(tmp_path: Path)
     llm = LLM(lora, drafter="lookup", cache=False)
     assert llm.eos == {VOCAB - 1}, "the base model's tokenizer"
     said = llm.generate([PROMPT], SamplingParams(max_tokens=12))[0].outputs[0].token_ids
-    assert list(said) == stock.greedy(load_model(lora, dtype=None), PROMPT, 12, llm.eos)
+    assert list(said) == reference.greedy(load_model(lora, dtype=None), PROMPT, 12, llm.eos)
     by_option = LLM(base, lora=lora, drafter="lookup", cache=False)
     assert by_option.generate([PROMPT], SamplingParams(max_tokens=12))[0].outputs[0].token_ids == said
 
@@ -701,7 +701,7 @@ def test_wrapped_models_are_unwrapped() -> None:
     assert unwrapped(nn.DataParallel(model)) is model
     assert unwrapped(nn.DataParallel(compiled)) is model
     said = LLM(compiled, drafter="lookup").generate([PROMPT], SamplingParams(max_tokens=8))[0].outputs[0].token_ids
-    assert list(said) == stock.greedy(model, PROMPT, 8, frozenset())
+    assert list(said) == reference.greedy(model, PROMPT, 8, frozenset())
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:

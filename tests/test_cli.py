@@ -19,7 +19,8 @@ import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
-from selfdraft import LLM, SamplingParams, cli, drafters, show
+from selfdraft import LLM, SamplingParams, cli, drafters
+from selfdraft.cli import terminal
 from selfdraft.core import verify as core_verify
 from selfdraft.core.tree import Draft
 from selfdraft.llm import Piece
@@ -299,7 +300,7 @@ def test_colours(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """The codes of colour are all that a terminal sees more."""
     arguments = ("generate", PROMPT, "--model", folder, "--max-new-tokens", 60, "--drafter", "lookup")
     plain = run(*arguments).out
-    monkeypatch.setattr(show, "out", Console(force_terminal=True, color_system="standard", highlight=False))
+    monkeypatch.setattr(terminal, "out", Console(force_terminal=True, color_system="standard", highlight=False))
     done = run(*arguments)
     assert "\x1b[32m" in done.out
     assert re.sub(r"\x1b\[\d*m", "", done.out) == plain

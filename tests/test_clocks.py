@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from selfdraft import LLM
-from selfdraft.core.adapt import TRUSTED
 from selfdraft.drafters import NAMES, build, options_of
-from selfdraft.models.timing import clock_of
+from selfdraft.drafting.estimators import TRUSTED
+from selfdraft.tune.sublayer_times import clock_of
 from selfdraft.types import SamplingParams
 from tests.clocks import Passes, Ticking, on_passes
 from tests.models import run, tiny_llama, tiny_target

@@ -6,11 +6,11 @@ from collections.abc import Sequence as SequenceOf
 
 import pytest
 
-from selfdraft.core.context import BREAK
-from selfdraft.core.copying import AHEAD, Copying
-from selfdraft.core.profile import Profile
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters.auto import TREE_FROM, Auto
+from selfdraft.drafting.context_tree import BREAK
+from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.suffix_copy import AHEAD, Copying
 from selfdraft.types import Budget, SamplingParams
 from tests.clocks import Passes, on_passes
 from tests.models import run, tiny_target

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfdraft.core.cache import KVCache
+from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Span, pack
 from selfdraft.core.sequence import open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft, merge

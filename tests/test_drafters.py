@@ -12,9 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfdraft.core.automaton import SuffixAutomaton
-from selfdraft.core.choose import choose, process
 from selfdraft.core.rows import Span
+from selfdraft.core.sampler import choose, process
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result
@@ -22,6 +21,7 @@ from selfdraft.drafters import build
 from selfdraft.drafters.lookahead import Lookahead, Pool, Window, window_parents
 from selfdraft.drafters.lookup import NgramIndex
 from selfdraft.drafters.suffix import Suffix
+from selfdraft.drafting.suffix_automaton import SuffixAutomaton
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, SamplingParams

@@ -10,7 +10,7 @@ import pytest
 
 from selfdraft import LLM
 from selfdraft.errors import LoadError
-from selfdraft.models import embedded
+from selfdraft.models.checkpoint import embedded
 from selfdraft.models.pocket import POCKET
 from tests import gguf_files
 

@@ -22,7 +22,7 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.engine import scheduler
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.types import Budget, SamplingParams, Short
 from tests.models import run, tiny_target

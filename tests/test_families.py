@@ -23,12 +23,13 @@ from selfdraft.core.rows import Rows, pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.errors import LoadError, OptionError, UnsupportedModel
-from selfdraft.models import view
-from selfdraft.models.adapter import HFTarget, context_of
+from selfdraft.models import views
 from selfdraft.models.attention import Group
-from selfdraft.models.load import check_supported, eos_ids, load_model, load_tokenizer, open_target
-from selfdraft.models.proof import prove
-from selfdraft.models.shapes import NATURAL, Shapes
+from selfdraft.models.checkpoint.end_ids import eos_ids
+from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.load import check_supported, load_model, load_tokenizer, open_target
+from selfdraft.models.proof.whole_model import prove
+from selfdraft.models.target import HFTarget, context_of
 from selfdraft.types import SamplingParams, Skip
 from tests.clocks import on_passes
 from tests.models import random_adapters, run
@@ -227,8 +228,8 @@ def silenced(model: PreTrainedModel, skip: Skip) -> Iterator[None]:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
     handles = []
-    for index, block in enumerate(view.blocks(model, 3)):
-        for chosen, name in ((skip.attention, view.attention_of(block)), (skip.mlp, view.mlp_of(block))):
+    for index, block in enumerate(views.blocks(model, 3)):
+        for chosen, name in ((skip.attention, views.attention_of(block)), (skip.mlp, views.mlp_of(block))):
             if index in chosen:
                 handles.append(block.get_submodule(name or "?").register_forward_hook(hook))
     try:
@@ -319,7 +320,7 @@ def test_proof_sees_a_layer_that_goes_elsewhere() -> None:
             return hidden_states, None
 
     model = build("Llama", {})
-    view.blocks(model, 3)[1].self_attn = Elsewhere()
+    views.blocks(model, 3)[1].self_attn = Elsewhere()
     with pytest.raises(UnsupportedModel, match="layer 1 did not use"):
         open_target(model, slots=1)
 
@@ -354,7 +355,7 @@ def test_blocks_are_those_of_the_language_model() -> None:
     }
     config = transformers.Gemma3Config(**options)
     model = transformers.Gemma3ForConditionalGeneration(config).double().eval()
-    assert type(view.blocks(model, 3)[0]).__name__ == "Gemma3DecoderLayer"
+    assert type(views.blocks(model, 3)[0]).__name__ == "Gemma3DecoderLayer"
     target = open_target(model, slots=1)
     plain, skipped = (run(target, name, prompts()[1:], SamplingParams(max_tokens=8)) for name in ("none", "layer_skip"))
     assert plain[0].output == skipped[0].output

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.models import fetching, native
+from selfdraft.models.runner import fetching, kernel_build
 
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     try:
-        native.library()
+        kernel_build.library()
     except RunnerUnavailable as error:
         pytest.skip(str(error))
     monkeypatch.setattr(fetching, "BYTES", 1 << 16)

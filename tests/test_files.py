@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from selfdraft import files
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.models import native
+from selfdraft.files import atomic
+from selfdraft.models.runner import kernel_build
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +19,16 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    files._private_folder.cache_clear()
+    atomic._private_folder.cache_clear()
 
 
 def test_what_the_user_says_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert files.cache_folder("proofs") == tmp_path / "home" / ".cache" / "selfdraft" / "proofs"
+    assert atomic.cache_folder("proofs") == tmp_path / "home" / ".cache" / "selfdraft" / "proofs"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert files.cache_folder("proofs") == tmp_path / "xdg" / "selfdraft" / "proofs"
+    assert atomic.cache_folder("proofs") == tmp_path / "xdg" / "selfdraft" / "proofs"
     monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "own"))
-    assert files.cache_folder("proofs") == tmp_path / "own" / "proofs"
+    assert atomic.cache_folder("proofs") == tmp_path / "own" / "proofs"
 
 
 @pytest.mark.parametrize("why", ["a file in the way", "not writable", "no home"])
@@ -45,9 +45,9 @@ def test_without_a_home_later_runs_find_the_same_folder(
     else:
         monkeypatch.delenv("HOME")
         monkeypatch.setattr("platformdirs.user_cache_path", lambda _: Path("~/.cache").expanduser() / missing())
-    found = files.cache_folder("kernels")
-    files._private_folder.cache_clear()
-    assert found == files.cache_folder("kernels") == tmp_path / "tmp" / f"selfdraft-{os.getuid()}" / "kernels"
+    found = atomic.cache_folder("kernels")
+    atomic._private_folder.cache_clear()
+    assert found == atomic.cache_folder("kernels") == tmp_path / "tmp" / f"selfdraft-{os.getuid()}" / "kernels"
     assert found.parent.stat().st_mode & 0o077 == 0
 
 
@@ -67,23 +67,23 @@ def test_a_folder_that_others_could_write_is_not_used(
     else:
         name.mkdir()
         name.chmod(0o777)
-    assert files._private_folder() != name
+    assert atomic._private_folder() != name
     assert not list(other.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("", "utf-8")
     monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(native, "_compiler", lambda: "c++")
-    monkeypatch.setattr(native, "_fingerprint", lambda _: "x")
-    native.library.cache_clear()
+    monkeypatch.setattr(kernel_build, "_compiler", lambda: "c++")
+    monkeypatch.setattr(kernel_build, "_fingerprint", lambda _: "x")
+    kernel_build.library.cache_clear()
     with pytest.raises(RunnerUnavailable, match=r"kernels-x\.so cannot be written .*: set SELFDRAFT_CACHE"):
-        native.library()
-    native.library.cache_clear()
+        kernel_build.library()
+    kernel_build.library.cache_clear()
 
 
 def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "missing.cpp")
+    monkeypatch.setattr(kernel_build, "SOURCE", tmp_path / "missing.cpp")
     with pytest.raises(RunnerUnavailable):
-        native._build("false", tmp_path / "cache" / "kernels.so")
+        kernel_build._build("false", tmp_path / "cache" / "kernels.so")
     assert not list((tmp_path / "cache").iterdir())

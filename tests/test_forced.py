@@ -12,12 +12,12 @@ from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY
 from selfdraft.drafters.layer_skip import LayerSkip
-from selfdraft.engine.loop import Engine
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.forced import Forced, Forcing, Text
-from selfdraft.models.shapes import NATURAL, Shapes
-from selfdraft.tune.layer_skip import Subject, own_texts
-from selfdraft.tune.replay import replay
+from selfdraft.engine.engine import Engine
+from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.target import HFTarget
+from selfdraft.tune.layer_skip.simulate import replay
+from selfdraft.tune.layer_skip.teacher_forcing import Forced, Forcing, Text
+from selfdraft.tune.layer_skip.tuner import Subject, own_texts
 from selfdraft.types import Budget, SamplingParams, Skip
 from tests.models import VOCAB, tiny_llama
 

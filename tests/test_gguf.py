@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType
 
 from selfdraft import LLM, SamplingParams
 from selfdraft.errors import LoadError
-from selfdraft.models import gguf
-from selfdraft.models.places import find_gguf
+from selfdraft.models.checkpoint import gguf
+from selfdraft.models.checkpoint.places import find_gguf
 from tests import gguf_files
 
 SAMPLINGS = {"greedy": SamplingParams(max_tokens=24), "sampled": SamplingParams(max_tokens=24, temperature=0.8, seed=3)}

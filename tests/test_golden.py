@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from selfdraft import drafters
-from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import open_target
+from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests import stories
 from tests.clocks import on_passes

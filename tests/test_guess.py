@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfdraft.core.choose import choose, process
-from selfdraft.core.guess import Calibration, Guess, Guesser, Pace, Place, expand, places, ranks
 from selfdraft.core.rows import Rows
+from selfdraft.core.sampler import choose, process
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
+from selfdraft.drafting.mask_prediction import Calibration, Guess, Guesser, Pace, Place, expand, places, ranks
 from selfdraft.errors import MissingMasks, OptionError
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.masks import MaskAdapter
+from selfdraft.models.adapters import MaskAdapter
+from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, SamplingParams, Short
 from tests.clocks import on_passes

@@ -30,10 +30,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 import selfdraft
 from selfdraft import drafters, hf
 from selfdraft.core.sequence import Sequence
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.models import load
-from selfdraft.models.adapter import HFTarget
+from selfdraft.models.target import HFTarget
 from tests.models import VOCAB, random_adapters, tiny_llama
 
 SINGLE = [[3, 4, 5, 6, 7, 3, 4, 5]]

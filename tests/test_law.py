@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from selfdraft.core import verify as verify_module
-from selfdraft.core.choose import choose, process
 from selfdraft.core.commit import commit
 from selfdraft.core.noise import gumbel, uniform
 from selfdraft.core.rows import Rows
+from selfdraft.core.sampler import choose, process
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result, walk
@@ -412,7 +412,7 @@ def test_bad_noise_is_rejected(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
         "no position": lambda seed, position, tokens: gumbel(seed, 0, tokens),
         "no token": lambda seed, position, tokens: gumbel(seed, position, tokens * 0),
     }
-    monkeypatch.setattr("selfdraft.core.choose.gumbel", spoilt[bug])
+    monkeypatch.setattr("selfdraft.core.sampler.gumbel", spoilt[bug])
     assert chi_square(draws([(5, i) for i in range(5_000)])[:-1], SCORES[:-1].softmax(-1)) < ALPHA
 
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfdraft.core.exit import ExitThreshold, StepSeconds, ThroughputExit, Verified
 from selfdraft.core.rows import chain_rows, pack
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.skipset import skip_of
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
-from selfdraft.drafters.layer_skip import LayerSkip, choose_skip, read_skip
+from selfdraft.drafters.layer_skip import LayerSkip, choose_skip
+from selfdraft.drafting.draft_length import ExitThreshold, StepSeconds, ThroughputExit, Verified
 from selfdraft.errors import OptionError
+from selfdraft.files.skip_sets import read_skip, skip_of
 from selfdraft.models import pocket
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.shapes import NATURAL, Shapes
+from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams, Skip
 from tests.clocks import Ticking
 from tests.models import run, tiny_target

@@ -7,10 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdraft.core.sequence import open_sequence
 from selfdraft.drafters import build
-from selfdraft.engine.loop import Engine
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.shapes import Shapes
-from selfdraft.models.stock import greedy
+from selfdraft.engine.engine import Engine
+from selfdraft.models.exactness import Shapes
+from selfdraft.models.reference import greedy
+from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 
 LENGTH, CHUNK, MOST = 8000, 256, 12

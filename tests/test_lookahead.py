@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from itertools import pairwise, permutations
 from math import log
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from selfdraft.cli import app
-from selfdraft.core.adapt import Acceptance, Mean, StepTime
-from selfdraft.core.answers import Answers, likeliest
-from selfdraft.core.intervals import Intervals, intervals
 from selfdraft.core.noise import gumbel, gumbel_rows
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.core.tree import ROOT, Draft
-from selfdraft.core.trials import PAUSES as TRIAL_PAUSES
-from selfdraft.core.trials import SHORTEST, Trials
+from selfdraft.core.tree import ROOT
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.drafters.lookahead import (
@@ -46,9 +34,11 @@ from selfdraft.drafters.lookahead import (
     trie,
     window_parents,
 )
-from selfdraft.engine.loop import Engine
-from selfdraft.errors import OptionError
-from selfdraft.tune import lookahead as tune
+from selfdraft.drafting.estimators import Acceptance, Mean, StepTime
+from selfdraft.drafting.successors import Answers, likeliest
+from selfdraft.drafting.trials import PAUSES as TRIAL_PAUSES
+from selfdraft.drafting.trials import SHORTEST, Trials
+from selfdraft.engine.engine import Engine
 from selfdraft.types import Budget, SamplingParams
 from tests.models import VOCAB, run, tiny_target
 
@@ -441,7 +431,7 @@ def test_noise_of_many_places_is_that_of_each() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}])
 def test_runners_up_are_what_the_target_would_choose_there(options: dict[str, float]) -> None:
-    from selfdraft.core.choose import choose, process
+    from selfdraft.core.sampler import choose, process
 
     logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
     for temperature in (0.0, 0.8):
@@ -525,169 +515,3 @@ def test_end_ids_in_the_window_are_tokens_like_others(sampling: SamplingParams) 
     drafted = run(tiny_target(), "lookahead", prompts, free, eos=ends)
     assert [s.output for s in drafted] == [s.output for s in plain]
     assert all(s.finish_reason == "stop" for s in drafted)
-
-
-# rows in an order of intervals
-
-
-@st.composite
-def trees(draw: st.DrawFn) -> Draft:
-    size = draw(st.integers(0, 12))
-    parents = [draw(st.integers(-1, node - 1)) for node in range(size)]
-    return Draft(tuple(range(size)), tuple(parents), ("x",) * size, size)
-
-
-def ancestors(draft: Draft) -> list[set[int]]:
-    above: list[set[int]] = []
-    for node, parent in enumerate(draft.parents):
-        above.append({node} | (above[parent] if parent != ROOT else set()))
-    return above
-
-
-def seen(layout: Intervals, row: int) -> list[int]:
-    one, two, three, four = layout.sees[row]
-    return [*range(one, two), *range(three, four)]
-
-
-@settings(max_examples=300)
-@given(trees())
-def test_intervals_are_the_dense_mask(draft: Draft) -> None:
-    layout = intervals(draft)
-    if layout is None:
-        return
-    assert sorted(layout.order) == list(range(len(draft)))
-    for row, node in enumerate(layout.order):
-        assert {layout.order[key] for key in seen(layout, row)} == ancestors(draft)[node]
-        assert len(seen(layout, row)) == len(ancestors(draft)[node])
-        assert layout.sees[row][3] == row + 1
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 100), max_size=6))
-def test_none_only_where_no_depth_first_order_does(picks: list[int]) -> None:
-    parents = [pick % (node + 1) - 1 for node, pick in enumerate(picks)]
-    draft = Draft(tuple(range(len(parents))), tuple(parents), ("x",) * len(parents), len(parents))
-    above = ancestors(draft)
-
-    def fine(order: tuple[int, ...]) -> bool:
-        for row, node in enumerate(order):
-            keys = sorted(order.index(key) for key in above[node])
-            if keys[-1] != row or sum(b != a + 1 for a, b in pairwise(keys)) > 1:
-                return False
-        return True
-
-    assert (intervals(draft) is not None) == any(fine(order) for order in permutations(range(len(parents))))
-
-
-def test_what_needs_three_intervals_is_refused() -> None:
-    below = [ROOT, 0, 0, 1, 1, 2, 2]  # a full binary tree of three levels: two breaks on the way to its last leaf
-    assert intervals(Draft(tuple(range(7)), tuple(below), ("x",) * 7, 7)) is None
-
-
-@pytest.mark.parametrize(("width", "height"), [(1, 2), (2, 2), (5, 3), (7, 4), (15, 4)])
-def test_a_window_and_a_trie_fit_two_intervals(width: int, height: int) -> None:
-    paths = [[1, 2, 3], [1, 2, 4], [1, 5], [6]]
-    count = width * height - 1
-    draft = Draft.branches(paths, "x").with_probes(range(count), window_parents(width, height), "x")
-    layout = intervals(draft)
-    assert layout is not None
-    probes = [node for node in layout.order if node >= draft.candidates]
-    assert probes[: width - 1] == list(range(draft.candidates, draft.candidates + width - 1)) or height == 2
-    chain = intervals(Draft.chain([1, 2, 3], "x"))
-    assert chain is not None
-    assert chain.sees == ((0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 3))
-
-
-def test_attention_over_intervals_is_attention_under_the_mask() -> None:
-    """The use it is for: known text, then at most two stretches of the new rows."""
-    draft = Draft.branches([[1, 2, 3], [1, 4], [5, 6]], "x").with_probes(range(14), window_parents(5, 3), "x")
-    layout = intervals(draft)
-    assert layout is not None
-    known, size, dim = 11, len(draft), 8
-    noise = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, known + size, dim, generator=noise, dtype=torch.float64)
-    mask = torch.zeros(size, known + size, dtype=torch.bool)
-    mask[:, :known] = True
-    for node, above in enumerate(ancestors(draft)):
-        mask[node, [known + one for one in above]] = True
-    dense = torch.nn.functional.scaled_dot_product_attention(query[None, known:], key[None], value[None], mask)[0]
-    order = torch.tensor(layout.order)
-    keys, values = (torch.cat([rows[:known], rows[known:][order]]) for rows in (key, value))
-    for row, node in enumerate(layout.order):
-        one, two, three, four = (known + place for place in layout.sees[row])
-        stretch = torch.cat([torch.arange(known), torch.arange(one, two), torch.arange(three, four)])
-        weights = (query[known + node] @ keys[stretch].T * dim**-0.5).softmax(-1)
-        torch.testing.assert_close(weights @ values[stretch], dense[node], rtol=0, atol=1e-12)
-
-
-# the scaling law
-
-
-def point(width: int, size: int, rows_per_step: float, tokens_per_pass: float, seconds: float = 1.0) -> tune.Point:
-    steps = 100_000
-    return tune.Point(width, size, width, round(tokens_per_pass * steps), steps, round(rows_per_step * steps), seconds)
-
-
-def test_steps_against_log_rows() -> None:
-    law = tune.fit_log([point(w, 5, rows, 1.0 + 0.2 * log(rows)) for w, rows in ((1, 8), (5, 40), (15, 120))])
-    assert law.slope == pytest.approx(0.2, abs=1e-3)
-    assert law.intercept == pytest.approx(1.0, abs=1e-2)
-    assert law.correlation == pytest.approx(1.0, abs=1e-4)
-    assert tune.fit_line([1, 1], [2, 3]) == tune.Line(0.0, 2.5, 0.0)
-
-
-def test_the_papers_model() -> None:
-    assert [round(tune.compression(0.425, 3.106, w, 4), 2) for w in (5, 7, 10, 15)] == [1.66, 1.76, 1.87, 1.98]
-    assert tune.expected_tokens(1.0, 3, 4) == 5
-    assert tune.expected_tokens(0.0, 3, 4) == 1
-    assert tune.expected_tokens(0.5, 1, 2) == pytest.approx(1.75)
-    sizes = [(w, n) for w in (1, 3, 7, 15) for n in (3, 5)]
-    law = tune.fit_law([point(w, n, 9, tune.compression(0.42, 3.1, w, n - 1)) for w, n in sizes])
-    assert law.acceptance == pytest.approx(0.42, abs=0.011)
-    assert law.period == pytest.approx(3.1, abs=0.1)
-    assert law.error < 0.01
-    assert law.tokens_per_pass(7, 5) == pytest.approx(tune.compression(0.42, 3.1, 7, 4), abs=0.01)
-
-
-def test_sizes_are_measured_as_they_are() -> None:
-    target = tiny_target()
-    ticks = iter(range(100))
-    requests = [lambda: opened(MOTIF * 4), lambda: opened(MOTIF)]
-
-    def engine_for(options: Mapping[str, object]) -> Engine:
-        return Engine(target, build("lookahead", target, options))
-
-    points = list(tune.measure(engine_for, requests, [(1, 3, 1), (5, 4, 5)], clock=lambda: float(next(ticks))))
-    assert [one.tokens for one in points] == [120, 120]
-    assert points[1].tokens_per_pass > 1
-    assert points[1].rows_per_step > points[0].rows_per_step > 2
-    assert points[1].rows < points[1].steps * (1 + 14 + 15)
-    assert points[0].seconds == 1.0
-    assert points[0].options == {"window_size": 1, "ngram_size": 3, "guess_set_size": 1, "adaptive": False}
-    fastest = tune.recommend([point(1, 3, 4, 1.5, 1.0), point(5, 4, 9, 2.0, 1.0), point(7, 4, 8, 2.0, 1.0)])
-    assert fastest.window_size == 7
-    assert fastest.as_dict()["tokens_per_pass"] == 2.0
-    points += tune.measure(engine_for, requests, [(5, 4, 5)], adaptive=True, clock=lambda: 0.0)
-    found = tune.document(points, {"model": "tiny"})
-    assert found["law"]["log_rows"]["slope"] == tune.fit_log(points[:2]).slope  # type: ignore[index]
-    assert found["speculative_config"] == {"method": "lookahead", **points[0].options}
-    assert found["points"][2]["adaptive"] is True  # type: ignore[index]
-    assert found["model"] == "tiny"
-
-
-def test_the_command_writes_options_that_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "sizes.json"
-    prompts.write_text('{"prompt": "def add(a, b):"}')
-    words = f"tune --method lookahead --prompts {prompts} --output {output} --max-new-tokens 12 --exactness token"
-    app(words.split(), standalone_mode=False)
-    assert "tokens a pass" in capsys.readouterr().out
-    found = json.loads(output.read_text())
-    assert len(found["points"]) == len(tune.GRID) + 1
-    config = found["speculative_config"]
-    assert config.pop("method") == "lookahead"
-    build("lookahead", tiny_target(), config)
-    for other in ("--trials 7", "--study x.db", "--draft-lengths 3", "--costs x.json"):
-        with pytest.raises(OptionError, match=f"{other.split()[0]} belongs to"):
-            app([*words.split(), *other.split()], standalone_mode=False)
-    with pytest.raises(OptionError, match="no folder"):
-        app(words.replace("sizes.json", "none/sizes.json").split(), standalone_mode=False)

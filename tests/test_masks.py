@@ -23,15 +23,15 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.errors import LoadError
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.masks import CARD, EMBEDDINGS, MaskAdapter, gate_rows, load_adapter
+from selfdraft.models.adapters import CARD, EMBEDDINGS, MaskAdapter, gate_rows, load_adapter
+from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.pocket import POCKET
-from selfdraft.models.shapes import NATURAL, Shapes
-from selfdraft.models.student import Batch, Student
+from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter, Target
 from selfdraft.train.output import write_adapter
 from selfdraft.train.run import make_student
 from selfdraft.train.settings import Settings
+from selfdraft.train.student import Batch, Student
 from selfdraft.types import Budget, Skip
 from tests.clocks import Ticking, on_passes
 from tests.models import VOCAB, random_adapters, run, tiny_llama

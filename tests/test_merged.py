@@ -12,22 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfdraft.bench.log import Logged
-from selfdraft.bench.replay import open_drafter, replay
-from selfdraft.core.answers import topk
-from selfdraft.core.context import BREAK, ORDER, ContextTree, Node
-from selfdraft.core.drafting import Drafting
-from selfdraft.core.follow import PATIENCE, Aligned, realign
-from selfdraft.core.memory import Memory
-from selfdraft.core.merge import CLASSES, LEVELS, MIDDLES, STEPS, Credit, Merger, Paths
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.core.sources import ANCHOR, Copies, Reader
 from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafters import build
+from selfdraft.drafters import build, memory_of, with_memory
+from selfdraft.drafting.alignment import PATIENCE, Aligned, realign
+from selfdraft.drafting.context_tree import BREAK, ORDER, ContextTree, Node
+from selfdraft.drafting.mixing import CLASSES, LEVELS, MIDDLES, STEPS, Credit, Merger, Paths
+from selfdraft.drafting.output_memory import Memory
+from selfdraft.drafting.source_tree import Drafting
+from selfdraft.drafting.sources import ANCHOR, Copies, Reader
+from selfdraft.drafting.successors import topk
 from selfdraft.errors import OptionError, RequestError
-from selfdraft.memory import load_memory, memory_of, save_memory, with_memory
+from selfdraft.files.memory_file import load_memory, save_memory
+from selfdraft.files.token_log import Logged
 from selfdraft.protocols import Drafter
+from selfdraft.replay.replay import open_drafter, replay
 from selfdraft.types import Budget, SamplingParams
 from tests.models import run, tiny_target
 from tests.test_replay import call, traces

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from selfdraft.core.cache import KVCache
-from selfdraft.core.choose import choose, process
+from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import pack
+from selfdraft.core.sampler import choose, process
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import NAMES, build
-from selfdraft.engine.loop import Engine
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.shapes import NATURAL, Shapes
+from selfdraft.engine.engine import Engine
+from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import Budget, SamplingParams, Skip
 from tests.clocks import on_passes

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable, UnsupportedModel
-from selfdraft.models import load, native
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.kept import ProofStore, Record, hash_of
+from selfdraft.models import load
 from selfdraft.models.load import load_model, open_target
-from selfdraft.models.marks import Recorder
-from selfdraft.models.proof import Report, prove
-from selfdraft.models.wide import Wide
+from selfdraft.models.proof.kept import ProofStore, Record, hash_of
+from selfdraft.models.proof.whole_model import Report, prove
+from selfdraft.models.proof.wide import Wide
+from selfdraft.models.runner import kernel_build
+from selfdraft.models.runner.trace_ops import Recorder
+from selfdraft.models.target import HFTarget
 from tests.models import tiny_llama
 from tests.smollm2 import smollm2_or_skip
 from tests.test_families import FAMILIES, build
@@ -42,7 +43,7 @@ def planted(model: PreTrainedModel, wrong: str) -> None:
 
 def compiled() -> bool:
     try:
-        native.library()
+        kernel_build.library()
     except RunnerUnavailable:
         return False
     return True

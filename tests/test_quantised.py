@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfdraft import drafters
-from selfdraft.models.adapter import HFTarget
 from selfdraft.models.load import load_model, open_target
+from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.clocks import on_passes
 from tests.models import random_adapters, run

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from selfdraft.cli import app
 from selfdraft.drafters import NAMES, options_of
-from selfdraft.models.embedded import installed
+from selfdraft.models.checkpoint.embedded import installed
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 

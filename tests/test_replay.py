@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from selfdraft import cli
-from selfdraft.bench.log import Logged, append, check_log, entry, read_logs
-from selfdraft.bench.reliability import EDGES, Reliability
-from selfdraft.bench.replay import LogTarget, Replayed, open_drafter, replay, time_of
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
-from selfdraft.models.shapes import NATURAL, Shapes
+from selfdraft.files.token_log import Logged, append, check_log, entry, read_logs
+from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.replay.reliability import EDGES, Reliability
+from selfdraft.replay.replay import LogTarget, Replayed, open_drafter, replay, time_of
 from selfdraft.types import Budget, SamplingParams
 from tests.models import tiny_target
 from tests.outside import outside

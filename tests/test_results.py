@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from selfdraft.bench.ledger import HEAD
 from selfdraft.bench.results import page, read_rows, sheets_of
+from selfdraft.bench.rows import HEAD
 from selfdraft.errors import RequestError
 
 

@@ -14,11 +14,11 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
 from selfdraft.errors import OptionError
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.masks import Gate
-from selfdraft.models.rounding import LINE, RoundedLinear, decode, encode, rounding
-from selfdraft.models.tape import Buffer, Instr, Kind, Operand, Slot, assemble
-from selfdraft.models.trace import Traced
+from selfdraft.models.adapters import Gate
+from selfdraft.models.rounded import LINE, RoundedLinear, decode, encode, rounding
+from selfdraft.models.runner.tape import Buffer, Instr, Kind, Operand, Slot, assemble
+from selfdraft.models.runner.trace import Traced
+from selfdraft.models.target import HFTarget
 from selfdraft.types import Rounded, SamplingParams, Skip, Stats
 from tests.clocks import Ticking
 from tests.models import random_adapters, run, tiny_llama, tiny_target

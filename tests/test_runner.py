@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfdraft.bench.doctor import trial
 from selfdraft.core.rows import Rows, chain_rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import NAMES, build
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.models import native
-from selfdraft.models.adapter import HFTarget
+from selfdraft.models.exactness import NATURAL
 from selfdraft.models.load import open_target
-from selfdraft.models.shapes import NATURAL
+from selfdraft.models.runner import kernel_build
+from selfdraft.models.target import HFTarget
+from selfdraft.prove.doctor import trial
 from selfdraft.types import SamplingParams, Skip
 from tests.clocks import on_passes
 from tests.models import VOCAB, random_adapters, run, tiny_llama
@@ -30,7 +30,7 @@ from tests.test_oracle import MIXED, OPTIONS, WAYS, Way, decode, prompts
 
 def unavailable() -> str:
     try:
-        native.library()
+        kernel_build.library()
     except RunnerUnavailable as error:
         return str(error)
     return ""
@@ -200,11 +200,11 @@ def test_what_cannot_be_traced_runs_plainly() -> None:
 
 
 def test_a_machine_without_a_compiler_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
-    native.library.cache_clear()
+    monkeypatch.setattr(kernel_build, "COMPILERS", ("no-such-compiler",))
+    kernel_build.library.cache_clear()
     try:
         target = open_target(tiny_llama(torch.float32), slots=1)
         assert target.runs == "plain: there is no C++ compiler (no-such-compiler) on this machine"
     finally:
-        native.library.cache_clear()
+        kernel_build.library.cache_clear()
     assert VOCAB == target.vocab

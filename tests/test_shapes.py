@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from selfdraft.bench.doctor import trial
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build
-from selfdraft.models import probe
-from selfdraft.models.adapter import HFTarget
 from selfdraft.models.attention import kernel
+from selfdraft.models.exactness import NATURAL, Shapes, probe_rows
 from selfdraft.models.load import open_target
-from selfdraft.models.shapes import NATURAL, Shapes, probe_rows
+from selfdraft.models.proof import shapes
+from selfdraft.models.target import HFTarget
+from selfdraft.prove.doctor import trial
 from selfdraft.types import SamplingParams
 from tests.models import tiny_llama
 
@@ -68,10 +68,10 @@ def test_a_row_dependent_layer_raises_the_multiple(multiple: int) -> None:
     model = planted(multiple)
     rows = probe_rows(model)
     assert rows == multiple
-    shapes = probe.probe_shapes(model)
-    assert shapes is not None
-    assert shapes.rows == multiple
-    assert shapes.width >= multiple
+    found = shapes.probe_shapes(model)
+    assert found is not None
+    assert found.rows == multiple
+    assert found.width >= multiple
 
 
 def test_a_layer_beyond_all_multiples_is_reported() -> None:
@@ -89,8 +89,8 @@ def test_attention_has_a_multiple_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         rows = query.shape[2] // 3  # three query heads share their keys
         return honest(query, *rest) * (1.0 if rows % 8 == 0 else 1.0 + 1e-5 * rows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(probe, "kernel", uneven)
-    assert probe.probe_width(tiny_llama(torch.float64)) == 8
+    monkeypatch.setattr(shapes, "kernel", uneven)
+    assert shapes.probe_width(tiny_llama(torch.float64)) == 8
 
 
 def test_rounding_up() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from selfdraft import LLM, SamplingParams
-from selfdraft.bench.record import decode
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters import NAMES
 from selfdraft.errors import MissingMasks
+from selfdraft.prove.record import decode
 from tests.clocks import on_passes
 from tests.smollm2 import smollm2_or_skip
 

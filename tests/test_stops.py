@@ -16,14 +16,14 @@ import pytest
 from torch import Tensor
 
 from selfdraft.core.commit import commit
+from selfdraft.core.detokenizer import TextStream
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.core.text import TextStream
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters.none import NoDrafter
-from selfdraft.engine.loop import Engine
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.shapes import NATURAL
+from selfdraft.engine.engine import Engine
+from selfdraft.models.exactness import NATURAL
+from selfdraft.models.target import HFTarget
 from selfdraft.types import Budget, SamplingParams
 from tests.clocks import on_passes
 from tests.models import VOCAB, tiny_llama

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from selfdraft.core.text import Decode, TextStream
+from selfdraft.core.detokenizer import Decode, TextStream
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 SAMPLES = (

@@ -25,7 +25,7 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.engine.shared import SharedEngine
 from selfdraft.errors import EngineError, RequestError, RunnerUnavailable
 from selfdraft.llm import Piece
-from selfdraft.models import native
+from selfdraft.models.runner import kernel_build
 from tests.clocks import Ticking
 from tests.models import random_adapters, tiny_llama
 from tests.test_llm import TEXTS, model, tokenizer
@@ -348,13 +348,13 @@ def test_a_coroutine_that_is_cancelled_or_left_aborts_its_request() -> None:
 
 def test_many_that_build_the_kernels_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        compiler = native._compiler()
+        compiler = kernel_build._compiler()
     except RunnerUnavailable as error:
         pytest.skip(str(error))
     (tmp_path / "kernels.cpp").write_text('extern "C" int one() { return 1; }', "utf-8")
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "kernels.cpp")
+    monkeypatch.setattr(kernel_build, "SOURCE", tmp_path / "kernels.cpp")
     place = tmp_path / "cache" / "kernels.so"
-    together([lambda: native._build(compiler, place) for _ in range(4)])
+    together([lambda: kernel_build._build(compiler, place) for _ in range(4)])
     assert [path.name for path in place.parent.iterdir()] == ["kernels.so"]
 
 

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM
 
 from selfdraft import LLM, SamplingParams
 from selfdraft.errors import OptionError
-from selfdraft.models.masks import CARD, CHECKPOINT, EMBEDDINGS, load_adapter
-from selfdraft.models.student import Student
+from selfdraft.models.adapters import CARD, CHECKPOINT, EMBEDDINGS, load_adapter
 from selfdraft.train import loop, output, run, texts
 from selfdraft.train.loop import draw, measure, train, weighted_loss
 from selfdraft.train.settings import Settings
+from selfdraft.train.student import Student
 from selfdraft.train.texts import Text, read_prompts, read_texts, split
 from tests import killing
 from tests.models import VOCAB, tiny_llama

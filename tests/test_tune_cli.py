@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from selfdraft import LLM
-from selfdraft.drafters.layer_skip import LayerSkip, read_skip
+from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.errors import OptionError
+from selfdraft.files.skip_sets import read_skip
 from tests.terminal import Done, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
@@ -77,8 +78,8 @@ def test_the_machine_is_measured_and_explained(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("selfdraft.tune.profile.MOST", 1)
-    monkeypatch.setattr("selfdraft.tune.profile.STEADY", 1e9)
+    monkeypatch.setattr("selfdraft.tune.machine.MOST", 1)
+    monkeypatch.setattr("selfdraft.tune.machine.STEADY", 1e9)
     done = typed(monkeypatch, capsys, "tune", "--model", "pocket", "--dtype", "float32")
     assert done.code == 0, done.err
     assert "A plain step takes" in done.out
@@ -94,8 +95,8 @@ def test_a_profile_of_a_busy_machine_is_not_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("selfdraft.tune.profile.MOST", 1)
-    monkeypatch.setattr("selfdraft.tune.profile.STEADY", 0.5)
+    monkeypatch.setattr("selfdraft.tune.machine.MOST", 1)
+    monkeypatch.setattr("selfdraft.tune.machine.STEADY", 0.5)
     done = typed(monkeypatch, capsys, "tune", "--model", "pocket", "--dtype", "float32")
     assert done.code == 0
     assert "the machine is busy" in done.err

@@ -10,9 +10,9 @@ import pytest
 
 from selfdraft.core.sequence import open_sequence
 from selfdraft.drafters.s3d import S3D
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import MissingMasks, OptionError
-from selfdraft.models.adapter import HFTarget
+from selfdraft.models.target import HFTarget
 from selfdraft.tune import s3d
 from selfdraft.tune.s3d import Curve, Width
 from selfdraft.types import SamplingParams

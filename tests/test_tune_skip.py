@@ -17,17 +17,24 @@ import pytest
 import torch
 
 from selfdraft.core.rows import chain_rows
-from selfdraft.core.skipset import lists_of
 from selfdraft.errors import OptionError, RequestError
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.timing import SublayerClock
-from selfdraft.tune import layer_skip, skip_search, speed, study
-from selfdraft.tune.costs import Costs, costs_from, measure_costs, measure_round
-from selfdraft.tune.layer_skip import Options, Subject, Tuning, check_sets, own_texts, request_of
-from selfdraft.tune.replay import Replay
-from selfdraft.tune.skip_search import flipped, frontier, neighbours, singles_of, swaps
-from selfdraft.tune.skip_sets import load_sets, save_set, write_json
-from selfdraft.tune.study import Scored, Study, skip_from, switches
+from selfdraft.files.skip_sets import lists_of, load_sets, save_set, write_json
+from selfdraft.models.target import HFTarget
+from selfdraft.tune import speedup
+from selfdraft.tune.layer_skip import search, study, tuner
+from selfdraft.tune.layer_skip.search import flipped, frontier, neighbours, singles_of, swaps
+from selfdraft.tune.layer_skip.simulate import Replay
+from selfdraft.tune.layer_skip.study import Scored, Study, skip_from, switches
+from selfdraft.tune.layer_skip.tuner import (
+    Options,
+    Subject,
+    Tuning,
+    check_sets,
+    own_texts,
+    request_of,
+)
+from selfdraft.tune.passes import Costs, costs_from, measure_costs, measure_round
+from selfdraft.tune.sublayer_times import SublayerClock
 from selfdraft.types import SamplingParams, Skip
 from tests.models import tiny_llama
 
@@ -54,20 +61,20 @@ def booked(path: Path) -> list[tuple[str, Skip, float]]:
 
 
 def test_expected_tokens() -> None:
-    assert speed.expected_tokens(0.9, 3) == pytest.approx((1 - 0.9**4) / 0.1)
-    assert speed.expected_tokens(1.0, 5) == 6
-    assert speed.expected_by_depth([0.5, 0.5]) == 1.75
-    assert speed.expected_by_depth([0.9] * 3) == pytest.approx(speed.expected_tokens(0.9, 3))
+    assert speedup.expected_tokens(0.9, 3) == pytest.approx((1 - 0.9**4) / 0.1)
+    assert speedup.expected_tokens(1.0, 5) == 6
+    assert speedup.expected_by_depth([0.5, 0.5]) == 1.75
+    assert speedup.expected_by_depth([0.9] * 3) == pytest.approx(speedup.expected_tokens(0.9, 3))
 
 
 def test_the_optimum_of_the_paper() -> None:
     """methods.md A2: at a = 0.9 and c = 0.5 the optimum is 3 draft tokens and 1.376x."""
-    best = speed.best_length(lambda m: speed.expected_tokens(0.9, m), 0.5, [1.0] * 13, 12)
+    best = speedup.best_length(lambda m: speedup.expected_tokens(0.9, m), 0.5, [1.0] * 13, 12)
     assert best[0] == 3
     assert best[1] == pytest.approx(1.3756, abs=1e-4)
-    assert speed.draft_speed(3.0, 4, 0.5, verify=1.2) == pytest.approx(3 / 3.2)
-    assert speed.single_pass_speed(3.0, 0.5, verify=1.1) == pytest.approx(3 / 1.6)
-    dear = speed.best_length(lambda m: speed.expected_tokens(0.9, m), 0.5, [1.0, 1.0, 5.0, 5.0], 3)
+    assert speedup.draft_speed(3.0, 4, 0.5, verify=1.2) == pytest.approx(3 / 3.2)
+    assert speedup.single_pass_speed(3.0, 0.5, verify=1.1) == pytest.approx(3 / 1.6)
+    dear = speedup.best_length(lambda m: speedup.expected_tokens(0.9, m), 0.5, [1.0, 1.0, 5.0, 5.0], 3)
     assert dear[0] == 1, "dear verification keeps drafts short"
 
 
@@ -204,11 +211,11 @@ def test_finalists_are_predicted_by_replay(tmp_path: Path) -> None:
     tuning = Tuning(subject(), options(tmp_path), COSTS)
     list(tuning.search.run())
     found = tuning.finalists()
-    assert len(found) == layer_skip.FINALISTS
+    assert len(found) == tuner.FINALISTS
     assert [record["predicted"] for record in found] == sorted((r["predicted"] for r in found), reverse=True)
     first = tuning.record(found[0])
     assert 1 <= first["num_speculative_tokens"] <= 4
-    assert first["confidence_threshold"] in layer_skip.THRESHOLDS
+    assert first["confidence_threshold"] in tuner.THRESHOLDS
     assert first["sets_tried"] == 38
     again = Tuning(subject(), options(tmp_path))
     assert again.record(again.finalists()[0]) == first
@@ -219,7 +226,7 @@ def test_confirmation_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     list(tuning.search.run())
     found = list(tuning.confirmed(tuning.finalists()[:2]))
     assert all(record["measured"] > 0 and 0 < record["c_measured"] for record in found)
-    monkeypatch.setattr(layer_skip, "confirm", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(tuner, "confirm", lambda *_: pytest.fail("measured twice"))
     again = Tuning(subject(), options(tmp_path, trials=10, confirm=2, runs=1))
     assert list(again.confirmed(again.finalists()[:2])) == found
 
@@ -338,7 +345,7 @@ def test_options_have_limits(tmp_path: Path, change: dict[str, Any], said: str) 
 def test_an_unknown_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="'cmaes' is unknown; there are tpe and gp"):
         Tuning(subject(), options(tmp_path, sampler="cmaes"), COSTS)
-    monkeypatch.setattr(skip_search, "find_spec", lambda _: None)
+    monkeypatch.setattr(search, "find_spec", lambda _: None)
     with pytest.raises(OptionError, match="gp needs scipy"):
         Tuning(subject(), options(tmp_path, sampler="gp"), COSTS)
     assert not list(tmp_path.iterdir())

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfdraft.core.cache import KVCache
+from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Span
 from selfdraft.models import attention
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.proof import window_of
+from selfdraft.models.proof.whole_model import window_of
+from selfdraft.models.target import HFTarget
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 attend = attention.attend
@@ -90,7 +90,7 @@ def no_bias(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_bias(model: PreTrainedModel) -> PreTrainedModel:
-    from selfdraft.models import view
+    from selfdraft.models import views as view
 
     def along(module: nn.Module) -> nn.Module:
         shell = view.shallow(module)
@@ -108,7 +108,7 @@ def without_bias(model: PreTrainedModel) -> PreTrainedModel:
 
 def biased(model: PreTrainedModel) -> nn.Module | None:
     """The last linear layer with a bias in block 1, in its attention if there is one (not that of its keys)."""
-    from selfdraft.models import view
+    from selfdraft.models import views as view
 
     block = view.blocks(model, int(model.config.get_text_config().num_hidden_layers))[1]
     attending = block._modules[view.attention_of(block) or ""]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selfdraft.llm import LLM, Message, Piece, Prompt, RequestOutput
-from selfdraft.models.stock import Model
+from selfdraft.models.reference import Model
 from selfdraft.types import SamplingParams
 
 T = TypeVar("T")

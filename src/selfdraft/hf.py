@@ -27,12 +27,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import EngineError, OptionError, RequestError
 from selfdraft.methods import drafter_of
 from selfdraft.models import load
-from selfdraft.models.adapter import HFTarget
-from selfdraft.models.masks import MaskAdapter, load_adapters
+from selfdraft.models.adapters import MaskAdapter, load_adapters
+from selfdraft.models.target import HFTarget
 from selfdraft.types import LogitsProcessor, SamplingParams, StoppingCriterion
 
 UNSUPPORTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "penalty_alpha")

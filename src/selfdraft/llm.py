@@ -21,21 +21,23 @@ from typing import Any, Literal
 
 import torch
 
-from selfdraft.bench.log import entry
+from selfdraft.core.detokenizer import TextStream
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.core.text import TextStream
-from selfdraft.drafters import build, find, table
-from selfdraft.drafters.layer_skip import read_skip
-from selfdraft.engine.loop import Engine
+from selfdraft.drafters import build, find, memory_of, table
+from selfdraft.engine.engine import Engine
 from selfdraft.engine.shared import SharedEngine
 from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError, shown
-from selfdraft.memory import fingerprint, load_memory, memory_of, save_memory
+from selfdraft.files.memory_file import fingerprint, load_memory, save_memory
+from selfdraft.files.skip_sets import read_skip
+from selfdraft.files.token_log import entry
 from selfdraft.methods import drafter_of
 from selfdraft.models import load
-from selfdraft.models.embedded import checkpoint
-from selfdraft.models.kept import ProofStore
-from selfdraft.models.masks import MaskAdapter, find_adapters, load_adapters
-from selfdraft.models.stock import Model, Tokenizer
+from selfdraft.models.adapters import MaskAdapter, find_adapters, load_adapters
+from selfdraft.models.checkpoint.embedded import checkpoint
+from selfdraft.models.checkpoint.end_ids import eos_ids
+from selfdraft.models.checkpoint.lora import unwrapped
+from selfdraft.models.proof.kept import ProofStore
+from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.outputs import CompletionOutput, Job, Piece, RequestOutput, completion
 from selfdraft.prompts import (
     Message,
@@ -49,7 +51,7 @@ from selfdraft.prompts import (
     split_prompts,
 )
 from selfdraft.sampling import bad_word_ids, generation_defaults, read_generation_config, spread, stop_tokens
-from selfdraft.tune.profile import profile_of
+from selfdraft.tune.machine import profile_of
 from selfdraft.types import Clock, SamplingParams, Stats, check_dtype, within
 
 __all__ = ["LLM", "CompletionOutput", "Job", "Message", "Piece", "Prompt", "RequestOutput", "naming", "pick_dtype"]
@@ -112,7 +114,7 @@ class LLM:
             self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
             folder: Path | None = Path(path).expanduser()
         else:
-            self.model, self.tokenizer, folder = load.unwrapped(model, lora), tokenizer, None
+            self.model, self.tokenizer, folder = unwrapped(model, lora), tokenizer, None
         beside = find_adapters(folder) if folder is not None else []
         self.target = load.open_target(
             self.model,
@@ -127,7 +129,7 @@ class LLM:
         if folder is not None and (searched := folder / SKIP_FILE).is_file():
             self.target.skip_default = read_skip(searched, self.target.layers)
         self.exactness = self.target.exactness
-        self.eos = load.eos_ids(self.model, self.tokenizer)
+        self.eos = eos_ids(self.model, self.tokenizer)
         self._defaults = generation_defaults(settings, self.model)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
         self.drafter_name = name
@@ -417,7 +419,7 @@ class LLM:
         )
 
     def load_memory(self, path: str | Path) -> None:
-        """Read earlier outputs into the drafter's memory. Errors: RequestError, OptionError (`selfdraft.memory`)."""
+        """Read earlier outputs into the drafter's memory. Errors: RequestError, OptionError."""
         load_memory(Path(path), memory_of(self.engine.drafter), self.fingerprint)
 
     def save_memory(self, path: str | Path) -> None:

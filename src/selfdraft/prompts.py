@@ -20,7 +20,7 @@ from selfdraft.errors import RequestError, shown
 from selfdraft.types import bare
 
 if TYPE_CHECKING:
-    from selfdraft.models.stock import Tokenizer
+    from selfdraft.models.reference import Tokenizer
 
 
 class Array(Protocol):

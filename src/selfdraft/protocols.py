@@ -8,11 +8,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from selfdraft.core.profile import Profile
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafting.pass_cost import Profile
 from selfdraft.types import Budget, Clock, Short
 
 

@@ -11,7 +11,7 @@ from selfdraft.errors import OptionError, RequestError, shown
 from selfdraft.types import SamplingParams
 
 if TYPE_CHECKING:
-    from selfdraft.models.stock import Model, Tokenizer
+    from selfdraft.models.reference import Model, Tokenizer
 
 DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """What is taken from a checkpoint's generation config."""

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from selfdraft.bench.peers import Peer
-from selfdraft.bench.record import first_difference
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import PeerError
 from selfdraft.protocols import Target
+from selfdraft.prove.record import first_difference
 from selfdraft.types import Budget, Stats
 
 Request = Callable[[], Sequence]

@@ -7,7 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from statistics import fmean
 from typing import Any
 
-from selfdraft.bench.ledger import Row
+from selfdraft.bench.rows import Row
 from selfdraft.bench.scores import pass_at_k
 from selfdraft.types import Stats
 

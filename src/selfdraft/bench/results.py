@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfdraft.bench.ledger import HEAD, Row, key_of
 from selfdraft.bench.report import scores_of
+from selfdraft.bench.rows import HEAD, Row, key_of
 from selfdraft.errors import RequestError
 
 VARIED = ("temperature", "top_p")

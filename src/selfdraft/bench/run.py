@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
 
-from selfdraft.bench.ledger import Ledger, Row
 from selfdraft.bench.measure import Gauge, Measured, Request, measure, take
 from selfdraft.bench.peers import Peer
-from selfdraft.bench.record import first_difference
+from selfdraft.bench.rows import Ledger, Row
 from selfdraft.bench.tasks import Item
 from selfdraft.core.sequence import Sequence
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import PeerError, PromptTooLong
+from selfdraft.prove.record import first_difference
 
 PLAIN = "none"
 SAMPLES_APART = 2**20

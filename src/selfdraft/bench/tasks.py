@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 
 from selfdraft.bench import scores
-from selfdraft.bench.prompts import Record, read_records, turns_of
-from selfdraft.bench.sandbox import Verdict, run_program
+from selfdraft.bench.sandbox.outside import Verdict, run_program
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.files.records import Record, read_records, turns_of
 
 BUNDLED = Path(__file__).parent / "data"
 Score = dict[str, float | list[bool] | list[str]]

@@ -7,8 +7,7 @@ from typing import Any
 
 import typer
 
-from selfdraft import show
-from selfdraft.cli import answer, bench, prove, pull, replay, results, train, tune
+from selfdraft.cli import answer, bench, prove, pull, replay, results, terminal, train, tune
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -39,13 +38,13 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     """Entry point: runs a verb and turns errors into one line and an exit code."""
-    show.hush()
-    show.tolerate()
+    terminal.hush()
+    terminal.tolerate()
     try:
         # typer returns the code of an Exit, and 130 for Ctrl-C
         code = app(prog_name="selfdraft", standalone_mode=False) or 0
     except SelfdraftError as error:
-        show.complain(str(error))
+        terminal.complain(str(error))
         code = 2
     except UsageError as error:
         _explain(error)
@@ -53,7 +52,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:
-        show.note("interrupted")
+        terminal.note("interrupted")
     sys.exit(code)
 
 
@@ -62,6 +61,6 @@ def _explain(error: Any) -> None:
     message = error.format_message().replace("Value error, ", "").rstrip(".?")
     where = error.ctx.command_path if error.ctx else "selfdraft"
     if message.startswith("Usage:"):
-        show.err.print(message)
+        terminal.err.print(message)
     else:
-        show.complain(f"{message}; see {where} --help")
+        terminal.complain(f"{message}; see {where} --help")

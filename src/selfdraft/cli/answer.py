@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
@@ -110,7 +110,7 @@ def generate(
     encoded = encode_all(llm, texts, chat_template, sampling, system)
     results = _answers(llm, texts, encoded, sampling, log, memory, compare=compare, quiet=as_json)
     if as_json:
-        show.document({**conditions(llm, model, lora), "drafter": llm.drafter_name, "results": results})
+        terminal.document({**conditions(llm, model, lora), "drafter": llm.drafter_name, "results": results})
 
 
 def _texts(
@@ -119,7 +119,7 @@ def _texts(
     """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
     texts = gather(prompt, prompt_file, prompts, limit)
     if log is not None:
-        from selfdraft.bench.log import check_log
+        from selfdraft.files.token_log import check_log
 
         check_log(log)
     return texts
@@ -137,7 +137,7 @@ def _keep(
     llm: LLM, ids: list[int], output: list[int], sampling: SamplingParams, log: Path | None, memory: Path | None
 ) -> None:
     """Write an answer into the files that ask for it."""
-    from selfdraft.bench.log import append
+    from selfdraft.files.token_log import append
 
     if log is not None:
         append(log, llm.logged(ids, output, sampling))
@@ -169,22 +169,22 @@ def _answer(
 ) -> dict[str, Any]:
     """Stream one answer to the terminal (unless `quiet`) and return its record."""
     if many and not quiet:
-        show.heading(text)
+        terminal.heading(text)
     if compare and sampling.seed is None:
         from dataclasses import replace
 
         sampling = replace(sampling, seed=0)
-    clock = show.Clock()
+    clock = terminal.Clock()
     output = None
     try:
         for piece in llm.stream(ids, sampling):
             output = piece.output
             clock.saw(output)
             if not quiet:
-                show.piece(piece)
+                terminal.piece(piece)
     except KeyboardInterrupt:
         if output is not None and not quiet:
-            show.figures(output.stats, clock, llm.drafter_name)
+            terminal.figures(output.stats, clock, llm.drafter_name)
         raise
     assert output is not None
     record: dict[str, Any] = {"prompt": text, "text": output.text, "token_ids": list(output.token_ids)}
@@ -194,18 +194,18 @@ def _answer(
     record |= {"first_token_seconds": round(first, 4), "decode_tokens_per_second": speed and round(speed, 2)}
     record |= output.stats.as_dict()
     if not quiet:
-        show.figures(output.stats, clock, llm.drafter_name)
+        terminal.figures(output.stats, clock, llm.drafter_name)
     if compare:
         record["compare"] = _compare(llm, ids, sampling, quiet=quiet)
     return record
 
 
 def _compare(llm: LLM, ids: list[int], sampling: SamplingParams, *, quiet: bool) -> dict[str, object]:
-    from selfdraft.bench.compare import compare
+    from selfdraft.prove.compare import compare
 
     result = compare(llm.engine_for("none"), llm.engine, lambda: llm.requests(ids, sampling)[0])
     if not quiet:
-        show.comparison(result, llm.drafter_name)
+        terminal.comparison(result, llm.drafter_name)
     return result.as_dict()
 
 
@@ -231,22 +231,22 @@ def chat(
     llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache, lora=lora)
     opening = opened(system)
     messages = [*opening]
-    while (said := show.ask()) is not None:
+    while (said := terminal.ask()) is not None:
         messages.append({"role": "user", "content": said})
-        answer, clock = "", show.Clock()
+        answer, clock = "", terminal.Clock()
         try:
             ids = llm.render(messages)
             for piece in llm.stream(ids, sampling):
                 answer = piece.output.text
                 clock.saw(piece.output)
-                show.piece(piece)
+                terminal.piece(piece)
         except RequestError as error:
-            show.complain(f"{error}; the conversation starts anew")
+            terminal.complain(f"{error}; the conversation starts anew")
             messages = [*opening]
             continue
         except KeyboardInterrupt:
-            show.write("\n")
-            show.note("stopped; the text so far stays in the conversation")
+            terminal.write("\n")
+            terminal.note("stopped; the text so far stays in the conversation")
         else:
-            show.figures(piece.output.stats, clock, llm.drafter_name)
+            terminal.figures(piece.output.stats, clock, llm.drafter_name)
         messages.append({"role": "assistant", "content": answer})

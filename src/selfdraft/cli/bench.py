@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
@@ -33,7 +33,7 @@ from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
 
 if TYPE_CHECKING:
-    from selfdraft.bench.ledger import Ledger, Row
+    from selfdraft.bench.rows import Ledger, Row
     from selfdraft.bench.run import Bench, Contender
     from selfdraft.bench.tasks import Item
     from selfdraft.core.sequence import Sequence as Request
@@ -97,8 +97,8 @@ def bench(
     Without --tasks, on 64 prompts that are part of this package. Every prompt is decoded by every drafter several
     times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
-    from selfdraft.bench.ledger import Ledger
-    from selfdraft.bench.log import check_log
+    from selfdraft.bench.rows import Ledger
+    from selfdraft.files.token_log import check_log
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
@@ -124,7 +124,7 @@ def bench(
 def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[dict[str, Any]]:
     """The records of all rows; what was skipped is said. Errors: RequestError when nothing was measured."""
     for reason in setting.skipped:
-        show.note(f"skipped: {reason}")
+        terminal.note(f"skipped: {reason}")
     records = report(rows, [one.label for one in setting.contenders])
     if not records:
         raise RequestError(f"nothing was measured: none of the prompts fits into the context of {context}")
@@ -141,10 +141,10 @@ def tell(
 ) -> None:
     """Pictures and tables; ends the command, with 1 if a text of ours differs."""
     for path in draw(records):  # before the table: whoever reads that may leave early
-        show.note(f"wrote {path}")
-    show.document(records) if as_json else show.evaluation(records, output)
+        terminal.note(f"wrote {path}")
+    terminal.document(records) if as_json else terminal.evaluation(records, output)
     if profile and not as_json:
-        show.stages(records)
+        terminal.stages(records)
     raise typer.Exit(0 if all(record["texts_equal"] for record in records if record["peer"] is None) else 1)
 
 
@@ -227,7 +227,7 @@ def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Pa
     """What draws the records into a folder; tried now, so that it does not fail after hours. Errors: OptionError."""
     if folder is None:
         return lambda _: []
-    from selfdraft.bench import pictures
+    from selfdraft.bench import charts as pictures
 
     pictures.need_matplotlib()
     try:
@@ -242,7 +242,7 @@ def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Pa
 
 def logger(llm: LLM, log: Path | None) -> Callable[[Request, Sequence[int]], None] | None:
     """Writes a line of a token log for every request, if there is a log."""
-    from selfdraft.bench.log import append
+    from selfdraft.files.token_log import append
 
     if log is None:
         return None
@@ -304,7 +304,7 @@ def identity(model: str, llm: LLM, adapters: Sequence[Path]) -> str:
     """
     import hashlib
 
-    from selfdraft.models.embedded import checkpoint
+    from selfdraft.models.checkpoint.embedded import checkpoint
 
     facts: list[object] = []
     for folder in (Path(checkpoint(model)), *adapters):
@@ -322,14 +322,14 @@ def measure_all(setting: Bench, items: dict[str, list[Item]], ledger: Ledger, *,
 
     rows: dict[str, list[Row]] = {name: [] for name in items}
     try:
-        with show.progress(sum(map(len, items.values())), quiet=quiet, what="measuring") as advance:
+        with terminal.progress(sum(map(len, items.values())), quiet=quiet, what="measuring") as advance:
             for name, questions in items.items():
                 for found in run(setting, name, questions, ledger):
                     rows[name] += found
                     advance()
     except KeyboardInterrupt:
         if ledger.path is not None:
-            show.note(f"{ledger.path} keeps {len(ledger.rows)} rows; the same command goes on from there")
+            terminal.note(f"{ledger.path} keeps {len(ledger.rows)} rows; the same command goes on from there")
         raise
     return rows
 

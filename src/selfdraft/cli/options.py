@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.errors import LoadError, MissingMasks, OptionError, RequestError
 from selfdraft.methods import ALIASES, OPTIONS, check_early, drafter_of, offered
 from selfdraft.types import check_dtype
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
-    from selfdraft.engine.loop import Engine
+    from selfdraft.engine.engine import Engine
     from selfdraft.llm import LLM
     from selfdraft.types import SamplingParams
 
@@ -29,7 +29,7 @@ Model = Annotated[
     ),
 ]
 DEFAULT_MODEL = "smollm2"
-"""SmolLM2-135M-Instruct: small, real, and from the Python package index (`models/embedded.py`)."""
+"""SmolLM2-135M-Instruct: small, real, and from the Python package index (`models/checkpoint/embedded.py`)."""
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, but float32 where bfloat16 is slow.")
 ]
@@ -84,17 +84,18 @@ def open_llm(
     if lora is not None and not lora.expanduser().is_dir():
         raise LoadError(f"--lora {lora}: there is no such folder; give the one that peft's `save_pretrained` wrote")
     if memory is not None:
-        from selfdraft.memory import check_memory, with_memory
+        from selfdraft.drafters import with_memory
+        from selfdraft.files.memory_file import check_memory
 
         drafter, options = drafter_of(drafter, options)
         options = with_memory(drafter, options)
         check_memory(memory)
     ensure(model)
-    with show.waiting(f"loading {model}"), uncollected():
+    with terminal.waiting(f"loading {model}"), uncollected():
         import torch
 
         from selfdraft.llm import LLM
-        from selfdraft.models.stock import quiet
+        from selfdraft.models.reference import quiet
 
         quiet()
         if threads is not None:
@@ -135,8 +136,8 @@ def check_options(model: str, drafter: str | None, config: str | None, dtype: st
     options = parse_config(config)
     check_early(drafter, options)
     check_dtype(dtype)
-    from selfdraft.models.embedded import EMBEDDED
-    from selfdraft.models.places import find_gguf, place
+    from selfdraft.models.checkpoint.embedded import EMBEDDED
+    from selfdraft.models.checkpoint.places import find_gguf, place
 
     if model != "pocket" and model not in EMBEDDED and find_gguf(model) is None:
         place(model)
@@ -145,13 +146,16 @@ def check_options(model: str, drafter: str | None, config: str | None, dtype: st
 
 def ensure(model: str, source: Path | None = None) -> None:
     """Pull an embedded model that is not on this machine yet, saying its size and source. Errors: LoadError."""
-    from selfdraft.models import embedded
+    from selfdraft.models.checkpoint import embedded
 
     if model not in embedded.EMBEDDED or embedded.installed(model) is not None:
         return
-    show.note(embedded.announcement(model))
+    terminal.note(embedded.announcement(model))
     embedded.pull(
-        model, source=source, stage=lambda what: show.note(f"{model}: {what} ..."), show_pip=show.err.is_terminal
+        model,
+        source=source,
+        stage=lambda what: terminal.note(f"{model}: {what} ..."),
+        show_pip=terminal.err.is_terminal,
     )
 
 
@@ -171,7 +175,7 @@ def parse_config(config: str | None, option: str = "--speculative-config") -> di
 
 def gather(prompt: str | None, prompt_file: Path | None, prompts: Path | None, limit: int | None) -> Sequence[str]:
     """The prompts of the options, of which there must be one. Errors: RequestError."""
-    from selfdraft.bench.prompts import read_prompts
+    from selfdraft.files.records import read_prompts
     from selfdraft.prompts import read_prompt
 
     if sum(given is not None for given in (prompt, prompt_file, prompts)) != 1:
@@ -180,8 +184,8 @@ def gather(prompt: str | None, prompt_file: Path | None, prompts: Path | None, l
         return read_prompts(prompts, limit)
     if prompt == "-" or prompt_file is not None:
         path = prompt_file or "-"
-        if str(path) == "-" and show.asked():
-            show.note("reading the prompt from standard input; Ctrl-D ends it")
+        if str(path) == "-" and terminal.asked():
+            terminal.note("reading the prompt from standard input; Ctrl-D ends it")
         return [read_prompt(path)]
     if not prompt:
         raise RequestError("the prompt is empty: give at least one token")
@@ -217,7 +221,7 @@ def encode_all(
 
 def conditions(llm: LLM, model: str, lora: Path | None = None) -> dict[str, Any]:
     """What a figure means nothing without."""
-    from selfdraft.bench.doctor import machine
+    from selfdraft.prove.doctor import machine
 
     dtype = str(next(llm.model.parameters()).dtype).removeprefix("torch.")
     return {
@@ -267,7 +271,7 @@ def runnable(llm: LLM, method: str, options: Mapping[str, object] | None = None,
     except MissingMasks as error:
         if named:
             raise
-        show.note(f"left out: {error}")
+        terminal.note(f"left out: {error}")
         return None
 
 

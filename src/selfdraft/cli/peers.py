@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import parse_config
 from selfdraft.errors import OptionError, PeerError, PromptTooLong
-from selfdraft.files import cache_folder
+from selfdraft.files.atomic import cache_folder
 
 if TYPE_CHECKING:
     from selfdraft.bench.peers import Kind, Peer
@@ -93,7 +93,7 @@ def invited(
             python = f"; give --peer-python {PEERS[method].engine}=PATH of a Python that has it"
             raise OptionError(f"--peers: {guest}{python if 'does not have' in guest else ''}")
         else:
-            show.note(f"left out: {guest}")
+            terminal.note(f"left out: {guest}")
     return guests
 
 
@@ -280,16 +280,16 @@ def joined(
         for guest in guests:
             label = guest.contender.label
             try:
-                with show.waiting(f"starting {label}"):
+                with terminal.waiting(f"starting {label}"):
                     running[label] = _start(guest, llm, model, context, patience)
             except PeerError as error:
                 setting.lost[label] = error
-                show.note(f"left out: {error}")
+                terminal.note(f"left out: {error}")
         setting.peers = running
         setting.contenders = [*setting.contenders, *(g.contender for g in guests if g.contender.label in running)]
         yield
         for label in running.keys() & setting.lost.keys():
-            show.note(f"lost on the way: {setting.lost[label]}; the same command with --output asks it again")
+            terminal.note(f"lost on the way: {setting.lost[label]}; the same command with --output asks it again")
     finally:
         for peer in running.values():
             peer.close()
@@ -312,9 +312,9 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
 
     from selfdraft.bench.measure import settler
     from selfdraft.bench.peers import foreign, gguf, local
-    from selfdraft.models.embedded import checkpoint
-    from selfdraft.models.places import find_gguf
-    from selfdraft.models.stock import folder_of
+    from selfdraft.models.checkpoint.embedded import checkpoint
+    from selfdraft.models.checkpoint.places import find_gguf
+    from selfdraft.models.reference import folder_of
 
     weight = next(llm.model.parameters())
     label, options = guest.contender.label, guest.options

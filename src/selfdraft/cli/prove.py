@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
@@ -53,7 +53,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
-    from selfdraft.bench.prompts import read_prompts
+    from selfdraft.files.records import read_prompts
     from selfdraft.types import SamplingParams
 
     names = drafter_names(drafters, against)
@@ -62,8 +62,8 @@ def verify(
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
     check_options(model, None, None, dtype)
-    from selfdraft.bench.verify import Report, plainly, stock_greedy
-    from selfdraft.bench.verify import verify as run
+    from selfdraft.prove.verify import Report, plainly, stock_greedy
+    from selfdraft.prove.verify import verify as run
 
     llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
     reference = plainly(llm.engine) if against == "plain" else stock_greedy(llm.model)
@@ -76,15 +76,15 @@ def verify(
         if (engine := runnable(llm, name, named=drafters != "all")) is not None:
             engines[name] = engine
     report = Report()
-    with show.progress(len(texts) * len(engines), quiet=as_json) as advance:
+    with terminal.progress(len(texts) * len(engines), quiet=as_json) as advance:
         for _ in run(llm.model, reference, engines, requests, report):
             advance()
     result = {**conditions(llm, model, lora), "against": against, "drafters": list(engines), "prompts": len(texts)}
     result |= {"temperature": temperature, **report.as_dict()}
     if as_json:
-        show.document(result)
+        terminal.document(result)
     else:
-        show.verification(result, llm.decode)
+        terminal.verification(result, llm.decode)
     raise typer.Exit(1 if report.mismatches else 0)
 
 
@@ -97,7 +97,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
-    from selfdraft.bench.doctor import machine, trial
+    from selfdraft.prove.doctor import machine, trial
     from selfdraft.types import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_new_tokens, ignore_eos=True)
@@ -107,7 +107,7 @@ def doctor(
             llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner, no_cache=prove, lora=lora)
             if runner == "auto" and llm.target.runner is None:
                 continue  # the plain path comes next anyway
-            requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in show.SAMPLE_PROMPTS]
+            requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in terminal.SAMPLE_PROMPTS]
             shapes = str(llm.target.shapes) if runner == "plain" else "any, fast runner"
             found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
             facts = {name: getattr(found, name) for name in found.__slots__}
@@ -115,6 +115,6 @@ def doctor(
             trials[-1] |= {"promised": llm.exactness.level, "why": llm.exactness.why}
     result: dict[str, Any] = {"machine": machine(), "model": model, "trials": trials}
     if as_json:
-        show.document(result)
+        terminal.document(result)
     else:
-        show.diagnosis(result)
+        terminal.diagnosis(result)

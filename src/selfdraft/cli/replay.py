@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import AsJson, Config, Memory, parse_config
 from selfdraft.errors import OptionError
 
 if TYPE_CHECKING:
-    from selfdraft.bench.reliability import Reliability
+    from selfdraft.replay.reliability import Reliability
 
 
 def replay(
@@ -39,11 +39,12 @@ def replay(
 
     Every step is the one that live decoding would make.
     """
-    from selfdraft.bench.log import read_logs
-    from selfdraft.bench.replay import open_drafter
-    from selfdraft.bench.replay import replay as run
-    from selfdraft.memory import check_memory, load_memory, memory_of, save_memory, with_memory
+    from selfdraft.drafters import memory_of, with_memory
+    from selfdraft.files.memory_file import check_memory, load_memory, save_memory
+    from selfdraft.files.token_log import read_logs
     from selfdraft.methods import drafter_of
+    from selfdraft.replay.replay import open_drafter
+    from selfdraft.replay.replay import replay as run
 
     name, options = drafter_of(drafter, parse_config(speculative_config))
     times = parse_times(step_times)
@@ -57,7 +58,7 @@ def replay(
         raise OptionError("the logs are of different tokenizers: replay them one by one")
     if memory is not None and memory.exists():
         tokenizer = load_memory(memory, memory_of(guesser), tokenizer)
-    with show.progress(len(requests), quiet=as_json, what="replaying") as done:
+    with terminal.progress(len(requests), quiet=as_json, what="replaying") as done:
         found = run(requests, guesser, max_nodes, times=times, done=done)
     if memory is not None:
         save_memory(memory, memory_of(guesser), tokenizer)
@@ -66,18 +67,18 @@ def replay(
     if times is not None:
         record["projected_speedup"] = round(found.speedup(times), 4)
     if as_json:
-        show.document({"traces": [str(path) for path in traces], **record})
+        terminal.document({"traces": [str(path) for path in traces], **record})
     else:
-        show.replayed(record)
+        terminal.replayed(record)
 
 
 def painter(path: Path | None) -> Callable[[Reliability, str], None]:
     """Draws into the file, whole or not at all. Errors: OptionError, before anything runs, when it could not."""
-    from selfdraft.bench import pictures
+    from selfdraft.bench import charts
 
     if path is None:
         return lambda found, conditions: None
-    pictures.need_matplotlib("--reliability")
+    charts.need_matplotlib("--reliability")
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         why = f"no folder {path.parent}" if not path.parent.is_dir() else "a folder, or no regular file"
         raise OptionError(f"--reliability {path} cannot be written: {why}")
@@ -88,14 +89,14 @@ def painter(path: Path | None) -> Callable[[Reliability, str], None]:
             raise OptionError(
                 f"--reliability counts nodes behind the first {found.behind} tokens; of {found.tokens} replayed, {why}"
             )
-        pictures.draw_reliability(found, path, conditions)
+        charts.draw_reliability(found, path, conditions)
 
     return draw
 
 
 def parse_times(text: str | None) -> dict[int, float] | None:
     """Rows -> seconds out of a JSON list (of 1, 2, ... rows) or object. Errors: OptionError."""
-    from selfdraft.bench.replay import check_times
+    from selfdraft.replay.replay import check_times
 
     if text is None:
         return None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.errors import RequestError
 
 
@@ -22,7 +22,7 @@ def results(
     Rows under different conditions (model, dtype, machine, versions) come into different tables; nothing is measured.
     """
     from selfdraft.bench import heatmap
-    from selfdraft.bench.pictures import need_matplotlib
+    from selfdraft.bench.charts import need_matplotlib
     from selfdraft.bench.results import page, read_rows, sheets_of
 
     if pictures is not None:
@@ -35,8 +35,8 @@ def results(
             for number, sheet in enumerate(sheet for sheets in sections for sheet in sheets):
                 path = heatmap.draw(sheet, pictures / f"{output.stem}-{number + 1}.png")
                 links[number] = os.path.relpath(path, output.parent)
-                show.note(f"wrote {path}")
+                terminal.note(f"wrote {path}")
         output.write_text(page(sections, links) + "\n", encoding="utf-8")
     except OSError as error:
         raise RequestError(f"{error.filename or output} cannot be written: {error.strerror}") from error
-    show.note(f"wrote {output}")
+    terminal.note(f"wrote {output}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import DEFAULT_MODEL, Dtype, Lora, Model, Threads, open_llm
 from selfdraft.errors import OptionError
 from selfdraft.types import within
@@ -104,13 +104,13 @@ def _finished(output: Path, settings: Settings) -> dict[str, Any] | None:
 
 def _check_model(llm: LLM, card: dict[str, Any], output: Path) -> None:
     """A finished training is left as it is. Errors: OptionError when it was that of another model."""
-    from selfdraft.models.masks import fingerprint
+    from selfdraft.models.adapters import fingerprint
     from selfdraft.train.output import tidy
 
     if card.get("model") != fingerprint(llm.model):
         raise OptionError(f"{output} holds a finished adapter of another model; choose another --output")
     tidy(output)  # a kill may have come between the last two files
-    show.note(f"{output} holds this adapter already, finished; to train on other data choose another --output")
+    terminal.note(f"{output} holds this adapter already, finished; to train on other data choose another --output")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class _Own:
 
 def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, own: _Own) -> None:
     """The model's own continuations of the prompts, written into the output folder as they come."""
-    from selfdraft.models.masks import fingerprint
+    from selfdraft.models.adapters import fingerprint
     from selfdraft.train.output import make_output
     from selfdraft.train.texts import read_prompts, write_own
     from selfdraft.types import SamplingParams
@@ -157,7 +157,7 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
 
     path = output / OWN_TEXTS
     requests = [request(i) for i in range(len(prompts))]
-    with show.progress(len(prompts), quiet=False, what="writing own texts") as advance:
+    with terminal.progress(len(prompts), quiet=False, what="writing own texts") as advance:
         before = 0
         for done in write_own(llm.engine_for("lookup"), requests, path, settings.batch_size * 2, origin):
             for _ in range(done - before):
@@ -185,12 +185,12 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
         files = [output / OWN_TEXTS]
     texts = read_texts(files, llm.encode, settings.max_length, llm.target.vocab)
     make_output(output)
-    with show.training(settings.steps, quiet=not accelerator.is_main_process) as report:
+    with terminal.training(settings.steps, quiet=not accelerator.is_main_process) as report:
         for progress in run(llm.model, llm.tokenizer, texts, settings, output, accelerator, every=every):
             report(progress)
     if accelerator.is_main_process:
         use = f"--model {output / MODEL}" if settings.sar_sft else f"--adapter {output}"
-        show.note(f"the adapter is in {output}: selfdraft generate ... --drafter {settings.recipe} {use}")
+        terminal.note(f"the adapter is in {output}: selfdraft generate ... --drafter {settings.recipe} {use}")
     accelerator.end_training()
 
 

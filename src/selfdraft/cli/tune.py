@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from selfdraft import show
+from selfdraft.cli import terminal
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
@@ -30,10 +30,10 @@ from selfdraft.errors import OptionError
 
 if TYPE_CHECKING:
     from selfdraft.llm import LLM
-    from selfdraft.tune.layer_skip import Options, Subject, Tuning
+    from selfdraft.tune.layer_skip.tuner import Options, Subject, Tuning
 
 PROMPTS = (
-    *show.SAMPLE_PROMPTS,
+    *terminal.SAMPLE_PROMPTS,
     "The old man looked at the sea and",
     "import os\nimport sys\n\n\ndef main():\n",
     "### Instruction:\nWrite a short poem about rain.\n\n### Response:\n",
@@ -155,13 +155,13 @@ def tune(
     if method == "auto":
         _auto(open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora), model, as_json)
         return
-    from selfdraft.bench.prompts import read_prompts
-    from selfdraft.tune.layer_skip import Options, Subject
-    from selfdraft.tune.study import needs_optuna
+    from selfdraft.files.records import read_prompts
+    from selfdraft.tune.layer_skip.study import needs_optuna
+    from selfdraft.tune.layer_skip.tuner import Options, Subject
 
     if method == "layer_skip":
         needs_optuna()
-    show.hush()  # its notices: the first import switches them on
+    terminal.hush()  # its notices: the first import switches them on
     output = output or Path(f"{'skip' if method == 'layer_skip' else method}-{Path(model).name}.json")
     names = ("trials", "seed", "sampler", "max_new_tokens", "temperature", "num_speculative_tokens", "max_cost")
     given = locals()
@@ -177,12 +177,12 @@ def tune(
 
 def _auto(llm: LLM, model: str, as_json: bool) -> None:
     """Measure what passes cost, keep it, and say what pays."""
-    from selfdraft.core.profile import Profile
-    from selfdraft.tune import profile as profiles
-    from selfdraft.tune.explain import explain, paragraph
+    from selfdraft.drafting.pass_cost import Profile
+    from selfdraft.tune import machine as profiles
+    from selfdraft.tune.advice import explain, paragraph
 
     found: Profile | None = None
-    with show.share("measuring passes", quiet=as_json) as report:
+    with terminal.share("measuring passes", quiet=as_json) as report:
         for part in profiles.measure(llm.target):
             if isinstance(part, Profile):
                 found = part
@@ -190,19 +190,19 @@ def _auto(llm: LLM, model: str, as_json: bool) -> None:
                 report(part)
     assert found is not None, "measuring ends with a profile"
     verdicts = explain(llm.target, found)
-    kept = profiles.keep(found, llm.target, show.note)
+    kept = profiles.keep(found, llm.target, terminal.note)
     facts = conditions(llm, model)
     if as_json:
         place = str(kept) if kept else None
-        show.document(
+        terminal.document(
             {"conditions": facts, "profile": asdict(found), "kept": place, "verdicts": [asdict(v) for v in verdicts]}
         )
     else:
-        show.setting(facts)
-        show.profile(found, profiles.SHORT, profiles.LONG)
-        show.prose(paragraph(found, verdicts))
+        terminal.setting(facts)
+        terminal.profile(found, profiles.SHORT, profiles.LONG)
+        terminal.prose(paragraph(found, verdicts))
         if kept is not None:
-            show.prose(f"Kept in {kept}")
+            terminal.prose(f"Kept in {kept}")
 
 
 def _refuse_foreign(context: typer.Context, method: str) -> None:
@@ -215,8 +215,8 @@ def _refuse_foreign(context: typer.Context, method: str) -> None:
 
 
 def _layer_skip(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
-    from selfdraft.tune.layer_skip import Tuning
-    from selfdraft.tune.skip_sets import check_writable, save_set, write_json
+    from selfdraft.files.skip_sets import check_writable, save_set, write_json
+    from selfdraft.tune.layer_skip.tuner import Tuning
 
     if job.check:
         _check_layer_skip(subject, job, options)
@@ -224,14 +224,14 @@ def _layer_skip(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     for path in (job.output, options.study, job.evidence):
         if path is not None:
             check_writable(path)
-    with show.waiting("measuring what drafting costs"):
+    with terminal.waiting("measuring what drafting costs"):
         tuning = Tuning(subject, options, _costs(job.costs))
-    with show.progress(tuning.search.total, quiet=job.quiet, what="trying skip sets") as advance:
+    with terminal.progress(tuning.search.total, quiet=job.quiet, what="trying skip sets") as advance:
         for _ in tuning.search.run():
             advance()
     if job.evidence is not None:
         pairs = tuning.search.layers * (2 * tuning.search.layers - 1)
-        with show.progress(pairs, quiet=job.quiet, what="trying pairs") as advance:
+        with terminal.progress(pairs, quiet=job.quiet, what="trying pairs") as advance:
             for _ in tuning.search.pairs():
                 advance()
         write_json(job.evidence, tuning.evidence())
@@ -239,21 +239,21 @@ def _layer_skip(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     name = Path(job.model).name
     save_set(job.output, name, best)
     if job.quiet:
-        show.document({"output": str(job.output), "name": name, **best})
+        terminal.document({"output": str(job.output), "name": name, **best})
     else:
-        show.skip_set(best, name, job.output)
+        terminal.skip_set(best, name, job.output)
 
 
 def _lookahead(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     """Fixed sizes of a grid, then adaptation from the fastest of them."""
+    from selfdraft.files.skip_sets import check_writable, write_json
     from selfdraft.tune import lookahead
-    from selfdraft.tune.skip_sets import check_writable, write_json
 
     check_writable(job.output)
     requests = [repeatable(llm, options.sampling, options.seed, ids) for ids in map(list, subject.prompts)]
     measure = partial(lookahead.measure, partial(llm.engine_for, "lookahead"), requests)
     points = []
-    with show.progress(len(lookahead.GRID) + 1, quiet=job.quiet, what="trying sizes") as advance:
+    with terminal.progress(len(lookahead.GRID) + 1, quiet=job.quiet, what="trying sizes") as advance:
         for _ in measure([(7, 5, 7)]):
             pass  # warms up; not counted
         for point in measure():
@@ -266,22 +266,22 @@ def _lookahead(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     found = lookahead.document(points, subject.facts)
     write_json(job.output, found)
     if job.quiet:
-        show.document({"output": str(job.output), **found})
+        terminal.document({"output": str(job.output), **found})
     else:
-        show.scaling(found, job.output)
+        terminal.scaling(found, job.output)
 
 
 def _s3d(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     """Measure a few widths, solve for the best, and with --sweep decode with every setting."""
+    from selfdraft.files.skip_sets import check_writable, write_json
     from selfdraft.tune import s3d
-    from selfdraft.tune.skip_sets import check_writable, write_json
 
     check_writable(job.output)
     widths = s3d.default_widths(llm.target)
     requests = [repeatable(llm, options.sampling, options.seed, ids) for ids in map(list, subject.prompts)]
     found: dict[int, s3d.Width] = {}
     verify: tuple[float, ...] = ()
-    with show.progress(2 * len(widths) + 1, quiet=job.quiet, what="measuring widths") as advance:
+    with terminal.progress(2 * len(widths) + 1, quiet=job.quiet, what="measuring widths") as advance:
         for part in s3d.measure(llm.target, requests, widths):
             if isinstance(part, s3d.Width):
                 found[part.width] = part
@@ -292,23 +292,23 @@ def _s3d(llm: LLM, subject: Subject, job: Job, options: Options) -> None:
     document = {**subject.facts, "method": "s3d", **curve.as_dict()}
     if job.sweep:
         choices = [(choice.width, choice.masks) for choice in curve.all()]
-        with show.waiting(f"decoding with {len(choices)} settings"):
+        with terminal.waiting(f"decoding with {len(choices)} settings"):
             document["sweep"] = [asdict(choice) for choice in s3d.sweep(llm.target, requests, choices, options.runs)]
     write_json(job.output, document)
     if job.quiet:
-        show.document({"output": str(job.output), **document})
+        terminal.document({"output": str(job.output), **document})
     else:
-        show.curve(document, job.output)
+        terminal.curve(document, job.output)
 
 
 def _best(tuning: Tuning, options: Options, job: Job) -> dict[str, Any]:
     """The set with the highest measured speed; with nothing measured the best predicted one."""
-    with show.waiting("looking at the deeper drafts of the best"):
+    with terminal.waiting("looking at the deeper drafts of the best"):
         found = tuning.finalists()
     if options.confirm:
         some = found[: options.confirm]
         found = []
-        with show.progress(len(some), quiet=job.quiet, what="confirming") as advance:
+        with terminal.progress(len(some), quiet=job.quiet, what="confirming") as advance:
             for record in tuning.confirmed(some):
                 found.append(record)
                 advance()
@@ -318,19 +318,21 @@ def _best(tuning: Tuning, options: Options, job: Job) -> dict[str, Any]:
 
 
 def _check_layer_skip(subject: Subject, job: Job, options: Options) -> None:
-    from selfdraft.drafters.layer_skip import read_skip
-    from selfdraft.tune.layer_skip import check_sets
+    from selfdraft.files.skip_sets import read_skip
+    from selfdraft.tune.layer_skip.tuner import check_sets
 
     sets = {place: read_skip(place, subject.target.layers) for place in job.check}
     rows = []
-    with show.progress(len(sets) * len(job.draft_lengths), quiet=job.quiet, what="predicting and measuring") as advance:
+    with terminal.progress(
+        len(sets) * len(job.draft_lengths), quiet=job.quiet, what="predicting and measuring"
+    ) as advance:
         for row in check_sets(subject, sets, job.draft_lengths, options.sampling, options.runs):
             rows.append(row.as_dict())
             advance()
     if job.quiet:
-        show.document({**subject.facts, "checks": rows})
+        terminal.document({**subject.facts, "checks": rows})
     else:
-        show.predictions(rows)
+        terminal.predictions(rows)
 
 
 def _costs(path: Path | None) -> object:

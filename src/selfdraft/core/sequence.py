@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from selfdraft.core.text import TextStream
+from selfdraft.core.detokenizer import TextStream
 from selfdraft.types import FinishReason, Logprob, SamplingParams, Stats
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from selfdraft.core.choose import NAN, choose, likeliest, logprob, process
 from selfdraft.core.rows import Rows
+from selfdraft.core.sampler import NAN, choose, likeliest, logprob, process
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import EngineError

@@ -21,6 +21,7 @@ from selfdraft.drafters.recycling import Recycling
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
 from selfdraft.drafters.suffix import Suffix
+from selfdraft.drafting.output_memory import MOST, Memory
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter, Target
 
@@ -70,3 +71,19 @@ def build(name: str, target: Target, options: Mapping[str, object] | None = None
         return factory(target, **(options or {}))
     except TypeError as error:
         raise OptionError(f"drafter {name!r}: {error}") from error
+
+
+def with_memory(name: str, options: Mapping[str, object]) -> dict[str, object]:
+    """The options with a memory, of the usual size if none is given. Errors: OptionError when `name` keeps none."""
+    if "memory" not in options_of(find(name, options)):
+        able = ", ".join(known for known, factory in table().items() if "memory" in options_of(factory))
+        raise OptionError(f"drafter {name!r} keeps no memory of earlier outputs; these do: {able}")
+    return {**options, "memory": options.get("memory") or MOST}
+
+
+def memory_of(drafter: Drafter) -> Memory:
+    """Errors: OptionError when the drafter's memory is off, or it has none."""
+    memory = getattr(drafter, "memory", None)
+    if not isinstance(memory, Memory):
+        raise OptionError('the drafter has no memory that is on; take {"method": "merged", "memory": TOKENS}')
+    return memory

@@ -1,17 +1,18 @@
 """The default: one tree from everything that costs no pass, as large as this machine's passes make worth while.
 
-What pays is measured, before and while decoding (`core/guarded.py`); what else there is, `selfdraft tune` explains.
+What pays is measured, before and while decoding (`drafting/cost_guard.py`);
+what else there is, `selfdraft tune` explains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-from selfdraft.core.copying import AHEAD, Copying
-from selfdraft.core.guarded import Guarded
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafting.cost_guard import Guarded
+from selfdraft.drafting.suffix_copy import AHEAD, Copying
 from selfdraft.protocols import Target
 from selfdraft.types import Budget
 
@@ -22,7 +23,7 @@ TREE_FROM = 0.004
 class Auto(Guarded):
     """`merged`, with trees cut where the measured cost of the pass says so, and plain decoding where that is best.
 
-    Where a plain step takes hardly longer than making a tree, copied chains take its place (`core/copying.py`).
+    Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
     """
 
     reads = "tokens"

@@ -1,8 +1,8 @@
 """A cascade: the tree of `merged`, verified by the model with rounded weights, whose chain the model then verifies.
 
 Source: ML-SpecQD (arXiv 2503.13565), which puts a small model under a 4-bit one; here what costs no pass is under it.
-How many inner passes a step has, if any, is decided by measured times (`core/rounds.py`): where none pays, as on a
-model whose passes are all overhead, this is `merged`, and where nothing pays, plain decoding.
+How many inner passes a step has, if any, is decided by measured times (`drafting/inner_passes.py`): where none pays,
+as on a model whose passes are all overhead, this is `merged`, and where nothing pays, plain decoding.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from selfdraft.core.chain import Chain
-from selfdraft.core.guarded import Guarded
-from selfdraft.core.rounds import Rounds
 from selfdraft.core.rows import chain_rows, tree_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
+from selfdraft.drafting.autoregressive import Chain
+from selfdraft.drafting.cost_guard import Guarded
+from selfdraft.drafting.inner_passes import Rounds
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, Rounded
 

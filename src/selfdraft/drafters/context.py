@@ -2,12 +2,12 @@
 
 The copy behind the longest match is in it, and where that copy goes on behind a difference. Sources: prediction by
 partial matching (Cleary and Witten 1984); SuffixDecoding (arXiv 2411.04975) for frequency-weighted trees. Each guess is
-worth what its kind was worth so far (`core/merge.py`).
+worth what its kind was worth so far (`drafting/mixing.py`).
 """
 
 from __future__ import annotations
 
-from selfdraft.core.drafting import Drafting, Sources
+from selfdraft.drafting.source_tree import Drafting, Sources
 from selfdraft.protocols import Target
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from selfdraft.core.chain import Chaining, exit_of
-from selfdraft.core.skipset import checked, parse_sets, pick_set, skip_of
+from selfdraft.drafting.autoregressive import Chaining, exit_of
 from selfdraft.errors import OptionError
+from selfdraft.files.skip_sets import checked, read_skip
 from selfdraft.protocols import Target
 from selfdraft.types import Skip, within
 
@@ -20,7 +20,7 @@ SOURCE = "layer_skip"
 
 
 class LayerSkip(Chaining):
-    """A chain of up to `num_speculative_tokens`, one short pass of the target per link (`core/chain.py`).
+    """A chain of up to `num_speculative_tokens`, one short pass of the target per link (`drafting/autoregressive.py`).
 
     `skip_set`: a JSON file of skip sets, 'FILE' or 'FILE#NAME'. Without any set the checkpoint's own is taken
     (`Target.advice`), else the pattern of the published ones.
@@ -81,20 +81,3 @@ def choose_skip(
 def usual_skip(layers: int) -> Skip:
     """The published sets keep the first blocks whole and skip about twice as many attentions as MLPs."""
     return Skip(frozenset(range(layers // 3, layers - 1)), frozenset(range(layers // 2, layers - 1, 3)))
-
-
-def read_skip(place: str | Path, layers: int) -> Skip:
-    """A set out of a JSON file, 'FILE' or 'FILE#NAME', for a model of `layers` blocks.
-
-    Errors: OptionError for a file that cannot be read or holds no such set, or a set of a longer model.
-    """
-    file, _, name = str(place).rpartition("#")
-    if not file or Path(place).is_file():
-        file, name = str(place), ""
-    try:
-        text = Path(file).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise OptionError(f"skip_set {file!r} cannot be read: {why}; give the JSON file of a searched set") from error
-    record = pick_set(parse_sets(text, file), name, file)
-    return checked(skip_of(record), layers, (f"'attention' of {place}", f"'mlp' of {place}"))

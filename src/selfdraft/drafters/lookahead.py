@@ -5,7 +5,8 @@ Unlike the paper's code: candidates are verified from the first step on, a full 
 window moves as far as the text did. A sampled request's window is answered with the noise that the target will use
 at the cell's own place, so that its trajectories run to the sampled text, not to the greedy one. With `adaptive`
 (the default) sizes follow what rows bring and cost here, the model's own runners-up are guesses, too, and short trials
-find out by the clock whether that, the sizes as they were given or plain decoding is the quickest (`core/trials.py`).
+find out by the clock whether that, the sizes as they were given or plain decoding is the quickest
+(`drafting/trials.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from selfdraft.core.adapt import TRUSTED, Acceptance, Mean, StepTime
-from selfdraft.core.answers import Answers, likeliest
 from selfdraft.core.noise import gumbel_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
-from selfdraft.core.trials import Trials
 from selfdraft.core.verify import Result
+from selfdraft.drafting.estimators import TRUSTED, Acceptance, Mean, StepTime
+from selfdraft.drafting.successors import Answers, likeliest
+from selfdraft.drafting.trials import Trials
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within

@@ -1,13 +1,13 @@
 """One tree from all sources that cost no pass: the request's own text, earlier outputs, a prediction, the runners-up.
 
 Duplicates are one node that keeps all its sources; how likely a node is follows from what it took to be right so far
-(`core/merge.py`); nodes are added best first until the next one is not worth its row.
+(`drafting/mixing.py`); nodes are added best first until the next one is not worth its row.
 """
 
 from __future__ import annotations
 
-from selfdraft.core.drafting import Drafting, Sources
-from selfdraft.core.memory import Memory
+from selfdraft.drafting.output_memory import Memory
+from selfdraft.drafting.source_tree import Drafting, Sources
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Target
 

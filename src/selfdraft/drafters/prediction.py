@@ -6,7 +6,7 @@ Idea: OpenAI's predicted outputs. Here a prediction can cost time, never the tex
 
 from __future__ import annotations
 
-from selfdraft.core.drafting import Drafting, Sources
+from selfdraft.drafting.source_tree import Drafting, Sources
 from selfdraft.protocols import Target
 
 

@@ -6,7 +6,7 @@ Here both share one memory of keys and values, so a prompt is read once.
 
 from __future__ import annotations
 
-from selfdraft.core.chain import Chaining, exit_of
+from selfdraft.drafting.autoregressive import Chaining, exit_of
 from selfdraft.protocols import Target
 from selfdraft.types import Rounded
 
@@ -14,7 +14,7 @@ SOURCE = "quantised"
 
 
 class Quantised(Chaining):
-    """A chain of up to `num_speculative_tokens`, one pass with rounded weights per link (`core/chain.py`).
+    """A chain of up to `num_speculative_tokens`, one pass with rounded weights per link (`drafting/autoregressive.py`).
 
     The rounded copy is made when it is first drafted with.
     """

@@ -6,7 +6,7 @@ measured acceptance of each rank and depth, and a sampled request's runners-up a
 
 from __future__ import annotations
 
-from selfdraft.core.drafting import Drafting, Sources
+from selfdraft.drafting.source_tree import Drafting, Sources
 from selfdraft.protocols import Target
 
 

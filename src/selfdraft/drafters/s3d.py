@@ -1,7 +1,8 @@
 """S3D: one short pass over the last token and mask tokens, its middle blocks left out, guesses several tokens at once.
 
 Source: Zhong and Bharadwaj, "S3D" (arXiv 2405.20314): a symmetric middle range is skipped, prediction is simultaneous.
-The weights are untouched (`models/masks.py`): the adapter acts in the drafting pass only, whose answers are never text.
+The weights are untouched (`models/adapters.py`): the adapter acts in the drafting pass only, whose answers are never
+text.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Any
 
-from selfdraft.core.guess import Guesser, Pace, places
 from selfdraft.core.rows import group_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafting.mask_prediction import Guesser, Pace, places
 from selfdraft.errors import MissingMasks
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, middle, within

@@ -1,7 +1,7 @@
 """SPACE: mask tokens behind the places where acceptance may end guess the next step's tokens in the same pass.
 
 Source: Yi et al., "Generation Meets Verification" (arXiv 2402.11809). Unlike there the model's weights are untouched
-(`models/masks.py`), groups hang only where they are likely to be read, each mask may give several candidates, and
+(`models/adapters.py`), groups hang only where they are likely to be read, each mask may give several candidates, and
 sampled text keeps its distribution.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
 
-from selfdraft.core.adapt import Mean
-from selfdraft.core.guess import Guesser, Pace, Place, places
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafting.estimators import Mean
+from selfdraft.drafting.mask_prediction import Guesser, Pace, Place, places
 from selfdraft.errors import MissingMasks
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from weakref import WeakKeyDictionary
 
-from selfdraft.core.automaton import SuffixAutomaton
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafting.suffix_automaton import SuffixAutomaton
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
 

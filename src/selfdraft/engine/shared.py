@@ -15,7 +15,7 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import EngineError
 
 T = TypeVar("T")

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from selfdraft.core.cache import KVCache
+from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import UnsupportedModel
-from selfdraft.models.marks import Recorder
-from selfdraft.models.shapes import Shapes
+from selfdraft.models.exactness import Shapes
+from selfdraft.models.runner.trace_ops import Recorder
 
 NAME = "selfdraft"
 
@@ -160,6 +161,11 @@ def _tree_group(span: Span, chosen: SequenceOf[int], multiple: int, device: torc
     queries = torch.tensor([positions[row] for row in padded], device=device)[None]
     write = torch.arange(len(chosen), device=device)
     return Group(span.slot, rows, write, rows[: len(chosen)], None, sees[None].to(device), places, queries)
+
+
+def register(name: str, function: Callable[..., object]) -> None:
+    """Make an attention function known to transformers under a name of our own; no name of theirs is changed."""
+    AttentionInterface.register(name, function)
 
 
 def attend(

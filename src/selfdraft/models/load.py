@@ -26,28 +26,26 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
-from selfdraft.models import gguf
-from selfdraft.models.adapter import GROWING, Exactness, HFTarget, context_of, ropes_of
-from selfdraft.models.ends import eos_ids as eos_ids
-from selfdraft.models.ends import whole_ends
-from selfdraft.models.folder import (
+from selfdraft.models.adapters import MaskAdapter
+from selfdraft.models.checkpoint import gguf
+from selfdraft.models.checkpoint.end_ids import whole_ends
+from selfdraft.models.checkpoint.folder import (
     check_folder,
     check_tokenizer_files,
     check_vocabulary,
     has_tokenizer,
     tokenizer_fault,
 )
-from selfdraft.models.kept import ProofStore, Record, identity_of
+from selfdraft.models.checkpoint.load_errors import blaming
+from selfdraft.models.checkpoint.lora import base_of, is_lora, merged
+from selfdraft.models.checkpoint.places import find_gguf, place
+from selfdraft.models.checkpoint.weights import check_weights
+from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
-from selfdraft.models.load_errors import blaming
-from selfdraft.models.lora import base_of, is_lora, merged
-from selfdraft.models.lora import unwrapped as unwrapped
-from selfdraft.models.masks import MaskAdapter
-from selfdraft.models.places import find_gguf, place
-from selfdraft.models.probe import probe_fast, probe_shapes
-from selfdraft.models.proof import prove
-from selfdraft.models.shapes import MULTIPLES, NATURAL, Shapes
-from selfdraft.models.weights import check_weights
+from selfdraft.models.proof.kept import ProofStore, Record, identity_of
+from selfdraft.models.proof.shapes import probe_fast, probe_shapes
+from selfdraft.models.proof.whole_model import prove
+from selfdraft.models.target import GROWING, Exactness, HFTarget, context_of, ropes_of
 from selfdraft.types import Clock
 
 NO_ADAPTER = "selfdraft-merges-adapters-itself"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from selfdraft.errors import OptionError
-from selfdraft.models.student import Batch, Student
 from selfdraft.train.settings import Settings, first_change
+from selfdraft.train.student import Batch, Student
 from selfdraft.train.texts import Text, split
 from selfdraft.types import Skip
 

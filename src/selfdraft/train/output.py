@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from selfdraft.errors import OptionError
-from selfdraft.models.masks import CARD, CHECKPOINT, fingerprint
-from selfdraft.models.stock import Model, Tokenizer
-from selfdraft.models.student import Student
+from selfdraft.models.adapters import CARD, CHECKPOINT, fingerprint
+from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.train.settings import Settings
+from selfdraft.train.student import Student
 
 MODEL = "model"
 """Folder of the tuned model inside the output."""

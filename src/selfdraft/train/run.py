@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfdraft.errors import OptionError
-from selfdraft.models.masks import CHECKPOINT
-from selfdraft.models.stock import Model, Tokenizer
-from selfdraft.models.student import Student, linear_names
+from selfdraft.models.adapters import CHECKPOINT
+from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.train.loop import Progress, train
 from selfdraft.train.output import MODEL, tidy, write_adapter, write_model
 from selfdraft.train.settings import Settings
+from selfdraft.train.student import Student, linear_names
 from selfdraft.train.texts import Text, split
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfdraft.bench.prompts import FIELDS, Record, read_records, turns_of
 from selfdraft.core.sequence import Sequence
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.files.records import FIELDS, Record, read_records, turns_of
 from selfdraft.train.settings import first_change
 
 Encode = Callable[[str], list[int]]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from math import log
 
 from selfdraft.core.sequence import Sequence
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 
 Sizes = tuple[int, int, int]
 """(W, N, G): window_size, ngram_size, guess_set_size."""

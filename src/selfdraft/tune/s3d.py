@@ -17,12 +17,12 @@ import numpy as np
 
 from selfdraft.drafters.none import NoDrafter
 from selfdraft.drafters.s3d import S3D
-from selfdraft.engine.loop import Engine
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import MissingMasks, OptionError
-from selfdraft.models.adapter import HFTarget
-from selfdraft.tune.costs import Bench, Request, beside_the_pass
-from selfdraft.tune.layer_skip import decode_seconds
-from selfdraft.tune.speed import expected_by_depth, single_pass_speed
+from selfdraft.models.target import HFTarget
+from selfdraft.tune.layer_skip.tuner import decode_seconds
+from selfdraft.tune.passes import Bench, Request, beside_the_pass
+from selfdraft.tune.speedup import expected_by_depth, single_pass_speed
 from selfdraft.types import Budget
 
 Numbers = np.ndarray[Any, Any]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.errors import PeerError
-from selfdraft.models.stock import Model
+from selfdraft.models.reference import Model
 
 HEAD = b"GGUF" + struct.pack("<I", 3)
 ALIGNMENT = 32

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from selfdraft.bench.peers import Answer, Options
 from selfdraft.errors import PeerError
-from selfdraft.models import stock
+from selfdraft.models import reference
 
 
 def edition() -> str:
@@ -22,7 +22,7 @@ class Transformers:
     """`generate`, with prompt lookup where there are options for it. `settle` waits for the accelerator."""
 
     label: str
-    model: stock.Model
+    model: reference.Model
     options: Options
     settle: Callable[[], None]
 
@@ -37,7 +37,7 @@ class Transformers:
         self.settle()
         began = time.perf_counter()
         try:
-            tokens = stock.decode(self.model, prompt, count, self.options, mark)
+            tokens = reference.decode(self.model, prompt, count, self.options, mark)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = str(error).strip().split("\n")[0]
             raise PeerError(f"peer {self.label}: {type(error).__name__}: {reason}") from error

@@ -1,0 +1,116 @@
+"""The two verbs of a drafter that asks a short pass of the target for one token after another.
+
+Source: Zhang et al., "Draft & Verify" (arXiv 2309.08168), sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from selfdraft.core.rows import Rows, chain_rows
+from selfdraft.core.sampler import choose, process
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.verify import Result
+from selfdraft.drafting.draft_length import ExitThreshold, StepSeconds, ThroughputExit, Verified
+from selfdraft.errors import OptionError
+from selfdraft.types import Budget, Clock, within
+
+Exit = ExitThreshold | ThroughputExit
+POLICIES = ("target", "throughput")
+"""What the exit threshold follows: the acceptance rate asked for, or the measured tokens per second."""
+
+
+def exit_of(policy: str, threshold: float, rate: float, adaptive: bool) -> Exit:
+    """The rule of these options. Errors: OptionError for an unknown policy, or a value out of range."""
+    within("confidence_threshold", threshold, 0.0, 1.0)
+    within("target_acceptance_rate", rate, 0.0, 1.0)
+    if policy not in POLICIES:
+        raise OptionError(f"exit_policy={policy!r} is unknown; there are {' and '.join(POLICIES)}")
+    if policy == "throughput":
+        if not adaptive:
+            raise OptionError("exit_policy='throughput' adapts: adaptive=False belongs to exit_policy='target'")
+        return ThroughputExit(threshold)
+    return ExitThreshold(threshold, rate, adaptive)
+
+
+class Chaining:
+    """`draft` and `observe`: chains of up to `most` tokens, one short pass per link of all of them together.
+
+    The passes read the target's own cache and write behind what it remembers, so there is nothing to undo. A sampled
+    request drafts with the noise the target will use: that is what makes sampled drafts agree.
+    `run` is the short pass, logits [answers, vocab] of rows; `clock` times passes, in seconds.
+    Errors: OptionError when `most` is out of range.
+    """
+
+    def __init__(self, run: Callable[[Rows], Tensor], source: str, most: int, exit_: Exit, clock: Clock) -> None:
+        within("num_speculative_tokens", most, 1, 256)
+        self.run, self.source, self.most, self.exit = run, source, most, exit_
+        self.clock = clock
+        self._seconds = self._ended = 0.0
+
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        began = self.clock()
+        chains = [
+            Chain(sequence, min(self.most, budget.depth, budget.nodes))
+            for sequence, budget in zip(sequences, budgets, strict=True)
+        ]
+        while going := [chain for chain in chains if chain.going]:
+            rows = chain_rows([(c.sequence.slot, c.sequence.cached + len(c.tokens), c.path[-1]) for c in going])
+            for chain, logits in zip(going, self.run(rows), strict=True):
+                chain.extend(logits)
+                chain.sequence.stats.num_draft_passes += 1
+                chain.going = chain.going and not self.exit.stops(chain.scores)
+        self._ended = self.clock()
+        self._seconds = self._ended - began
+        return [Draft.chain(c.tokens, self.source, c.scores) if c.tokens else EMPTY for c in chains]
+
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        rows = sum(len(result.answers) for result in results)
+        seconds = StepSeconds(self._seconds, self.clock() - self._ended, rows)
+        drafts = [
+            Verified(
+                result.draft.scores[: result.draft.candidates], len(result.path), result.draft.candidates == self.most
+            )
+            for result in results
+            if result.draft.candidates
+        ]
+        self.exit.observe(drafts, seconds)
+
+
+@dataclass(slots=True)
+class Chain:
+    """The draft of one sequence while it grows."""
+
+    sequence: Sequence
+    most: int
+    tokens: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """The chance that the short pass gave to each."""
+    path: list[int] = field(init=False)
+    """The sequence's tokens and the drafted ones: what processors see."""
+    going: bool = field(init=False)
+    """It may be extended: it is shorter than `most` and does not end the text."""
+
+    def __post_init__(self) -> None:
+        self.path = list(self.sequence.tokens)
+        self.going = self.most > 0
+
+    def extend(self, logits: Tensor) -> int:
+        """Add what a row of the short pass says behind the path. Returns the token."""
+        sequence, sampling = self.sequence, self.sequence.sampling
+        if sampling.plain:
+            token = int(logits.argmax())
+        else:
+            scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.ends)
+            token = choose(scores, sampling, sequence.seed, len(self.path))
+        self.tokens.append(token)
+        self.scores.append(float(logits.float().softmax(-1)[token]))
+        self.path.append(token)
+        ended = token in sequence.ends and not sampling.ignore_eos
+        self.going = len(self.tokens) < self.most and not ended
+        return token

@@ -1,0 +1,235 @@
+"""From what mask rows say to a token tree: likeliest tokens for each place, expanded best first.
+
+The rows of one group do not know one another's tokens; a link tells each place the token before it while the tree is
+made. The chance of a node is the product along its path, so best-first expansion gives the best tree of every size.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from selfdraft.core.noise import gumbel
+from selfdraft.core.sampler import process
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.core.verify import Result
+from selfdraft.drafting.estimators import Mean, StepTime
+from selfdraft.types import Budget, within
+
+CANDIDATES = 128
+"""Tokens that are looked at for one place."""
+Link = Callable[[int, Tensor], Tensor | None]
+"""(token before, ids [k]) -> what it adds to their logits [k], or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What may stand at one place: tokens, best first, and the chance that the drafter gives to each."""
+
+    tokens: tuple[int, ...]
+    chances: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a row says of one place: its likeliest `ids` [k] with their logits, temperature and noise of the request."""
+
+    ids: Tensor
+    logits: Tensor
+    noise: Tensor
+    temperature: float
+
+    def after(self, token: int, link: Link, most: int) -> Guess:
+        """The best `most` tokens when `token` stands before this place."""
+        shift = link(token, self.ids)
+        logits = self.logits if shift is None else self.logits + shift.to(self.logits.dtype) / self.temperature
+        best = (logits + self.noise).softmax(-1).topk(min(most, len(self.ids)))
+        return Guess(tuple(self.ids[best.indices].tolist()), tuple(best.values.tolist()))
+
+
+def places(logits: Tensor, sequence: Sequence) -> list[Place]:
+    """What rows of `logits` [n, vocab] say; row i speaks of the place len(tokens) + i.
+
+    A sampled request is guessed with the noise that the target will use there: that is what makes them agree.
+    """
+    sampling, logits = sequence.sampling, logits[: sequence.room]  # no processor is asked about a place behind the end
+    if sampling.plain:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best = wide.topk(min(CANDIDATES, wide.shape[-1]))
+        silence = torch.zeros_like(best.values[:1]).squeeze(0)
+        return [Place(ids, values, silence, 1.0) for ids, values in zip(best.indices, best.values, strict=True)]
+    path, found = list(sequence.tokens), []
+    for row in logits:
+        scores = process(row, sampling, path, sequence.prompt_length, sequence.ends)
+        alive = torch.isfinite(scores).nonzero().squeeze(1)
+        noise = torch.zeros(len(alive), dtype=scores.dtype, device=scores.device)
+        if not sampling.greedy:
+            noise = gumbel(sequence.seed, len(path), alive).to(scores.dtype)
+        order = (scores[alive] + noise).topk(min(CANDIDATES, len(alive))).indices
+        found.append(Place(alive[order], scores[alive[order]], noise[order], sampling.temperature or 1.0))
+        path.append(int(alive[order[0]]) if len(order) else path[-1])
+    return found
+
+
+def expand(
+    first: Guess,
+    after: Callable[[int, int, int, int], Guess],
+    chance: Callable[[int, int, float], float],
+    budget: Budget,
+    prices: SequenceOf[float],
+    source: str,
+) -> Draft:
+    """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
+
+    Prices never fall, and there is one for each node of the budget. `first` are the guesses for depth 1,
+    `after(depth, token, node, parent)` those behind `node`, whose token has that depth. `chance(depth, rank, raw)`
+    calibrates what the drafter says; scores of the draft are the raw ones.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    scores: list[float] = []
+    guesses = {ROOT: first}
+    reached = {ROOT: 1.0}
+    heap: list[tuple[float, int, int, int]] = []  # (-chance of the path, parent, depth, rank)
+
+    def push(parent: int, depth: int, rank: int) -> None:
+        guess = guesses[parent]
+        if rank < len(guess.tokens):
+            own = reached[parent] * chance(depth, rank, guess.chances[rank])
+            if own >= prices[len(tokens)] and own > 0.0:
+                heapq.heappush(heap, (-own, parent, depth, rank))
+
+    push(ROOT, 1, 0)
+    while heap:
+        likely, parent, depth, rank = heapq.heappop(heap)
+        node, guess = len(tokens), guesses[parent]
+        if -likely < prices[node]:  # it was worth an earlier node; what is left is no likelier
+            break
+        tokens.append(guess.tokens[rank])
+        scores.append(guess.chances[rank])
+        parents.append(parent)
+        reached[node] = -likely
+        if len(tokens) == budget.nodes:
+            break
+        push(parent, depth, rank + 1)
+        if depth < budget.depth:
+            guesses[node] = after(depth, guess.tokens[rank], node, parent)
+            push(node, depth + 1, 0)
+    return Draft(tuple(tokens), tuple(parents), (source,) * len(tokens), len(tokens), tuple(scores))
+
+
+@dataclass(slots=True)
+class Calibration:
+    """How often guesses of a depth, a rank and a stated chance came true; it starts by believing the statement."""
+
+    _means: dict[tuple[int, int, int], Mean] = field(default_factory=dict)
+
+    def chance(self, depth: int, rank: int, raw: float) -> float:
+        mean = self._means.get(self._kind(depth, rank, raw))
+        return mean.value if mean else raw
+
+    def observe(self, result: Result) -> None:
+        """Book every node that was tried: the children of the accepted ones and of the root."""
+        draft = result.draft
+        if len(draft.scores) < draft.candidates:
+            return
+        tried, accepted = {ROOT, *result.path}, set(result.path)
+        for node, rank in enumerate(ranks(draft)):
+            if draft.parents[node] in tried:
+                kind = self._kind(draft.depths[node], rank, draft.scores[node])
+                if kind not in self._means:
+                    self._means[kind] = Mean(draft.scores[node], 6.0, 0.995)
+                self._means[kind].observe(float(node in accepted))
+
+    @staticmethod
+    def _kind(depth: int, rank: int, raw: float) -> tuple[int, int, int]:
+        return depth, rank, min(int(raw * 6), 5)
+
+
+@dataclass(slots=True)
+class Pace:
+    """What one more row must bring, in tokens: tokens per second now, times the seconds that a row adds to a step.
+
+    Source: the node rule of renewal-reward. `price` is 0 until rows were seen to cost; a fixed price is never changed.
+    """
+
+    fixed: float | None = None
+    time: StepTime = field(default_factory=StepTime)
+    tokens: Mean = field(default_factory=Mean)
+
+    def observe(self, rows: int, seconds: float, tokens: int) -> None:
+        """Book a step of `rows` rows that took `seconds` and brought `tokens`."""
+        self.time.observe(rows, seconds)
+        self.tokens.observe(tokens)
+
+    @property
+    def price(self) -> float:
+        if self.fixed is not None:
+            return self.fixed
+        return self.tokens.value / self.time.seconds * self.time.per_row if self.time.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Guesser:
+    """How a drafter with mask tokens makes trees: at most `nodes` candidates, `branches` of them for each place.
+
+    A node must be as likely as `pace.price`. Errors: OptionError for values out of range.
+    """
+
+    nodes: int
+    branches: int
+    pace: Pace
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        within("num_speculative_tokens", self.nodes, 1, 256)
+        within("branches", self.branches, 1, 16)
+        if self.pace.fixed is not None:
+            within("min_probability", self.pace.fixed, 0.0, 1.0)
+
+    def tree(self, known: int, said: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
+        """The best tree behind the `known` token over what was `said` of the places behind it, within the budget."""
+        room = Budget(min(budget.nodes, self.nodes), min(budget.depth, len(said)), budget.reach)
+        if room.depth <= 0 or room.nodes <= 0:
+            return EMPTY
+
+        def after(depth: int, token: int, node: int, parent: int) -> Guess:
+            return said[depth].after(token, link, self.branches)
+
+        prices = [self.pace.price] * room.nodes
+        return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, prices, source)
+
+    def observe(self, results: SequenceOf[Result], seconds: float) -> None:
+        """Learn from a step that took `seconds` from the end of drafting on. Prefills would be counted as dear rows."""
+        for result in results:
+            self.calibration.observe(result)
+        if all(result.tokens and len(result.answers) == 1 + len(result.draft) for result in results):
+            rows = sum(len(result.answers) for result in results)
+            self.pace.observe(rows, seconds, sum(len(result.tokens) for result in results))
+
+    def endings(self, draft: Draft) -> list[tuple[int, float]]:
+        """ROOT and every candidate with the chance that acceptance ends there, the likeliest first."""
+        reached = {ROOT: 1.0}
+        left = {ROOT: 1.0}
+        for node, rank in enumerate(ranks(draft)):
+            parent = draft.parents[node]
+            own = reached[parent] * self.calibration.chance(draft.depths[node], rank, draft.scores[node])
+            reached[node] = left[node] = own
+            left[parent] = max(left[parent] - own, 0.0)
+        return sorted(left.items(), key=lambda item: -item[1])
+
+
+def ranks(draft: Draft) -> list[int]:
+    """For every candidate, how many siblings stand before it."""
+    counts: dict[int, int] = {}
+    found = []
+    for parent in draft.parents[: draft.candidates]:
+        counts[parent] = counts.get(parent, -1) + 1
+        found.append(counts[parent])
+    return found

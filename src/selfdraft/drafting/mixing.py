@@ -1,0 +1,325 @@
+"""One tree from many sources: what they say is weighed by how often it came true, duplicates are one node.
+
+Two stages of counting, both on line. First each source alone: how often guesses of one kind of evidence (match length,
+own score) and depth came true; that puts the kind on a scale of LEVELS. Then all together: how often a token came true
+for which the sources stand at these levels, at that depth. A verified token scores every guess of every source at its
+place, whether it was run or not. Sources: calibration over recorded requests makes merging pay; credit without
+exploration is "Not-a-Bandit" (HedgeSpec, ICLR 2026).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence as SequenceOf
+from heapq import heappop, heappush, heapreplace
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.drafting.context_tree import Told
+from selfdraft.drafting.estimators import Mean
+from selfdraft.drafting.sources import Source
+from selfdraft.types import Budget
+
+STEPS = (0.015, 0.06, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.985)
+LEVELS = len(STEPS) + 1
+"""A source stands at level 1 to LEVELS; 0 is silence."""
+MIDDLES = (0.0, *((low + high) / 2 for low, high in zip((0.0, *STEPS), (*STEPS, 1.0), strict=True)))
+"""The chance that a level stands for."""
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Classes of depths begin here, behind class 0, the first depth."""
+CLASSES = len(DEPTHS) + 1
+_CLASS = [bisect(DEPTHS, depth) for depth in range(DEPTHS[-1] + 1)]
+TOGETHER = [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+"""The coarser class of a depth for all sources together: each alone knows the depth already."""
+_COARSE = TOGETHER[-1] + 1
+_CHANCE = itemgetter(1)
+PRIOR, FADE = 4.0, 0.998
+WEIGHT = 20.0
+"""Nodes that were foretold rightly before any was seen."""
+TRUST = 0.7
+"""Weight of the best level against the others before any such token was seen: the best of several is often luck."""
+FLOOR = 0.002
+"""A node less likely than this is not worth its row, however cheap rows are."""
+
+
+class Counts:
+    """How often one source's guesses of each kind and depth came true."""
+
+    def __init__(self, beliefs: tuple[float, ...], unit: int) -> None:
+        self.unit = unit
+        """What one level counts in the key of a joint cell."""
+        first = [unit * (1 + bisect(STEPS, belief)) for belief in beliefs]
+        self.levels = [[*first] for _ in range(CLASSES)]
+        """By depth class, then by kind: the level, times the unit."""
+        self._beliefs = beliefs
+        self._means: dict[int, Mean] = {}
+
+    def observe(self, told: Told, depth: int, token: int) -> None:
+        """Book what was told of a place where the text went on with `token`."""
+        means, levels = self._means, self.levels[depth]
+        for guessed, kind in told.items():
+            mean = means.get(kind * CLASSES + depth) or self._begin(kind, depth)
+            level = self.unit * (1 + bisect(STEPS, mean.after(1.0 if guessed == token else 0.0)))
+            if level != levels[kind]:
+                self._move(kind, depth, level)
+
+    def _begin(self, kind: int, depth: int) -> Mean:
+        """A depth that was never seen stands where the next shallower one does."""
+        cell = kind * CLASSES + depth
+        above = next((self._means[c] for c in range(cell, cell - depth - 1, -1) if c in self._means), None)
+        mean = self._means[cell] = Mean(above.value if above else self._beliefs[kind], PRIOR, FADE)
+        return mean
+
+    def _move(self, kind: int, depth: int, level: int) -> None:
+        self.levels[depth][kind] = level
+        for deeper in range(depth + 1, CLASSES):
+            if kind * CLASSES + deeper in self._means:
+                break
+            self.levels[deeper][kind] = level
+
+
+class Cell(NamedTuple):
+    """A joint cell: its own mean, and that of all cells whose two best levels are the same, which it starts from."""
+
+    mean: Mean
+    family: Mean
+
+
+class Paths:
+    """How many nodes of a depth were accepted, for each one that the product of chances foretold.
+
+    Some stretches of text are easier than others, and a product of means does not know which one it stands in: the
+    paths that are deep are those of the easy stretches, and would be foretold too low.
+    """
+
+    def __init__(self) -> None:
+        self.ratios = [1.0] * CLASSES
+        """By depth class."""
+        self._foretold, self._accepted = [WEIGHT] * CLASSES, [WEIGHT] * CLASSES
+
+    def observe(self, foretold: SequenceOf[float], accepted: int) -> None:
+        """Book a tree: its nodes' products, summed up by depth class, and how deep it was accepted."""
+        came = [0] * CLASSES
+        for depth in range(1, accepted + 1):
+            came[_CLASS[depth] if depth < len(_CLASS) else CLASSES - 1] += 1
+        for depth, (said, right) in enumerate(zip(foretold, came, strict=True)):
+            if said:
+                self._foretold[depth] = FADE * self._foretold[depth] + (1 - FADE) * WEIGHT + said
+                self._accepted[depth] = FADE * self._accepted[depth] + (1 - FADE) * WEIGHT + right
+                self.ratios[depth] = self._accepted[depth] / self._foretold[depth]
+
+
+class Credit:
+    """What the evidence of all sources together is worth. Outlives the requests; knows no token."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counts] = {}
+        self.paths = Paths()
+        self._cells: dict[int, Cell] = {}
+        self._families: dict[tuple[int, ...], Mean] = {}
+        self._chances: dict[int, float] = {}
+        self._names: dict[int, str] = {}
+
+    def counts_of(self, source: Source) -> Counts:
+        """The counts of a source by its name; the same for all requests."""
+        found = self.counts.get(source.name)
+        if found is None:
+            unit = _COARSE * (LEVELS + 1) ** len(self.counts)
+            found = self.counts[source.name] = Counts(source.beliefs, unit)
+        return found
+
+    def chance(self, key: int) -> float:
+        """How likely a token is whose sources stand at the levels of `key`."""
+        known = self._chances.get(key)
+        if known is None:
+            mean, family = self._cell(key)
+            mean.guess = family.value
+            known = self._chances[key] = mean.value
+        return known
+
+    def observe(self, keys: dict[int, int], token: int) -> None:
+        """Book the guesses of a place where the text went on with `token`."""
+        cells, chances = self._cells, self._chances
+        for guessed, key in keys.items():
+            mean, family = cells.get(key) or self._cell(key)
+            right = 1.0 if guessed == token else 0.0
+            mean.guess = family.after(right)
+            chances[key] = mean.after(right)
+
+    def _cell(self, key: int) -> Cell:
+        cell = self._cells.get(key)
+        if cell is None:
+            best, *rest = sorted(filter(None, self._levels(key)), reverse=True)
+            kin = key % _COARSE, best, *rest[:1]
+            if kin not in self._families:
+                lower = [MIDDLES[level] for level in rest] or [MIDDLES[best]]
+                start = TRUST * MIDDLES[best] + (1 - TRUST) * sum(lower) / len(lower)
+                self._families[kin] = Mean(start, PRIOR, FADE)
+            cell = self._cells[key] = Cell(Mean(0.0, PRIOR, FADE), self._families[kin])
+        return cell
+
+    def ranked(self, keys: dict[int, int]) -> list[tuple[int, float]]:
+        """Tokens with their chance, the likeliest first; of equals the one that was named first."""
+        known, chance = self._chances, self.chance
+        pairs = [(token, known[key] if key in known else chance(key)) for token, key in keys.items()]
+        if len(pairs) > 1:
+            pairs.sort(key=_CHANCE, reverse=True)
+        return pairs
+
+    def names(self, key: int) -> str:
+        """The sources that speak for a token, joined by '+'."""
+        known = self._names.get(key)
+        if known is None:
+            pairs = zip(self.counts, self._levels(key), strict=False)
+            known = self._names[key] = "+".join(name for name, level in pairs if level)
+        return known
+
+    @staticmethod
+    def _levels(key: int) -> list[int]:
+        key //= _COARSE
+        found = []
+        while key:
+            key, level = divmod(key, LEVELS + 1)
+            found.append(level)
+        return found
+
+
+Branch = tuple[float, int, int, int, float, float, list[tuple[int, float]]]
+"""The best that was not taken yet of what may follow a node: -chance of the path, node, rank, depth of the follower,
+chance of the node's own path, product of the chances along it, tokens and chances."""
+
+
+class Place(NamedTuple):
+    """A place of the tree, or of the text, whose guesses were asked for."""
+
+    states: list[Any]
+    depth: int
+    """Its class."""
+    told: list[tuple[Counts, Told]]
+    """What each source said that said anything."""
+    keys: dict[int, int]
+    """Token -> key of its joint cell."""
+
+
+class Merger:
+    """The sources of one request, and its tree."""
+
+    def __init__(self, sources: SequenceOf[Source], credit: Credit) -> None:
+        self.sources, self.credit = sources, credit
+        self._asks = [(source.step, source.guess, credit.counts_of(source)) for source in sources]
+        self._places: dict[int, Place] = {}
+        """What was said at ROOT and at nodes of the draft."""
+        self._draft = EMPTY
+        self._trail: tuple[list[int], Place | None] = [], None
+        self._foretold: list[float] = []
+        """By depth class, the sum of the products of chances of the draft's nodes."""
+
+    def tree(self, budget: Budget, prices: SequenceOf[float], path: SequenceOf[int] = ()) -> Draft:
+        """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
+
+        Prices never fall, and there is one for each node of the budget. The scores of the draft are chances.
+        `path`: tokens that are thought to come first; the tree hangs under the last of them.
+        """
+        self._places, self._draft = {}, EMPTY
+        most = min(budget.nodes, len(prices)) if budget.depth > 0 else 0
+        if most <= 0:
+            return EMPTY
+        ranked, names, places = self.credit.ranked, self.credit.names, self._places
+        tokens: list[int] = []
+        parents: list[int] = []
+        scores: list[float] = []
+        sources: list[str] = []
+        heap: list[Branch] = []
+        ratios, foretold = self.credit.paths.ratios, [0.0] * CLASSES
+        place, node, reached, product, depth = self._behind(path), ROOT, 1.0, 1.0, 0
+        while True:
+            floor = max(prices[len(tokens)], FLOOR)
+            if depth < budget.depth:
+                places[node] = place
+                pairs = ranked(place.keys)
+                depth += 1
+                if pairs:
+                    ratio = ratios[_CLASS[depth] if depth < len(_CLASS) else CLASSES - 1]
+                    if (likely := min(reached, product * pairs[0][1] * ratio)) >= floor:
+                        heappush(heap, (-likely, node, 0, depth, reached, product, pairs))
+            if not heap or -heap[0][0] < floor:  # it was worth an earlier node; what is left is no likelier
+                break
+            best, parent, rank, depth, above, before, pairs = heap[0]
+            token, chance = pairs[rank]
+            node, reached, product = len(tokens), -best, before * chance
+            level = _CLASS[depth] if depth < len(_CLASS) else CLASSES - 1
+            foretold[level] += product
+            tokens.append(token)
+            parents.append(parent)
+            scores.append(reached / above)
+            sources.append(names(places[parent].keys[token]))
+            if len(tokens) == most:
+                break
+            rank += 1
+            if rank < len(pairs) and (likely := min(above, before * pairs[rank][1] * ratios[level])) >= floor:
+                heapreplace(heap, (-likely, parent, rank, depth, above, before, pairs))
+            else:
+                heappop(heap)
+            if depth < budget.depth:
+                place = self._after(places[parent], token, len(path) + depth)
+        draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
+        if path:
+            self._places = {}  # they are no places of the text
+        else:
+            self._draft, self._foretold = draft, foretold
+        return draft
+
+    def score(self, tokens: SequenceOf[int]) -> None:
+        """The text went on with `tokens`: book what every source said at each of these places, run or not.
+
+        To be called before the sources read the tokens.
+        """
+        place = self._places.get(ROOT) or self._here()
+        self._trail = [], None
+        node: int | None = ROOT
+        accepted = 0
+        children = self._draft.children() if len(tokens) > 1 else {}
+        for depth, token in enumerate(tokens, 1):
+            self.credit.observe(place.keys, token)
+            for counts, told in place.told:
+                counts.observe(told, place.depth, token)
+            if depth < len(tokens):
+                node = children.get((node, token)) if node is not None else None
+                accepted += node is not None
+                known = self._places.get(node) if node is not None else None
+                place = known or self._after(place, token, depth)
+        if len(self._draft):
+            self.credit.paths.observe(self._foretold, accepted)
+        self._places, self._draft = {}, EMPTY
+
+    def _behind(self, path: SequenceOf[int]) -> Place:
+        """The place behind tokens that are thought to come. A longer path goes on where the last one ended."""
+        known, place = self._trail
+        if not path or place is None or list(path[: len(known)]) != known:
+            known, place = [], self._here()
+        for depth in range(len(known), len(path)):
+            place = self._after(place, path[depth], depth + 1)
+        self._trail = [*path], place
+        return place
+
+    def _here(self) -> Place:
+        return self._place([source.state for source in self.sources], 0)
+
+    def _after(self, place: Place, token: int, depth: int) -> Place:
+        asks, old = self._asks, place.states
+        states = [ask[0](state, token) if state else None for ask, state in zip(asks, old, strict=True)]
+        return self._place(states, _CLASS[depth] if depth < len(_CLASS) else CLASSES - 1)
+
+    def _place(self, states: list[Any], depth: int) -> Place:
+        """Ask every source; the key of a token sums up the levels of all that named it."""
+        keys: dict[int, int] = {}
+        said: list[tuple[Counts, Told]] = []
+        base = TOGETHER[depth]
+        for (_, guess, counts), state in zip(self._asks, states, strict=True):
+            if state and (told := guess(state)):
+                said.append((counts, told))
+                levels = counts.levels[depth]
+                for token, kind in told.items():
+                    keys[token] = keys.get(token, base) + levels[kind]
+        return Place(states, depth, said, keys)

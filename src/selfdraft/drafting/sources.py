@@ -1,0 +1,191 @@
+"""Where guesses come from when they cost no pass: contexts, copies and alignments in a told text, the model's own
+runners-up.
+
+A source says, at any place of a tree of guesses, which tokens may follow and of what kind its evidence is. How much a
+kind is worth is measured, not said (`merge.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+from weakref import ref
+
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.verify import Result
+from selfdraft.drafting.alignment import COPIED, FOLLOWED, KINDS, Aligned, Match, kind_of_match, realign
+from selfdraft.drafting.context_tree import BELIEFS, SILENCE, ContextTree, State, Told
+from selfdraft.drafting.successors import Answers, likeliest, topk
+
+ANCHOR = 2
+"""A match of so many tokens leaves an alignment behind when it breaks."""
+SUCCESSORS = 8
+"""Runners-up that are kept behind a token, as in the paper."""
+
+
+class Source(Protocol):
+    """One way to guess, for one request. A state that is false has nothing to say."""
+
+    name: str
+    beliefs: tuple[float, ...]
+    """How likely a guess of each kind of evidence is thought to be before any was seen."""
+
+    @property
+    def state(self) -> Any:
+        """Where the source stands at the end of the text."""
+
+    def step(self, state: Any, token: int) -> Any:
+        """The state one token on."""
+
+    def guess(self, state: Any) -> Told:
+        """What may follow."""
+
+
+class Reader:
+    """Reads a request's tokens beside a told text: the request's own, earlier outputs, or a prediction."""
+
+    def __init__(self, tree: ContextTree, *, own: bool = False, aligned: Aligned | None = None) -> None:
+        self.tree = tree
+        self.own = own
+        self.match = Match(tree)
+        self.aligned = aligned
+        self.contexts: State = tree.state if own else []
+        self._read: list[int] = tree.text if own else []
+
+    def push(self, token: int) -> None:
+        """The request's next token. Constant time, amortised."""
+        match, told, aligned = self.match, self.tree.text, self.aligned
+        length = match.length
+        broken = length >= ANCHOR and not (match.place < len(told) and told[match.place] == token)
+        if broken:
+            aligned = Aligned(match.place)
+        if aligned is not None:
+            aligned = realign(told, aligned, token)
+        if self.own:
+            self.tree.push(token)
+            self.contexts = self.tree.state
+        else:
+            self._read.append(token)
+            self.contexts = self.tree.step(self.contexts, token)
+        match.push(self._read, self.contexts)
+        if aligned is not None and match.length > (length if broken else ANCHOR + aligned.run):
+            aligned = None
+        self.aligned = aligned
+
+
+class Contexts:
+    """What followed the last one to six tokens."""
+
+    beliefs: tuple[float, ...] = BELIEFS
+
+    def __init__(self, name: str, reader: Reader) -> None:
+        self.name, self.reader = name, reader
+        self.step, self.guess = reader.tree.step, reader.tree.guess
+
+    @property
+    def state(self) -> State:
+        return self.reader.contexts
+
+
+class Copies:
+    """What followed the longest match. A state is the place where the copy goes on, and the length so far."""
+
+    beliefs: tuple[float, ...] = COPIED
+
+    def __init__(self, name: str, reader: Reader) -> None:
+        self.name, self.reader = name, reader
+        self._told = reader.tree.text
+
+    @property
+    def state(self) -> tuple[int, int] | None:
+        match = self.reader.match
+        return (match.place, match.length) if match.length else None
+
+    def step(self, state: tuple[int, int], token: int) -> tuple[int, int] | None:
+        place, length = state
+        return (place + 1, length + 1) if place < len(self._told) and self._told[place] == token else None
+
+    def guess(self, state: tuple[int, int]) -> Told:
+        place, length = state
+        told = self._told
+        return {told[place]: kind_of_match(length)} if place < len(told) and told[place] >= 0 else SILENCE
+
+
+class Alignments:
+    """What stands where a broken copy would be by now, and one token further."""
+
+    beliefs: tuple[float, ...] = FOLLOWED
+
+    def __init__(self, name: str, reader: Reader) -> None:
+        self.name, self.reader = name, reader
+        self._told = reader.tree.text
+
+    @property
+    def state(self) -> Aligned | None:
+        return self.reader.aligned
+
+    def step(self, state: Aligned, token: int) -> Aligned | None:
+        return realign(self._told, state, token)
+
+    def guess(self, state: Aligned) -> Told:
+        told, place, kind = self._told, state.place, state.kind
+        if place >= len(told) or told[place] < 0:
+            return SILENCE
+        if place + 1 >= len(told) or told[place + 1] < 0 or told[place + 1] == told[place]:
+            return {told[place]: kind}
+        return {told[place]: kind, told[place + 1]: kind + KINDS}
+
+
+class Successors:
+    """The model's likeliest tokens behind a token when it was last asked there. A state is a token and its place.
+
+    A sampled request's runners-up are ordered with the noise that the target will use at the place.
+    Source: Token Recycling (arXiv 2408.08696), section 3.
+    """
+
+    beliefs: tuple[float, ...] = (0.45, 0.12, *[0.04] * (SUCCESSORS - 2))
+
+    def __init__(self, name: str, sequence: Sequence) -> None:
+        self.name = name
+        self._of = ref(sequence)  # the drafter's note must not keep its sequence alive
+        self._greedy = sequence.sampling.greedy
+        self._told: dict[int, Told] = {}
+        self._answers = Answers()
+        self.awake = True
+        """Whether it says anything."""
+
+    @property
+    def _sequence(self) -> Sequence:
+        sequence = self._of()
+        assert sequence is not None, "whoever asks has it"
+        return sequence
+
+    @property
+    def state(self) -> tuple[int, int] | None:
+        tokens = self._sequence.tokens
+        return (tokens[-1], len(tokens)) if self.awake else None
+
+    def step(self, state: tuple[int, int], token: int) -> tuple[int, int]:
+        return token, state[1] + 1
+
+    def guess(self, state: tuple[int, int]) -> Told:
+        token, place = state
+        if self._greedy:
+            return self._told.get(token, SILENCE)
+        found = self._answers.guess(token, self._sequence, place, SUCCESSORS)[0]
+        return {follower: rank for rank, follower in enumerate(found)}
+
+    def learn(self, last: int, result: Result) -> None:
+        """Every row that was run teaches, `last` being the token before the draft; what the text took counts most."""
+        if result.logits is None:
+            return
+        draft, tokens = result.draft, [last, *result.draft.tokens]
+        order = [*range(len(draft), 0, -1), 0, *(node + 1 for node in result.path)]
+        if self._greedy:
+            best = topk(result.logits, SUCCESSORS)[1].tolist()
+            told = [dict(zip(found, range(SUCCESSORS), strict=False)) for found in best]
+            for row in order:
+                self._told[tokens[row]] = told[row]
+            return
+        scores, ids = likeliest(result.logits, self._sequence.sampling)
+        for row in order:
+            self._answers.learn(tokens[row], scores[row], ids[row], row > draft.candidates)

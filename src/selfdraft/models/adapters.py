@@ -1,0 +1,282 @@
+"""Mask tokens: learned placeholder embeddings, and a low-rank adapter that acts on their rows alone.
+
+S3D (arXiv 2405.20314) and SPACE (arXiv 2402.11809) let mask tokens guess several next tokens at once; SPACE changes the
+model's weights for that. Here the weights stay as they are: a row gate leaves every other row what the untouched
+checkpoint computes, bit for bit, so the text is that of the original model (gated low-rank adapter: arXiv 2507.11851).
+The adapter is stored in PEFT's LoRA format, the embeddings and what is known about both beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfdraft.core.rows import Rows
+from selfdraft.errors import LoadError
+from selfdraft.models import views
+from selfdraft.models.exactness import out_of, width_of
+from selfdraft.models.runner.trace_ops import gate
+
+CARD = "selfdraft.json"
+CHECKPOINT = "training.pt"
+"""Beside them while training has not ended."""
+EMBEDDINGS = "masks.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the path of a module."""
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name for the tensors of an adapter."""
+METHODS = ("s3d", "space")
+PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
+"""Settings of a LoRA that change its arithmetic; adapters for masks have none of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskAdapter:
+    """The masks of one method.
+
+    `embeddings` [masks, hidden]; mask j of a group predicts the token j + 2 places behind the row it hangs under.
+    `layers` holds, for each adapted linear layer by its path, (down [in, rank], up [rank, out], scaled).
+    """
+
+    method: str
+    embeddings: Tensor
+    layers: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    whole_spans: bool = False
+    """In a pass with skipped sublayers the known tokens of a span with masks use the adapter too (S3D)."""
+    advice: Mapping[str, object] = field(default_factory=dict)
+    """Options of the drafter that were found best for this adapter."""
+    link: tuple[Tensor, Tensor] | None = None
+    """(down [hidden, rank], up [rank, hidden]): what a row says is shifted by the token that came before.
+
+    Masks guess without knowing one another's tokens; the drafter knows them when it makes the tree. The shift is linear
+    in the token's embedding, so it costs no pass (the sampler head of arXiv 2507.11851, without its hidden layer).
+    """
+
+    @property
+    def bytes(self) -> int:
+        tensors = [self.embeddings, *(part for pair in self.layers.values() for part in pair), *(self.link or ())]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(slots=True)
+class Gate:
+    """Which rows of the running pass use which adapter; set and cleared by the target around the pass."""
+
+    rows: dict[int, slice | Tensor] = field(default_factory=dict)
+    traced: bool = False
+    """The pass is being written down (`trace.py`): any row may use any adapter then."""
+
+
+class Gated(nn.Module):
+    """A linear layer with `up(down(x))` added on the rows that the gate names, and on no others."""
+
+    def __init__(self, layer: nn.Module, parts: SequenceOf[tuple[int, Tensor, Tensor]], gate: Gate) -> None:
+        super().__init__()
+        self.layer, self.parts, self.gate = layer, parts, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        for number, down, up in self.parts:
+            if self.gate.traced:
+                y = gate(y, x, down, up, number)
+                continue
+            rows = self.gate.rows.get(number)
+            if rows is None:
+                continue
+            asked, said = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])  # some layers (OPT's) see no batch axis
+            if isinstance(rows, Tensor):
+                said.index_add_(0, rows, (asked[rows] @ down @ up).to(y.dtype))
+            elif y.dtype == up.dtype == x.dtype:
+                said[rows].addmm_(asked[rows].mm(down), up)  # small layers are nothing but calls: two, not five
+            else:
+                said[rows] += (asked[rows] @ down @ up).to(y.dtype)
+        return y
+
+
+def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate) -> PreTrainedModel:
+    """A view of `stock` whose adapted layers obey the gate; adapter i is number i there. Errors: LoadError."""
+    weight = next(p for p in stock.parameters() if p.is_floating_point())
+    parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    for number, adapter in enumerate(adapters):
+        for path, pair in adapter.layers.items():
+            down, up = (part.to(weight.device, weight.dtype) for part in pair)
+            parts.setdefault(path, []).append((number, down, up))
+
+    def along(module: nn.Module, path: str) -> nn.Module:
+        if path in parts:
+            return Gated(module, parts.pop(path), gate)
+        if not any(name.startswith(path and path + ".") for name in parts):
+            return module
+        return views.with_children(module, lambda name, child: along(child, f"{path}.{name}" if path else name))
+
+    changed = along(stock, "")
+    if parts:
+        path, ((number, _, _), *_) = next(iter(parts.items()))
+        raise LoadError(f"the adapter of {adapters[number].method!r} has a layer {path!r}, the model has not")
+    assert isinstance(changed, PreTrainedModel)
+    return changed
+
+
+def linked(model: PreTrainedModel, before: Tensor, down: Tensor, up: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Shift of the logits by the tokens `before` [..., n]: [..., n, vocab], or only that of `ids` [k]: [..., n, k]."""
+    embedded = model.get_input_embeddings()(before).to(down.dtype)
+    state = F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
+    head = model.get_output_embeddings()
+    if head.weight.is_floating_point():
+        weight = head.weight if ids is None else head.weight[ids]
+        return F.linear(state.to(weight.dtype), weight)
+    shift: Tensor = head(state)  # quantised: only the layer itself can read its weights
+    if head.bias is not None:
+        shift = shift - head.bias  # a shift has none
+    return shift if ids is None else shift[..., ids]
+
+
+def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skipped: bool) -> dict[int, slice | Tensor]:
+    """For each adapter that acts in this pass, its rows: those with its mask ids (see `whole_spans`)."""
+    tokens = rows.tokens.tolist()
+    found: dict[int, slice | Tensor] = {}
+    first = vocab
+    for number, adapter in enumerate(adapters):
+        stop = first + len(adapter.embeddings)
+        mine = [row for row, token in enumerate(tokens) if first <= token < stop]
+        first = stop
+        if skipped and adapter.whole_spans:
+            own = set(mine)
+            spans = (range(span.start, span.start + span.size) for span in rows.spans)
+            mine = [row for span in spans if own.intersection(span) for row in span]
+        if mine:
+            dense = mine[-1] - mine[0] + 1 == len(mine)
+            found[number] = slice(mine[0], mine[-1] + 1) if dense else torch.tensor(mine)
+    return found
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash by which an adapter knows its model: sizes, some embeddings and all norms, as bfloat16 in any dtype."""
+    config = model.config.get_text_config()
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(f"{config.vocab_size} {config.hidden_size} {config.num_hidden_layers}".encode())
+    table = model.get_input_embeddings().weight
+    samples = [table[:: max(1, len(table) // 64), :16]]
+    samples += [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]]
+    for sample in samples:
+        digest.update(sample.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_adapter(folder: str | Path, model: PreTrainedModel) -> MaskAdapter:
+    """The adapter that `selfdraft train` wrote into `folder`. Errors: LoadError says what is wrong, and the way out."""
+    place = Path(folder).expanduser()
+    card = _json(place, CARD)
+    _check_card(place, card, model)
+    tensors = _tensors(place / EMBEDDINGS)
+    embeddings = tensors.get("embeddings")
+    hidden = int(model.config.get_text_config().hidden_size)
+    if embeddings is None or embeddings.ndim != 2 or embeddings.shape[1] != hidden:
+        shape = None if embeddings is None else tuple(embeddings.shape)
+        raise LoadError(f"{place / EMBEDDINGS}: mask embeddings of shape {shape}; the model needs [masks, {hidden}]")
+    settings, advice = card.get("settings") or {}, card.get("advice", {})
+    needed = settings.get("rank") and not settings.get("sar_sft")
+    layers = _layers(place, model) if needed or (place / WEIGHTS).exists() else {}
+    link = None
+    if "link_down" in tensors or "link_up" in tensors:
+        link = _link(place / EMBEDDINGS, tensors, hidden)
+    return MaskAdapter(str(card["method"]), embeddings, layers, card["method"] == "s3d", advice, link)
+
+
+def _link(path: Path, tensors: Mapping[str, Tensor], hidden: int) -> tuple[Tensor, Tensor]:
+    down, up = (tensors.get(name, torch.empty(0)) for name in ("link_down", "link_up"))
+    if down.ndim != 2 or down.shape[0] != hidden or up.shape != (down.shape[1], hidden):
+        raise LoadError(f"{path}: a link of shapes {tuple(down.shape)} and {tuple(up.shape)} does not fit this model")
+    return down, up
+
+
+def load_adapters(places: SequenceOf[str | Path | MaskAdapter], model: PreTrainedModel) -> list[MaskAdapter]:
+    """Adapters out of folders, or given as they are; of several for one method the first counts. Errors: LoadError."""
+    found: dict[str, MaskAdapter] = {}
+    for place in places:
+        adapter = place if isinstance(place, MaskAdapter) else load_adapter(place, model)
+        found.setdefault(adapter.method, adapter)
+    return list(found.values())
+
+
+def find_adapters(folder: Path) -> list[Path]:
+    """Adapters that lie in a checkpoint's folder, each in one of its own named selfdraft_*."""
+    return sorted(path.parent for path in folder.glob(f"selfdraft_*/{CARD}"))
+
+
+def _check_card(place: Path, card: dict[str, Any], model: PreTrainedModel) -> None:
+    if not isinstance(card.get("method"), str) or not isinstance(card.get("model"), str):
+        raise LoadError(f"{place / CARD}: 'method' and 'model' are missing; was it written by selfdraft train?")
+    if card["method"] not in METHODS:
+        raise LoadError(f"{place / CARD}: method {card['method']!r} is unknown; there are {', '.join(METHODS)}")
+    for name in ("settings", "advice"):
+        if not isinstance(card.get(name, {}), dict):
+            raise LoadError(f"{place / CARD}: {name!r} is not a JSON object; was it written by selfdraft train?")
+    mine = fingerprint(model)
+    if card["model"] != mine:
+        raise LoadError(
+            f"{place}: this adapter was trained for another model ({card['model']}, this one is {mine}); "
+            "train one: selfdraft train --model DIR --output DIR"
+        )
+
+
+def _layers(place: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """(down [in, rank], up [rank, out]) by module path out of PEFT's files; the scale is put into `up`."""
+    config = _json(place, "adapter_config.json")
+    odd = [name for name in PLAIN if config.get(name)]
+    if config.get("peft_type") != "LORA" or odd:
+        what = odd[0] if odd else config.get("peft_type")
+        raise LoadError(f"{place}: only plain LoRA can be gated, this one has {what!r}")
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        raise LoadError(f"{place / 'adapter_config.json'}: lora_alpha={alpha!r} and r={rank!r} are no numbers to use")
+    tensors = _tensors(place / WEIGHTS)
+    modules = dict(model.named_modules())
+    layers = {}
+    while tensors:
+        name = next(iter(tensors))
+        path = name.removeprefix(PREFIX).partition(".lora_")[0]
+        down, up = (tensors.pop(f"{PREFIX}{path}.lora_{part}.weight", None) for part in "AB")
+        if down is None or up is None:
+            raise LoadError(f"{place / WEIGHTS}: tensor {name!r} is no half of a plain LoRA pair")
+        wide = out_of(modules[path]) if path in modules else None
+        if wide is None or (*down.shape, *up.shape) != (rank, width_of(modules[path]), wide, rank):
+            raise LoadError(f"{place}: layer {path!r} of the adapter does not fit this model")
+        layers[path] = (down.T.contiguous(), (alpha / rank * up.T).contiguous())
+    return layers
+
+
+def _json(place: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((place / name).read_text("utf-8"))
+    except FileNotFoundError:
+        begun = name == CARD and (place / CHECKPOINT).exists()
+        why = "its training has not ended; run selfdraft train again, with the same options, and it goes on"
+        raise LoadError(f"{place} is no adapter folder: {why if begun else f'{name} is missing there'}") from None
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{place / name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise LoadError(f"{place / name}: not a JSON object")
+    return content
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except FileNotFoundError:
+        raise LoadError(f"{path} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,102 @@
+"""The compiled half of a tape: `kernels.cpp`, built by the machine's own C++ compiler once and kept for the user.
+
+Nothing is built when the package is installed, so that it stays one wheel for every machine. Without a compiler the
+plain path runs, and says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from selfdraft.errors import RunnerUnavailable
+from selfdraft.files.atomic import cache_folder, whole_file
+from selfdraft.models.runner.tape import INSTR, STEP
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
+PATIENCE = 300
+"""Seconds that the compiler may take."""
+
+
+class Pass(ctypes.Structure):
+    """The layout of `Pass` in kernels.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "answers", "threads", "layers")),
+        *((name, ctypes.c_void_p) for name in ("arena", "scratch")),
+        ("scratch_bytes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "slot", "place", "seen", "extra", "position", "extras")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "strides")),
+        ("ahead", ctypes.c_int64),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels, built on first use. Errors: RunnerUnavailable says what is missing."""
+    compiler = _compiler()
+    built = cache_folder("kernels") / f"kernels-{_fingerprint(compiler)}.so"
+    if not built.is_file():
+        _build(compiler, built)
+    try:
+        opened = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise RunnerUnavailable(f"{built} cannot be loaded: {error}") from error
+    word, place = ctypes.c_int64, ctypes.c_void_p
+    opened.selfdraft_keep.argtypes = [place, place, word, word, word, place, word]
+    opened.selfdraft_run.argtypes = [place, word, place, place]
+    sizes = [opened.selfdraft_sizes(which) for which in range(3)]
+    assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels.cpp and tape.py disagree"
+    return opened
+
+
+def fingerprint() -> str:
+    """A name for the kernels as they are built here. Errors: RunnerUnavailable."""
+    return _fingerprint(_compiler())
+
+
+def _compiler() -> str:
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise RunnerUnavailable(f"there is no C++ compiler ({', '.join(COMPILERS)}) on this machine")
+    return compiler
+
+
+@cache
+def _fingerprint(compiler: str) -> str:
+    """Changes with the source, the flags, the compiler, and the processor that it builds for."""
+    told = _call([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    return hashlib.blake2b(SOURCE.read_bytes() + " ".join(FLAGS).encode() + told, digest_size=12).hexdigest()
+
+
+def _build(compiler: str, wanted: Path) -> None:
+    """Build `wanted`, whole or not at all. Errors: RunnerUnavailable."""
+    try:
+        with whole_file(wanted) as part:
+            _call([compiler, *FLAGS, str(SOURCE), "-o", str(part)])
+            part.chmod(0o755)
+    except OSError as error:
+        raise RunnerUnavailable(
+            f"{wanted} cannot be written ({error.strerror}): set SELFDRAFT_CACHE to a folder that can"
+        ) from error
+
+
+def _call(command: list[str]) -> bytes:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RunnerUnavailable(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise RunnerUnavailable(f"{command[0]} failed: {next((line for line in said if 'error' in line), 'no reason')}")
+    return done.stdout

@@ -1,0 +1,308 @@
+"""Any stock decoder of transformers as a Target: its own forward on flat rows, our attention, our cache."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfdraft.core.kv_cache import KVCache
+from selfdraft.core.rows import Rows
+from selfdraft.drafting.pass_cost import Profile
+from selfdraft.errors import OptionError
+from selfdraft.models import views
+from selfdraft.models.adapters import Gate, MaskAdapter, gate_rows, gated, linked
+from selfdraft.models.attention import NAME, Plan, attend, make_plan, register
+from selfdraft.models.early_states import EarlyStates, unknown_part
+from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.rounded import Copy, rounding
+from selfdraft.models.runner.runner import Runner
+from selfdraft.types import Clock, Rounded, Short, Skip
+
+register(NAME, attend)
+
+
+@dataclass(frozen=True, slots=True)
+class Exactness:
+    """How equal drafted and plain text are here: 'bitwise' (same logits) or 'token' (same text up to near-ties)."""
+
+    level: Literal["bitwise", "token"]
+    why: str
+    """What was probed, or what stands in the way."""
+
+
+UNPROBED = Exactness("token", "nothing was probed")
+
+
+class HFTarget:
+    """A stock model and its memory of every slot. See `selfdraft.protocols.Target`.
+
+    `model` is used through a view and never touched. `shapes` sets the exactness level (`shapes.py`).
+    `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
+    `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
+    `skip_default` is the skip set that came with the checkpoint, if any. `fast` runs passes as tapes (`runner.py`)
+    instead of through transformers. `clock` is what drafters and measurements read, in seconds.
+    Errors: RunnerUnavailable when that cannot be done.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int = 1,
+        context: int | None = None,
+        shapes: Shapes = NATURAL,
+        adapters: SequenceOf[MaskAdapter] = (),
+        exactness: Exactness = UNPROBED,
+        fast: bool = False,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.config = model.config.get_text_config()
+        self.vocab = int(self.config.vocab_size)
+        self.shapes = shapes
+        self.slots = slots
+        self.clock = clock
+        self.exactness = exactness
+        self.last: Plan | None = None
+        self.skip_default: Skip | None = None
+        self.profile: Profile | None = None
+        """Whoever measures one puts it here."""
+        self._view = views.clone(model).eval()
+        self.adapters = tuple(adapters)
+        self._gate = Gate()
+        self._gated = gated(self._view, self.adapters, self._gate) if adapters else self._view
+        self._views: dict[object, PreTrainedModel] = {}
+        self.copies: dict[int, Copy] = {}
+        """What the rounded copies took that were made so far, by bits."""
+        self._early = EarlyStates()
+        self._context = context or context_of(model)
+        self._device = next(model.parameters()).device
+        tables = [adapter.embeddings.to(self._device) for adapter in self.adapters]
+        self._masks = torch.cat(tables) if tables else None
+        self._links = {
+            adapter.method: tuple(part.to(self._device) for part in adapter.link)
+            for adapter in self.adapters
+            if adapter.link is not None
+        }
+        self.cache = KVCache(slots, shapes.edge(255, 256))
+        self.runner: Runner | None = None
+        self.runs = "plain"
+        """How passes are run, and why not fast if they are not."""
+        if fast:
+            self.runs = "fast"
+            self.runner = Runner(model, self.cache, len(self.adapters))
+            self.runner.tape(self._view)
+
+    def plainly(self) -> HFTarget:
+        """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
+        twin = copy.copy(self)
+        twin.runner, twin.runs, twin.slots, twin.last = None, "plain", 1, None
+        twin.cache, twin._early = KVCache(1, self.shapes.edge(255, 256)), EarlyStates()
+        return twin
+
+    @property
+    def masks(self) -> int:
+        return 0 if self._masks is None else self._masks.shape[0]
+
+    def masks_of(self, method: str) -> range:
+        first = self.vocab
+        for adapter in self.adapters:
+            if adapter.method == method:
+                return range(first, first + len(adapter.embeddings))
+            first += len(adapter.embeddings)
+        return range(0)
+
+    def advice(self, method: str) -> Mapping[str, object]:
+        if method == "layer_skip" and self.skip_default is not None:
+            return {"skip_set": self.skip_default}
+        return next((adapter.advice for adapter in self.adapters if adapter.method == method), {})
+
+    @torch.inference_mode()
+    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
+        pair = self._links.get(method)
+        if pair is None:
+            return None
+        down, up = pair
+        return linked(self._view, torch.tensor(token, device=self._device), down, up, ids.to(self._device))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of mask embeddings and adapters in bytes."""
+        return sum(adapter.bytes for adapter in self.adapters)
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    def edge(self, position: int) -> int:
+        return self.shapes.edge(position, self._context)
+
+    def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
+        if all(map(int.__eq__, order, range(len(order)))):
+            return  # as after every step of plain decoding
+        with torch.inference_mode():  # the cache was made in it and may only be written in it
+            (self.runner or self.cache).keep(slot, base, order)
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+        self._make_room(rows)
+        skipped = isinstance(short, Skip)
+        acting = gate_rows(rows, self.adapters, self.vocab, skipped=skipped) if rows.probing else {}
+        if acting:
+            return self._run_gated(rows, short, acting)
+        if short is None:
+            return self._full(rows)
+        logits, noted = self._pass(self.view(short), rows)
+        if isinstance(short, Skip) and noted is not None:
+            self._early.note(rows, noted, short.first)
+        else:
+            self._early.forget(rows)
+        return logits
+
+    def _run_gated(self, rows: Rows, short: Short | None, acting: dict[int, slice | Tensor]) -> Tensor:
+        """A pass in which some rows use their adapter. What it leaves in the cache is nothing to build on."""
+        self._early.forget(rows)
+        self._gate.rows = acting
+        try:
+            return self._pass(self._gated if short is None else self._gated_view(short), rows)[0]
+        finally:
+            self._gate.rows = {}
+
+    def _full(self, rows: Rows) -> Tensor:
+        """All blocks for all rows; what a drafting pass has computed of the first blocks is taken from there."""
+        block = self._early.block
+        known = self._early.take(rows)
+        if not known:
+            return self._pass(self._view, rows)[0]
+        hidden: dict[int, Tensor] = dict(known)
+        left = unknown_part(rows, known)
+        if left is not None:
+            _, noted = self._pass(self._cut("first", block, views.leaving), left)
+            assert noted is not None
+            places = [row for row in range(len(rows)) if row not in known]
+            hidden |= dict(zip(places, noted, strict=False))
+        states = torch.stack([hidden[row] for row in range(len(rows))])
+        return self._pass(self._cut("rest", block, views.resuming), rows, states)[0]
+
+    def _pass(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """One pass of a view. Returns logits of the rows asked for, and the states [n, hidden] noted on the way.
+
+        `hidden` [n, hidden] is where a view that resumes begins.
+        """
+        if self.runner is None:
+            logits, plan = self._run(model, rows, hidden)
+            return logits, None if plan.hidden is None else plan.hidden[0]
+        embeds = self._inputs(rows.tokens[None]).get("inputs_embeds") if rows.probing else None
+        self._gate.traced = True
+        try:
+            traced = self.runner.tape(model, embedded=embeds is not None, resuming=hidden is not None)
+        finally:
+            self._gate.traced = False
+        self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
+        return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self._gate.rows)
+
+    def _run(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Plan]:
+        """The plain path: one pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
+        plan = self.last = make_plan(rows, self.cache, self.shapes, self._device)
+        padding = self.shapes.round_rows(len(rows)) - len(rows)
+        tokens = torch.nn.functional.pad(rows.tokens, (0, padding))[None].to(self._device)
+        positions = torch.nn.functional.pad(rows.positions, (0, padding))[None].to(self._device)
+        if hidden is not None:
+            plan.hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))[None]
+        asked = list(rows.answers)
+        asked += [0] * (self.shapes.round_rows(len(asked)) - len(asked))
+        output = model(
+            **self._inputs(tokens),
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=torch.tensor(asked, dtype=torch.int64, device=self._device),
+            selfdraft=plan,
+        )
+        return output.logits[0, : len(rows.answers)], plan
+
+    def view(self, short: Short) -> PreTrainedModel:
+        """The model as `short` says. One with sublayers left out notes the states entering the first of them."""
+        if short not in self._views:
+            if isinstance(short, Rounded):
+                with torch.inference_mode(False):
+                    self._views[short], self.copies[short.bits] = rounding(
+                        self._view, short.bits, self._gate, self.clock
+                    )
+                return self._views[short]
+            made = self._short(self._view, short)
+            self._views[short] = views.noting(made, self.layers, short.first) if short.first else made
+        return self._views[short]
+
+    def _gated_view(self, short: Short) -> PreTrainedModel:
+        if ("gated", short) not in self._views:
+            if isinstance(short, Rounded):
+                made = gated(self.view(short), self.adapters, self._gate)
+            else:
+                made = self._short(self._gated, short)
+            self._views["gated", short] = made
+        return self._views["gated", short]
+
+    def _short(self, whole: PreTrainedModel, skip: Skip) -> PreTrainedModel:
+        outside = [i for i in skip.attention | skip.mlp if not 0 <= i < self.layers]
+        if outside:
+            raise OptionError(f"block {outside[0]} cannot be skipped: the model has blocks 0 to {self.layers - 1}")
+        return views.skipping(whole, self.layers, skip)
+
+    def _cut(
+        self, part: str, block: int, make: Callable[[PreTrainedModel, int, int], PreTrainedModel]
+    ) -> PreTrainedModel:
+        if (part, block) not in self._views:
+            self._views[part, block] = make(self._view, self.layers, block)
+        return self._views[part, block]
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Token ids [1, n], or embeddings [1, n, hidden] where mask ids are among them."""
+        if self._masks is None or not bool((tokens >= self.vocab).any()):
+            return {"input_ids": tokens}
+        stock = self._view.get_input_embeddings()(tokens.clamp(max=self.vocab - 1))
+        learned = self._masks[(tokens - self.vocab).clamp(min=0)].to(stock.dtype)
+        return {"inputs_embeds": torch.where((tokens >= self.vocab)[..., None], learned, stock)}
+
+    def _make_room(self, rows: Rows) -> None:
+        last = max(span.base + span.size for span in rows.spans)
+        self.cache.reserve(max(last, self.shapes.edge(int(rows.positions.max()), 0)))
+        for span in rows.spans:
+            self.cache.claim(span.slot, span.base, span.size)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Most positions the model has; transformers names it differently from family to family.
+
+    Rotary frequencies that depend on the current length ('dynamic', 'longrope') would make old keys wrong as the text
+    grows; they are constant up to a first length, and that is the context then.
+    """
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    most = next((int(value) for name in names if (value := getattr(config, name, None))), 2048)
+    for rope in ropes_of(config):
+        if rope.get("rope_type") in GROWING:
+            first = rope.get("original_max_position_embeddings")
+            first = first or getattr(config, "original_max_position_embeddings", None)
+            most = min(most, int(first or most))
+    return most
+
+
+GROWING = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies depend on the current length."""
+
+
+def ropes_of(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a text configuration: one, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [each for each in rope.values() if isinstance(each, dict)] or [rope]

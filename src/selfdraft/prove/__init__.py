@@ -1,0 +1,1 @@
+"""Is it equal? Proofs by comparison: drafted against plain decoding, against transformers, levels of this machine."""

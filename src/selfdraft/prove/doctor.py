@@ -1,0 +1,93 @@
+"""Which exactness level this machine reaches, found by trying it on a real model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import Draft
+from selfdraft.core.verify import Result
+from selfdraft.engine.engine import Engine
+from selfdraft.protocols import Drafter, Target
+from selfdraft.prove.record import Record, decode
+from selfdraft.types import Budget
+
+
+class HalfRight:
+    """A drafter for probing: knows the plain text, guesses some of it right and some wrong, in two branches.
+
+    So the trial sees accepted rows, rejected rows that must be forgotten, and paths that are out of place.
+    """
+
+    def __init__(self, text: SequenceOf[int], vocab: int) -> None:
+        self.text, self.vocab = text, vocab
+
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        drafts = []
+        for sequence in sequences:
+            done = sequence.written
+            right = list(self.text[done : done + 1 + done % 6])
+            wrong = [(token + 7) % self.vocab for token in self.text[done : done + 3]]
+            drafts.append(Draft.branches([wrong, [*right, *wrong[:2]]], "half_right"))
+        return drafts
+
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Plain against drafted rows of one dtype and one rule of shapes."""
+
+    dtype: str
+    shapes: str
+    tokens: int
+    tokens_equal: int
+    rows: int
+    rows_bitwise_equal: int
+
+    @property
+    def level(self) -> str:
+        """The strictest level that held on every row."""
+        if self.rows_bitwise_equal == self.rows == self.tokens:
+            return "bitwise"
+        return "token" if self.tokens_equal == self.tokens else "none"
+
+
+def trial(
+    target: Target, none: Drafter, requests: SequenceOf[Callable[[], Sequence]], dtype: str, shapes: str
+) -> Trial:
+    """Decode every request plainly and with drafts, and compare tokens and the bits of their logits."""
+    tokens = equal = rows = same = 0
+    for request in requests:
+        plain = decode(Engine(target, none), request(), bits=True)
+        drafted = decode(Engine(target, HalfRight(plain.tokens, target.vocab)), request(), bits=True)
+        tokens += len(plain.tokens)
+        equal += _common(plain, drafted)
+        rows += len(plain.digests)
+        same += sum(a == b for a, b in zip(plain.digests, drafted.digests, strict=False))
+    return Trial(dtype, shapes, tokens, equal, rows, same)
+
+
+def _common(one: Record, other: Record) -> int:
+    return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=False))
+
+
+def machine() -> dict[str, object]:
+    """The conditions that can change bits or speed."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_units": bool(torch.cpu._is_avx512_bf16_supported()),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }

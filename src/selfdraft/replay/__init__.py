@@ -1,0 +1,1 @@
+"""Recorded answers, decoded again without a model: what a drafter would have proposed and gained."""

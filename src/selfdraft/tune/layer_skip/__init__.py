@@ -1,0 +1,1 @@
+"""The search for a skip set: which sublayers a layer-skip draft leaves out."""
