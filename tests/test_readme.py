@@ -7,13 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from selfdraft.cli import app
 from selfdraft.drafters import NAMES, options_of
 from selfdraft.models.checkpoint.embedded import installed
+from tests.terminal import command_of
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.skipif(installed("smollm2") is None, reason="smollm2 is not installed: run 'selfdraft pull smollm2'")
@@ -24,14 +24,15 @@ def test_the_python_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
 
 
-def test_the_commands_exist() -> None:
-    group = get_command(app)
-    lines = re.findall(r"^selfdraft (.*)$", TEXT, re.MULTILINE)
-    assert len(lines) >= 4
+@pytest.mark.parametrize("page", ["README.md", "docs/tune.md", "docs/bench.md", "docs/training.md"])
+def test_the_commands_exist(page: str) -> None:
+    lines = re.findall(r"^selfdraft ([^#\n]*)", (ROOT / page).read_text(), re.MULTILINE)
+    assert lines
     for line in lines:
-        verb, *arguments = shlex.split(line)
-        known = {option for parameter in group.commands[verb].params for option in parameter.opts}  # type: ignore[attr-defined]
-        assert {word for word in arguments if word.startswith("--")} <= known
+        words = shlex.split(line)
+        command = command_of(words)
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line
 
 
 def test_the_table_lists_every_drafter_and_option() -> None:
