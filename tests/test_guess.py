@@ -18,7 +18,8 @@ from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
-from selfdraft.drafting.mask_prediction import Calibration, Guess, Guesser, Pace, Place, expand, places, ranks
+from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.mask_prediction import Calibration, Guess, Guesser, Place, expand, places, ranks
 from selfdraft.errors import MissingMasks, OptionError
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.target import HFTarget
@@ -129,32 +130,32 @@ def test_a_chance_starts_with_what_the_drafter_says() -> None:
 
 def test_the_price_of_a_row() -> None:
     """Tokens per second now, times the seconds that a row adds: T(n) = 1 + 0.1 n and 2 tokens a step."""
-    pace = Pace()
-    assert pace.price == 0.0, "nothing is known"
+    row_cost = RowCost()
+    assert row_cost.tokens == 0.0, "nothing is known"
     for step in range(400):
         rows = (4, 12)[step % 2]
-        pace.observe(rows, 1.0 + 0.1 * rows, 2)
-    assert pace.price == pytest.approx(2 / 1.8 * 0.1, rel=0.1)
-    fixed = Pace(0.3)
+        row_cost.observe(rows, 1.0 + 0.1 * rows, 2)
+    assert row_cost.tokens == pytest.approx(2 / 1.8 * 0.1, rel=0.1)
+    fixed = RowCost(0.3)
     fixed.observe(4, 1.0, 1)
     fixed.observe(40, 9.0, 1)
-    assert fixed.price == 0.3
+    assert fixed.tokens == 0.3
 
 
 def test_rows_that_cost_nothing_are_free() -> None:
-    pace = Pace()
+    row_cost = RowCost()
     for step in range(100):
-        pace.observe((4, 12)[step % 2], 1.0, 2)
-    assert pace.price == 0.0
+        row_cost.observe((4, 12)[step % 2], 1.0, 2)
+    assert row_cost.tokens == 0.0
 
 
 def test_a_prefill_is_no_price() -> None:
-    guesser = Guesser(8, 2, Pace())
+    guesser = Guesser(8, 2, RowCost())
     prefill = Result(Draft.chain([1], "x", [0.5]), tokens=(5,), answers=(5,))
     guesser.observe([prefill], 100.0)
-    assert guesser.pace.time.steps == 0
+    assert guesser.row_cost.time.steps == 0
     guesser.observe([Result(Draft.chain([1], "x", [0.5]), tokens=(5,), answers=(5, 5))], 0.1)
-    assert guesser.pace.time.steps == 1
+    assert guesser.row_cost.time.steps == 1
 
 
 @given(seed=st.integers(0, 40))
@@ -162,7 +163,7 @@ def test_a_prefill_is_no_price() -> None:
 def test_endings_are_a_distribution(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     chances: Chances = [tuple(torch.randn(3, generator=draw).softmax(0).sort(descending=True).values.tolist())] * 3
-    ends = Guesser(8, 3, Pace(0.0)).endings(tree_of(chances, Budget(7, 3, 3)))
+    ends = Guesser(8, 3, RowCost(0.0)).endings(tree_of(chances, Budget(7, 3, 3)))
     assert sum(chance for _, chance in ends) == pytest.approx(1.0)
     assert [chance for _, chance in ends] == sorted((chance for _, chance in ends), reverse=True)
     assert {point for point, _ in ends} == {ROOT, *range(7)}

@@ -324,7 +324,7 @@ def test_the_throughput_exit_follows_cost_and_stays_a_probability() -> None:
     for _ in range(200):
         dear.observe([Verified((0.9,), 0, False)], StepSeconds(100.0, 0.001, 2))
     assert dear.value == 1.0
-    assert dear.chance(0.9) < 0.3, "confidence that is not borne out is not believed"
+    assert dear.confidence.chance(0.9) < 0.3, "confidence that is not borne out is not believed"
     for _ in range(200):
         cheap.observe([Verified((0.9,), 1, False)], StepSeconds(0.0, 1.0, 2))
     assert 0.0 <= cheap.value < 0.01

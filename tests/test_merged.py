@@ -20,7 +20,7 @@ from selfdraft.drafting.alignment import PATIENCE, Aligned, realign
 from selfdraft.drafting.context_tree import BREAK, ORDER, ContextTree, Node
 from selfdraft.drafting.mixing import CLASSES, LEVELS, MIDDLES, STEPS, Credit, Merger, Paths
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import Drafting
+from selfdraft.drafting.source_tree import SourceTreeDrafter
 from selfdraft.drafting.sources import ANCHOR, Copies, Reader
 from selfdraft.drafting.successors import topk
 from selfdraft.errors import OptionError, RequestError
@@ -199,7 +199,7 @@ def test_levels_cover_all_chances() -> None:
 
 def test_duplicates_are_one_node_that_keeps_all_its_sources() -> None:
     drafter = build("merged", tiny_target(), {**FREE, "memory": 1000})
-    assert isinstance(drafter, Drafting)
+    assert isinstance(drafter, SourceTreeDrafter)
     assert drafter.memory is not None
     drafter.memory.add(MOTIF * 2)
     sequence = opened([*MOTIF, *MOTIF, *MOTIF[:3]], prediction=tuple(MOTIF[3:]))
@@ -259,9 +259,9 @@ def test_what_paths_are_worth_moves_the_chances_of_the_tree() -> None:
     """Behind many trees that were accepted less deep than foretold, deep nodes are thought less likely."""
     sequence = opened([*MOTIF, *MOTIF, *MOTIF[:3]])
     drafter = build("context", tiny_target(), FREE)
-    assert isinstance(drafter, Drafting)
+    assert isinstance(drafter, SourceTreeDrafter)
     before = scores_by_path(one(drafter, sequence))
-    ratios = drafter.credit.paths.ratios
+    ratios = drafter.tree.credit.paths.ratios
     ratios[:] = [1.0 if depth < 3 else 0.25 for depth in range(CLASSES)]
     after = scores_by_path(one(drafter, sequence))
     deep = tuple([*MOTIF[3:], *MOTIF][:3])
@@ -294,16 +294,16 @@ def test_notes_die_with_the_sequence(name: str) -> None:
     drafter = build(name, tiny_target())
     sequence = opened(MOTIF * 2)
     one(drafter, sequence)
-    assert isinstance(drafter, Drafting)
-    assert len(drafter._notes) == 1
+    assert isinstance(drafter, SourceTreeDrafter)
+    assert len(drafter.tree) == 1
     del sequence
     gc.collect()
-    assert len(drafter._notes) == 0
+    assert len(drafter.tree) == 0
 
 
 def test_trees_start_small_until_the_price_of_a_row_is_known() -> None:
     drafter = build("context", tiny_target())
-    assert isinstance(drafter, Drafting)
+    assert isinstance(drafter, SourceTreeDrafter)
     now = [0.0]
     drafter.clock = lambda: now[0]
     sequence, sizes = opened(MOTIF * 20), []
@@ -313,8 +313,8 @@ def test_trees_start_small_until_the_price_of_a_row_is_known() -> None:
         now[0] += 0.1 + 0.2 * (1 + len(draft))
         go_on(drafter, sequence, [MOTIF[(len(sequence.tokens)) % 7]], draft)
     assert sizes[:6] == [1, 2, 4, 8, 16, 32]
-    assert drafter.pace.time.per_row == pytest.approx(0.2, rel=0.01)
-    assert drafter.pace.price > 0
+    assert drafter.row_cost.time.per_row == pytest.approx(0.2, rel=0.01)
+    assert drafter.row_cost.tokens > 0
 
 
 # recycling
@@ -391,7 +391,7 @@ def test_outputs_are_remembered_by_this_drafter_only_and_only_if_asked() -> None
     assert again.output == first.output
     assert again.stats.num_steps < first.stats.num_steps / 2
     for other in (build("merged", target, {**FREE, "memory": 100}), build("merged", target, FREE)):
-        assert isinstance(other, Drafting)
+        assert isinstance(other, SourceTreeDrafter)
         assert "memory" not in "".join(one(other, opened([5, 6, *first.output])).sources)
 
 

@@ -34,7 +34,7 @@ FLOORS = {
 """Rooms that are not named stand on the top floor: llm, hf, cli, __init__ and what belongs to them."""
 TOP = 9
 LONGEST = 60
-STEP = 60
+STEP = 72
 QUIET = ("core", "drafting", "drafters", "engine", "models")
 """Rooms without environment, globals and printing."""
 PURE = ("core", "drafting")
@@ -149,7 +149,7 @@ def test_quiet_rooms(module: str) -> None:
     assert not list(noises(tree_of(module))), MODULES[module]
 
 
-CACHED = ("drafting.pass_cost",)
+CACHED = ("drafting.cost_model",)
 """Modules that may keep a result: the prices of a profile, which follow from its own numbers alone."""
 
 
@@ -217,7 +217,6 @@ def test_the_file_test_can_tell(line: str) -> None:
 
 
 METHODS_BY_NAME = {
-    "drafting.cost_guard": {"recycling"},
     "drafting.source_tree": {"recycling"},
     "models.adapters": {"s3d", "space"},
     "models.target": {"layer_skip"},

@@ -43,13 +43,14 @@ def replay(
     from selfdraft.files.memory_file import check_memory, load_memory, save_memory
     from selfdraft.files.token_log import read_logs
     from selfdraft.methods import drafter_of
-    from selfdraft.replay.replay import open_drafter
+    from selfdraft.replay.replay import LogTarget, open_drafter
     from selfdraft.replay.replay import replay as run
 
     name, options = drafter_of(drafter, parse_config(speculative_config))
     times = parse_times(step_times)
     picture = painter(reliability)
-    guesser = open_drafter(name, with_memory(name, options) if memory is not None else options)
+    target = LogTarget(times)
+    guesser = open_drafter(name, with_memory(name, options) if memory is not None else options, target)
     if memory is not None:
         check_memory(memory)
     requests = read_logs(traces, limit)
@@ -59,7 +60,7 @@ def replay(
     if memory is not None and memory.exists():
         tokenizer = load_memory(memory, memory_of(guesser), tokenizer)
     with terminal.progress(len(requests), quiet=as_json, what="replaying") as done:
-        found = run(requests, guesser, max_nodes, times=times, done=done)
+        found = run(requests, guesser, max_nodes, target=target, done=done)
     if memory is not None:
         save_memory(memory, memory_of(guesser), tokenizer)
     picture(found.reliability, f"{', '.join(path.stem for path in traces)}: {name} {json.dumps(options)}")

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from selfdraft.drafting.pass_cost import Profile
+    from selfdraft.drafting.cost_model import Profile
     from selfdraft.llm import CompletionOutput, Piece
     from selfdraft.prove.compare import Comparison
     from selfdraft.types import Stats

@@ -177,7 +177,7 @@ def tune(
 
 def _auto(llm: LLM, model: str, as_json: bool) -> None:
     """Measure what passes cost, keep it, and say what pays."""
-    from selfdraft.drafting.pass_cost import Profile
+    from selfdraft.drafting.cost_model import Profile
     from selfdraft.tune import machine as profiles
     from selfdraft.tune.advice import explain, paragraph
 

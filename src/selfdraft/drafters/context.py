@@ -7,11 +7,11 @@ worth what its kind was worth so far (`drafting/mixing.py`).
 
 from __future__ import annotations
 
-from selfdraft.drafting.source_tree import Drafting, Sources
+from selfdraft.drafting.source_tree import Sources, SourceTreeDrafter
 from selfdraft.protocols import Target
 
 
-class Context(Drafting):
+class Context(SourceTreeDrafter):
     """Candidates: the likeliest continuations out of the request's own text, best first."""
 
     reads = "tokens"

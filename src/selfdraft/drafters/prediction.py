@@ -6,11 +6,11 @@ Idea: OpenAI's predicted outputs. Here a prediction can cost time, never the tex
 
 from __future__ import annotations
 
-from selfdraft.drafting.source_tree import Drafting, Sources
+from selfdraft.drafting.source_tree import Sources, SourceTreeDrafter
 from selfdraft.protocols import Target
 
 
-class Prediction(Drafting):
+class Prediction(SourceTreeDrafter):
     """Candidates: where the prediction goes on, near the last agreement and behind the longest match."""
 
     reads = "tokens"

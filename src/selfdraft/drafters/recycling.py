@@ -6,11 +6,11 @@ measured acceptance of each rank and depth, and a sampled request's runners-up a
 
 from __future__ import annotations
 
-from selfdraft.drafting.source_tree import Drafting, Sources
+from selfdraft.drafting.source_tree import Sources, SourceTreeDrafter
 from selfdraft.protocols import Target
 
 
-class Recycling(Drafting):
+class Recycling(SourceTreeDrafter):
     """Candidates: the eight runners-up behind each token, from every row that the target answered."""
 
     def __init__(

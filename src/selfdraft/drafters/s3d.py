@@ -15,7 +15,8 @@ from selfdraft.core.rows import group_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.mask_prediction import Guesser, Pace, places
+from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.mask_prediction import Guesser, places
 from selfdraft.errors import MissingMasks
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, middle, within
@@ -36,7 +37,7 @@ class S3D:
         branches: int = 3,
         min_probability: float | None = None,
     ) -> None:
-        self.guesser = Guesser(num_speculative_tokens, branches, Pace(min_probability))
+        self.guesser = Guesser(num_speculative_tokens, branches, RowCost(min_probability))
         self.target = target
         self.masks = target.masks_of(SOURCE)
         if not self.masks:

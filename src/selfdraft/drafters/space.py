@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Guesser, Pace, Place, places
+from selfdraft.drafting.mask_prediction import Guesser, Place, places
 from selfdraft.errors import MissingMasks
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
@@ -47,7 +48,7 @@ class Space:
         min_probability: float | None = None,
     ) -> None:
         within("mask_groups", mask_groups, 1, 256)
-        self.guesser = Guesser(num_speculative_tokens, branches, Pace(min_probability))
+        self.guesser = Guesser(num_speculative_tokens, branches, RowCost(min_probability))
         self.masks = target.masks_of(SOURCE)
         if not self.masks:
             raise MissingMasks(
@@ -84,7 +85,7 @@ class Space:
 
     def _points(self, tree: Draft) -> list[tuple[int, int]]:
         """(accept point, number of masks): mask j is worth its row if it is likely to be read and to matter."""
-        price = self.guesser.pace.price
+        price = self.guesser.row_cost.tokens
         points = []
         for point, chance in self.guesser.endings(tree)[: self.groups]:
             size = 0

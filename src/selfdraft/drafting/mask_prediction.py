@@ -19,7 +19,8 @@ from selfdraft.core.sampler import process
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.estimators import Mean, StepTime
+from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.estimators import Mean
 from selfdraft.types import Budget, within
 
 CANDIDATES = 128
@@ -153,45 +154,22 @@ class Calibration:
 
 
 @dataclass(slots=True)
-class Pace:
-    """What one more row must bring, in tokens: tokens per second now, times the seconds that a row adds to a step.
-
-    Source: the node rule of renewal-reward. `price` is 0 until rows were seen to cost; a fixed price is never changed.
-    """
-
-    fixed: float | None = None
-    time: StepTime = field(default_factory=StepTime)
-    tokens: Mean = field(default_factory=Mean)
-
-    def observe(self, rows: int, seconds: float, tokens: int) -> None:
-        """Book a step of `rows` rows that took `seconds` and brought `tokens`."""
-        self.time.observe(rows, seconds)
-        self.tokens.observe(tokens)
-
-    @property
-    def price(self) -> float:
-        if self.fixed is not None:
-            return self.fixed
-        return self.tokens.value / self.time.seconds * self.time.per_row if self.time.seconds else 0.0
-
-
-@dataclass(slots=True)
 class Guesser:
     """How a drafter with mask tokens makes trees: at most `nodes` candidates, `branches` of them for each place.
 
-    A node must be as likely as `pace.price`. Errors: OptionError for values out of range.
+    A node must be as likely as `row_cost.tokens`. Errors: OptionError for values out of range.
     """
 
     nodes: int
     branches: int
-    pace: Pace
+    row_cost: RowCost
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         within("num_speculative_tokens", self.nodes, 1, 256)
         within("branches", self.branches, 1, 16)
-        if self.pace.fixed is not None:
-            within("min_probability", self.pace.fixed, 0.0, 1.0)
+        if self.row_cost.fixed is not None:
+            within("min_probability", self.row_cost.fixed, 0.0, 1.0)
 
     def tree(self, known: int, said: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
         """The best tree behind the `known` token over what was `said` of the places behind it, within the budget."""
@@ -202,7 +180,7 @@ class Guesser:
         def after(depth: int, token: int, node: int, parent: int) -> Guess:
             return said[depth].after(token, link, self.branches)
 
-        prices = [self.pace.price] * room.nodes
+        prices = [self.row_cost.tokens] * room.nodes
         return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, prices, source)
 
     def observe(self, results: SequenceOf[Result], seconds: float) -> None:
@@ -211,7 +189,7 @@ class Guesser:
             self.calibration.observe(result)
         if all(result.tokens and len(result.answers) == 1 + len(result.draft) for result in results):
             rows = sum(len(result.answers) for result in results)
-            self.pace.observe(rows, seconds, sum(len(result.tokens) for result in results))
+            self.row_cost.observe(rows, seconds, sum(len(result.tokens) for result in results))
 
     def endings(self, draft: Draft) -> list[tuple[int, float]]:
         """ROOT and every candidate with the chance that acceptance ends there, the likeliest first."""

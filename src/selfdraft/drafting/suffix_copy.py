@@ -56,7 +56,7 @@ class Note:
             self.copied = (self.copied * (AHEAD // len(self.copied) + 1))[:AHEAD]
 
 
-class Copying:
+class SuffixCopy:
     """Chains of copied tokens. What a copy is worth outlives a request; what was read does not."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Copying:
         self._chances = [[mean.value for mean in means] for means in self._means]
         """Their values."""
 
-    def knows(self, sequence: Sequence) -> bool:
+    def __contains__(self, sequence: Sequence) -> bool:
         """Whether it has drafted for the sequence."""
         return sequence in self._notes
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows
-from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.models import views
 from selfdraft.models.adapters import Gate, MaskAdapter, gate_rows, gated, linked

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from selfdraft.core.rows import chain_rows
 from selfdraft.drafters.auto import TREE_FROM
 from selfdraft.drafters.layer_skip import usual_skip
-from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
 from selfdraft.tune.machine import BATCH, settled
 

@@ -19,7 +19,7 @@ import torch
 from selfdraft.core.rows import Rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
-from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import cache_folder, write_record
 from selfdraft.models.machine import cpu_name
