@@ -18,7 +18,9 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
-from selfdraft.drafters.lookahead import Lookahead, Pool, Window, window_parents
+from selfdraft.drafters.lookahead.drafter import Lookahead
+from selfdraft.drafters.lookahead.pool import Pool
+from selfdraft.drafters.lookahead.window import Window, window_parents
 from selfdraft.drafters.lookup import NgramIndex
 from selfdraft.drafters.suffix import Suffix
 from selfdraft.drafting.suffix_automaton import SuffixAutomaton

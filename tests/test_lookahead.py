@@ -14,26 +14,11 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
-from selfdraft.drafters.lookahead import (
-    ANSWERS,
-    COLUMNS,
-    GIVEN,
-    GUESSES,
-    MOVE,
-    PLAIN,
-    PROMPT,
-    TEXT,
-    TRIAL,
-    WINDOW,
-    WINDOWED,
-    Guess,
-    Lookahead,
-    Pool,
-    Sizes,
-    Window,
-    trie,
-    window_parents,
-)
+from selfdraft.drafters.lookahead.adaptation import COLUMNS, MOVE, TRIAL, Sizes
+from selfdraft.drafters.lookahead.drafter import GIVEN, GUESSES, PLAIN, WINDOWED, Lookahead
+from selfdraft.drafters.lookahead.guesses import Guess, trie
+from selfdraft.drafters.lookahead.pool import ANSWERS, PROMPT, TEXT, WINDOW, Pool
+from selfdraft.drafters.lookahead.window import Window, window_parents
 from selfdraft.drafting.estimators import Acceptance, Mean, StepTime
 from selfdraft.drafting.successors import Answers, likeliest
 from selfdraft.drafting.trials import PAUSES as TRIAL_PAUSES
