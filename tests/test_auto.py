@@ -157,8 +157,7 @@ def seconds_of(name: str, requests: list[Logged], opened: dict[str, tuple[LogTar
     """Of the decode steps by a made-up clock on which a pass takes what PASSES says."""
     times = dict(zip(PASSES.rows, PASSES.seconds, strict=True))
     if name not in opened:
-        target = LogTarget(times)
-        target.profile = PASSES
+        target = LogTarget(times, PASSES)
         opened[name] = target, open_drafter(name, target=target)
     target, drafter = opened[name]
     found = replay(requests, drafter, 64, target=target)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
@@ -24,7 +23,8 @@ from selfdraft.drafters import build
 from selfdraft.engine import scheduler
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
-from selfdraft.types import Budget, SamplingParams, Short
+from selfdraft.testing import FakeTarget
+from selfdraft.types import Budget, SamplingParams
 from tests.models import run, tiny_target
 
 VOCAB, CONTEXT, END = 13, 60, 0
@@ -47,72 +47,13 @@ def plain(prompt: tuple[int, ...], most: int) -> tuple[int, ...]:
     return tuple(tokens[len(prompt) :])
 
 
-class FakeTarget:
-    """A Target whose memory is a list of tokens per slot; it refuses rows that do not fit to that memory."""
+def one_hot(path: SequenceOf[int]) -> Tensor:
+    """Logits of what `say` says."""
+    return torch.nn.functional.one_hot(torch.tensor(say(list(path))), VOCAB).float()
 
-    vocab, masks, layers, context = VOCAB, 0, 1, CONTEXT
 
-    def __init__(self, slots: int) -> None:
-        self.memory: list[list[int]] = [[] for _ in range(slots)]
-        self.tentative: dict[int, list[list[int]]] = {}
-        """Slot -> for each row of the last forward, everything it saw."""
-        self.sizes: list[int] = []
-        self.fails = False
-
-    @staticmethod
-    def clock() -> float:
-        return 0.0
-
-    def edge(self, position: int) -> int:
-        return (position // 16 + 1) * 16
-
-    def masks_of(self, method: str) -> range:
-        return range(0)
-
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        return None
-
-    @property
-    def profile(self) -> None:
-        return None
-
-    def advice(self, method: str) -> dict[str, object]:
-        return {}
-
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
-        if self.fails:
-            raise RuntimeError("planted")
-        self.tentative = {}
-        self.sizes.append(len(rows))
-        place = 0
-        for span in rows.spans:
-            memory = self.memory[span.slot]
-            assert span.slot not in self.tentative, "two sequences share a slot"
-            assert span.base in (0, len(memory)), "rows do not follow what is remembered"
-            assert span.start == place
-            paths: list[list[int]] = []
-            for row in range(span.size):
-                node = row - span.pending
-                parent = row - 1 if node < 0 else span.row(span.draft.parents[node])
-                before = memory[: span.base] if parent < 0 else paths[parent]
-                paths.append([*before, int(rows.tokens[place])])
-                assert int(rows.positions[place]) == len(paths[-1]) - 1, "position is depth"
-                assert len(paths[-1]) <= CONTEXT, "a row behind the context"
-                place += 1
-            self.tentative[span.slot] = paths
-        seen = [path for span in rows.spans for path in self.tentative[span.slot]]
-        logits = torch.zeros(len(rows.answers), VOCAB)
-        for i, row in enumerate(rows.answers):
-            logits[i, say(seen[row])] = 1
-        return logits
-
-    def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
-        kept = self.memory[slot][:base]
-        for row in order:
-            path = self.tentative[slot][row]
-            kept = [*kept, path[-1]]
-            assert kept == path, "a kept row saw something else than what is kept"
-        self.memory[slot] = kept
+def fake_target(slots: int) -> FakeTarget:
+    return FakeTarget(one_hot, slots=slots, vocab=VOCAB, context=CONTEXT)
 
 
 class Guesser:
@@ -146,7 +87,7 @@ def request(prompt: SequenceOf[int], most: int = 12) -> Sequence:
 
 
 def engine_of(slots: int = 2, chunk: int = 4, rows: int = 8) -> Engine:
-    return Engine(FakeTarget(slots), Guesser(), slots=slots, chunk=chunk, rows=rows)
+    return Engine(fake_target(slots), Guesser(), slots=slots, chunk=chunk, rows=rows)
 
 
 def free_of(engine: Engine) -> list[int]:
@@ -272,7 +213,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.slots = 3
-        self.target, self.drafter = FakeTarget(self.slots), Guesser(5)
+        self.target, self.drafter = fake_target(self.slots), Guesser(5)
         self.engine = Engine(self.target, self.drafter, slots=self.slots, chunk=4, rows=9, nodes=9)
         self.all: list[Sequence] = []
         self.aborted: dict[Sequence, int] = {}
@@ -450,12 +391,12 @@ def test_a_request_that_cannot_run_is_refused_at_once() -> None:
 @pytest.mark.parametrize("value", [-1, 2**30, 1.5])
 def test_sizes_are_checked(option: str, value: float) -> None:
     with pytest.raises(OptionError, match=f"{option}={value}"):
-        Engine(FakeTarget(1), Guesser(), **{option: value})  # type: ignore[arg-type]
+        Engine(fake_target(1), Guesser(), **{option: value})  # type: ignore[arg-type]
 
 
 def test_the_fake_can_tell() -> None:
     """The fake's own checks: a wrong order of rows is noticed."""
-    target = FakeTarget(1)
+    target = fake_target(1)
     engine = Engine(target, Guesser(3), chunk=8)
     engine.submit(request([1, 2, 3]))
     engine.advance()

@@ -229,7 +229,7 @@ def test_a_perfect_drafter_is_always_accepted(seed: int) -> None:
 
 def space() -> Space:
     drafter = Space(tiny_target(), min_probability=0.0, branches=1)
-    drafter._link = no_link  # type: ignore[assignment]
+    drafter._shift = no_link
     return drafter
 
 

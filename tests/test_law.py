@@ -31,6 +31,7 @@ from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result, walk
 from selfdraft.engine.step import step
 from selfdraft.errors import EngineError
+from selfdraft.protocols import DraftExtras
 from selfdraft.types import Budget, SamplingParams, Short
 
 Prefix = tuple[int, ...]
@@ -178,31 +179,14 @@ def test_the_law_through_commit(seed: int) -> None:
 class TableTarget:
     """A target without a network: logits are a function of the row's own path, told by the parents in the rows."""
 
-    vocab, masks, layers, context = 4, 0, 1, 64
+    vocab, masks, context, extras = 4, 0, 64, DraftExtras()
 
     def __init__(self, table: Callable[[Prefix], Tensor], memory: SequenceOf[int]) -> None:
         self.table, self.memory = table, list(memory)
         self.rows: list[int] = []
 
-    @staticmethod
-    def clock() -> float:
-        return 0.0
-
     def edge(self, position: int) -> int:
         return self.context
-
-    def masks_of(self, method: str) -> range:
-        return range(0)
-
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        return None
-
-    @property
-    def profile(self) -> None:
-        return None
-
-    def advice(self, method: str) -> dict[str, object]:
-        return {}
 
     def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         (span,) = rows.spans

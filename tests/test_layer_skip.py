@@ -269,10 +269,10 @@ def test_the_pocket_models_set() -> None:
 
 def test_the_checkpoints_own_set_comes_first() -> None:
     target = tiny_target()
-    target.skip_default = Skip(frozenset({3}))
+    target.tuned["layer_skip"] = {"skip_set": Skip(frozenset({3}))}
     assert LayerSkip(target).skip == Skip(frozenset({3}))
     assert LayerSkip(target, skip_mlp=[1]).skip == Skip(frozenset(), frozenset({1}))
-    target.skip_default = None
+    target.tuned.clear()
     assert LayerSkip(target).skip == choose_skip(4, None, None, None)
 
 

@@ -306,7 +306,7 @@ def lesson(skip: Skip | None) -> Batch:
 def decoded(target: HFTarget, text: list[int], anchor: int, settings: Settings, skip: Skip | None) -> Tensor:
     """What the rows of a group under `anchor` say when decoding, [size, vocab], the link's shift for `text` added."""
     sequence = known(target, text[: anchor + 1])
-    masks = target.masks_of(settings.recipe)
+    masks = target.extras.masks_for(settings.recipe).ids
     assert len(masks) == settings.masks
     if settings.recipe == "s3d":
         said = target.forward(group_rows([(0, anchor, text[anchor], masks)], "x"), skip)
@@ -317,7 +317,7 @@ def decoded(target: HFTarget, text: list[int], anchor: int, settings: Settings, 
         before = range(anchor + 1, anchor + len(masks) + 1)
     rows = []
     for row, place in zip(said, before, strict=True):
-        shift = target.link(settings.recipe, text[min(place, len(text) - 1)], torch.arange(VOCAB))
+        shift = target.extras.masks_for(settings.recipe).shift(text[min(place, len(text) - 1)], torch.arange(VOCAB))
         rows.append(row if shift is None else row + shift)
     return torch.stack(rows)
 

@@ -185,7 +185,7 @@ def test_the_clock_of_a_log_goes_on_with_its_passes() -> None:
             self.seen.append(self.clock())
 
     target = LogTarget({1: 0.5, 3: 2.0})
-    drafter = Timed(target.clock)
+    drafter = Timed(target.extras.clock)
     replay([Logged((1, 2, 3), (4, 5, 6, 7, 8), 8)], drafter, 4, target=target)
     assert drafter.seen == [0.0, 2.0, 4.0, 5.25, 5.75]
 

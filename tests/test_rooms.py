@@ -219,7 +219,6 @@ def test_the_file_test_can_tell(line: str) -> None:
 METHODS_BY_NAME = {
     "drafting.source_tree": {"recycling"},
     "models.adapters": {"s3d", "space"},
-    "models.target": {"layer_skip"},
 }
 """Modules that still name a drafter in a string, and which."""
 

@@ -150,7 +150,7 @@ def passes(target: HFTarget, bits: int) -> list[Tensor]:
     target.keep(0, 0, range(7))
     sequence.cached, sequence.tokens = 7, [*sequence.tokens, 6]
     tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
-    masked = tree.with_probes(list(target.masks_of("space")), [-4, 0, 1, -1], "space")
+    masked = tree.with_probes(list(target.extras.masks_for("space").ids), [-4, 0, 1, -1], "space")
     return [
         target.forward(pack([(sequence, 1, draft)]), Rounded(bits)) for draft in (Draft.chain([5, 6], ""), tree, masked)
     ]

@@ -89,8 +89,8 @@ def test_logits_of_trees_masks_and_skips() -> None:
     fast, plain = both(torch.float32)
     sequence = Sequence([3, 1, 4, 1, 5, 9, 2], 7, SamplingParams(), slot=0)
     tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
-    masks = tree.with_probes(list(fast.masks_of("space")), [-4, 0, 1, -1], "space")
-    short = Draft.chain([5, 6], "").with_probes(list(fast.masks_of("s3d")), [-3, 0, 1], "s3d")
+    masks = tree.with_probes(list(fast.extras.masks_for("space").ids), [-4, 0, 1, -1], "space")
+    short = Draft.chain([5, 6], "").with_probes(list(fast.extras.masks_for("s3d").ids), [-3, 0, 1], "s3d")
     some = Skip(frozenset({1, 2}), frozenset({2}))
 
     def passes(target: HFTarget) -> list[Tensor]:

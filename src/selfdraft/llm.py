@@ -23,7 +23,7 @@ import torch
 
 from selfdraft.core.detokenizer import TextStream
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.drafters import build, find, memory_of, table
+from selfdraft.drafters import build, find, memory_of, needs_of, table
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.shared import SharedEngine
 from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError, shown
@@ -127,7 +127,7 @@ class LLM:
             clock=clock,
         )
         if folder is not None and (searched := folder / SKIP_FILE).is_file():
-            self.target.skip_default = read_skip(searched, self.target.layers)
+            self.target.tuned["layer_skip"] = {"skip_set": read_skip(searched, self.target.layers)}
         self.exactness = self.target.exactness
         self.eos = eos_ids(self.model, self.tokenizer)
         self._defaults = generation_defaults(settings, self.model)
@@ -141,7 +141,7 @@ class LLM:
         self.shared = SharedEngine(self.engine)
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
-        if getattr(find(drafter, options), "profiled", False) and self.target.profile is None:
+        if needs_of(find(drafter, options)).pass_cost and self.target.profile is None:
             self._measure()
         return Engine(self.target, build(drafter, self.target, options), **self._sizes)
 
@@ -433,8 +433,8 @@ class LLM:
 
     def _prediction(self, sampling: SamplingParams) -> tuple[int, ...]:
         """Token ids of a prediction. Errors: RequestError, also when the drafter reads none."""
-        if not getattr(self.engine.drafter, "predicts", False):
-            able = ", ".join(name for name, factory in table().items() if getattr(factory, "predicts", False))
+        if not needs_of(self.engine.drafter).prediction:
+            able = ", ".join(name for name, factory in table().items() if needs_of(factory).prediction)
             raise RequestError(f"drafter {self.drafter_name!r} reads no prediction; these do: {able}")
         if isinstance(sampling.prediction, str):
             return tuple(self._ids(sampling.prediction, "a prediction as text", add_special_tokens=False))

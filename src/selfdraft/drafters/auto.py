@@ -6,6 +6,7 @@ What pays is measured, before and while decoding (`drafting/cost_guard.py`); `do
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import ClassVar
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
@@ -14,7 +15,7 @@ from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
-from selfdraft.protocols import Target
+from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
 
 TREE_FROM = 0.004
@@ -28,17 +29,15 @@ class Auto:
     Errors: OptionError for values out of range.
     """
 
-    reads = "tokens"
-    predicts = profiled = True
-    logit_options = ("recycling",)
+    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling",), prediction=True, pass_cost=True)
 
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, memory: int = 0, recycling: bool = True
     ) -> None:
         self.memory = Memory(memory) if memory else None
-        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.clock, self.memory)
+        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.extras.clock, self.memory)
         self.copies = SuffixCopy()
-        self.guard = CostGuard(target.profile, target.clock)
+        self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)
         self.uses_tree = True
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:

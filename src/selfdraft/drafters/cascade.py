@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from selfdraft.core.rows import chain_rows, tree_rows
 from selfdraft.core.sequence import Sequence
@@ -21,7 +22,7 @@ from selfdraft.drafting.draft_length import Confidence
 from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source
-from selfdraft.protocols import Target
+from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget, Rounded
 
 SOURCE = "cascade"
@@ -40,8 +41,7 @@ class Cascade:
     Errors: OptionError for values out of range.
     """
 
-    predicts = profiled = True
-    logit_options = ("recycling",)
+    needs: ClassVar[Needs] = Needs(logits_options=("recycling",), prediction=True, pass_cost=True)
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class Cascade:
     ) -> None:
         self.target, self.short = target, Rounded(bits)
         self.memory = Memory(memory) if memory else None
-        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.clock, self.memory)
-        self.guard = CostGuard(target.profile, target.clock)
+        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.extras.clock, self.memory)
+        self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)
         self.rule = InnerPassRule()
         self._opened = False
         self._chains: dict[Sequence, Chain] = {}

@@ -6,9 +6,11 @@ Duplicates are one node that keeps all its sources; how likely a node is follows
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source
-from selfdraft.protocols import Target
+from selfdraft.protocols import Needs, Target
 
 
 class Merged(SourceTreeDrafter):
@@ -18,10 +20,7 @@ class Merged(SourceTreeDrafter):
     `recycling`: the model's runners-up at every row that was run are guesses, too.
     """
 
-    reads = "tokens"
-    predicts = True
-    logit_options = ("recycling",)
-    """Options that make it read logits."""
+    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling",), prediction=True)
 
     def __init__(
         self,
@@ -33,4 +32,4 @@ class Merged(SourceTreeDrafter):
         min_probability: float | None = None,
     ) -> None:
         past = Memory(memory) if memory else None
-        super().__init__(every_source(recycling), num_speculative_tokens, min_probability, target.clock, past)
+        super().__init__(every_source(recycling), num_speculative_tokens, min_probability, target.extras.clock, past)

@@ -16,4 +16,4 @@ class Recycling(SourceTreeDrafter):
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, min_probability: float | None = None
     ) -> None:
-        super().__init__(Sources(recycling=True), num_speculative_tokens, min_probability, target.clock)
+        super().__init__(Sources(recycling=True), num_speculative_tokens, min_probability, target.extras.clock)

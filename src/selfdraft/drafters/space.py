@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from functools import partial
 from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
@@ -18,7 +17,6 @@ from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
 from selfdraft.drafting.mask_prediction import Guesser, Place, places
-from selfdraft.errors import MissingMasks
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
 
@@ -49,15 +47,11 @@ class Space:
     ) -> None:
         within("mask_groups", mask_groups, 1, 256)
         self.guesser = Guesser(num_speculative_tokens, branches, RowCost(min_probability))
-        self.masks = target.masks_of(SOURCE)
-        if not self.masks:
-            raise MissingMasks(
-                "space needs mask tokens trained for this model: selfdraft train --recipe space --model MODEL "
-                "--data FILE --output DIR, then give that folder as adapter"
-            )
+        masks = target.extras.masks_for(SOURCE)
+        self.masks = masks.ids
         self.groups = mask_groups
-        self._link = partial(target.link, SOURCE)
-        self.clock = target.clock
+        self._shift = masks.shift
+        self.clock = target.extras.clock
         self._held = [Mean(0.5, 4.0) for _ in self.masks]
         """For each mask, how often its guess was right when those before it were."""
         self._began = 0.0
@@ -72,7 +66,7 @@ class Space:
         if sequence.room <= 1:
             return EMPTY  # the next token is the last one
         note = self._notes.setdefault(sequence, _Note())
-        tree = self.guesser.tree(sequence.tokens[-1], note.places, self._link, budget, SOURCE)
+        tree = self.guesser.tree(sequence.tokens[-1], note.places, self._shift, budget, SOURCE)
         tokens: list[int] = []
         parents: list[int] = []
         note.groups = {}

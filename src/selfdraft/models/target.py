@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.runner import Runner
+from selfdraft.protocols import DraftExtras, MaskTokens
 from selfdraft.types import Clock, Rounded, Short, Skip
 
 register(NAME, attend)
@@ -47,7 +49,7 @@ class HFTarget:
     `model` is used through a view and never touched. `shapes` sets the exactness level (`shapes.py`).
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
-    `skip_default` is the skip set that came with the checkpoint, if any. `fast` runs passes as tapes (`runner.py`)
+    `fast` runs passes as tapes (`runner.py`)
     instead of through transformers. `clock` is what drafters and measurements read, in seconds.
     Errors: RunnerUnavailable when that cannot be done.
     """
@@ -71,7 +73,8 @@ class HFTarget:
         self.clock = clock
         self.exactness = exactness
         self.last: Plan | None = None
-        self.skip_default: Skip | None = None
+        self.tuned: dict[str, Mapping[str, object]] = {one.method: one.advice for one in adapters}
+        """By method, options found best on this model."""
         self.profile: Profile | None = None
         """Whoever measures one puts it here."""
         self._view = views.clone(model).eval()
@@ -111,31 +114,25 @@ class HFTarget:
     def masks(self) -> int:
         return 0 if self._masks is None else self._masks.shape[0]
 
-    def masks_of(self, method: str) -> range:
-        first = self.vocab
-        for adapter in self.adapters:
-            if adapter.method == method:
-                return range(first, first + len(adapter.embeddings))
-            first += len(adapter.embeddings)
-        return range(0)
+    @property
+    def extras(self) -> DraftExtras:
+        """See `selfdraft.protocols.DraftExtras`."""
+        return DraftExtras(self.clock, self.profile, self.layers, self._mask_tokens(), self.tuned)
 
-    def advice(self, method: str) -> Mapping[str, object]:
-        if method == "layer_skip" and self.skip_default is not None:
-            return {"skip_set": self.skip_default}
-        return next((adapter.advice for adapter in self.adapters if adapter.method == method), {})
+    def _mask_tokens(self) -> dict[str, MaskTokens]:
+        found, first = dict[str, MaskTokens](), self.vocab
+        for adapter in self.adapters:
+            ids = range(first, first := first + len(adapter.embeddings))
+            if adapter.method in self._links:
+                found.setdefault(adapter.method, MaskTokens(ids, partial(self._shift, adapter.method)))
+            else:
+                found.setdefault(adapter.method, MaskTokens(ids))
+        return found
 
     @torch.inference_mode()
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        pair = self._links.get(method)
-        if pair is None:
-            return None
-        down, up = pair
+    def _shift(self, method: str, token: int, ids: Tensor) -> Tensor:
+        down, up = self._links[method]
         return linked(self._view, torch.tensor(token, device=self._device), down, up, ids.to(self._device))
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Memory of mask embeddings and adapters in bytes."""
-        return sum(adapter.bytes for adapter in self.adapters)
 
     @property
     def layers(self) -> int:

@@ -22,13 +22,13 @@ from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result, walk
-from selfdraft.drafters import build, find, table
+from selfdraft.drafters import build, find, needs_of, table
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.engine.scheduler import share
 from selfdraft.engine.step import step
 from selfdraft.errors import OptionError
 from selfdraft.files.token_log import FAR, Logged
-from selfdraft.protocols import Drafter
+from selfdraft.protocols import Drafter, DraftExtras
 from selfdraft.replay.reliability import Reliability
 from selfdraft.types import Budget, SamplingParams, Short, Stats, within
 
@@ -45,15 +45,14 @@ class LogTarget:
 
     vocab = FAR
     masks = 0
-    layers = 1
-    profile: Profile | None = None
 
-    def __init__(self, times: Mapping[int, float] | None = None) -> None:
+    def __init__(self, times: Mapping[int, float] | None = None, pass_cost: Profile | None = None) -> None:
         if times is not None:
             check_times(times)
         self.times = times
         self.now = 0.0
         """What its clock shows, in seconds."""
+        self.extras = DraftExtras(lambda: self.now, pass_cost)
         self.context = self._edge = FAR
         self._output: tuple[int, ...] = ()
         self._drafting = False
@@ -63,18 +62,6 @@ class LogTarget:
         self.context, self._edge, self._output = logged.context, logged.edge, logged.output
         sampling = SamplingParams(max_tokens=logged.limit - len(logged.prompt))
         return Sequence([*logged.prompt], len(logged.prompt), sampling, ends=logged.ends, limit=logged.limit)
-
-    def clock(self) -> float:
-        return self.now
-
-    def masks_of(self, method: str) -> range:
-        return range(0)
-
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        return None
-
-    def advice(self, method: str) -> Mapping[str, object]:
-        return {}
 
     def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
         if self._drafting:
@@ -210,10 +197,10 @@ def open_drafter(name: str, options: Mapping[str, object] | None = None, target:
     Errors: OptionError when drafter or options need a model; as `drafters.build`.
     """
     factory, wanted = find(name, options or {}), dict(options or {})
-    if getattr(factory, "reads", None) != "tokens":
-        able = ", ".join(known for known, factory in table().items() if getattr(factory, "reads", None) == "tokens")
+    if not needs_of(factory).tokens_only:
+        able = ", ".join(known for known, factory in table().items() if needs_of(factory).tokens_only)
         raise OptionError(f"drafter {name!r} reads what the model says; a log holds tokens only. Replay takes: {able}")
-    for option in getattr(factory, "logit_options", ()):
+    for option in needs_of(factory).logits_options:
         if wanted.setdefault(option, False):
             raise OptionError(f"{option} of drafter {name!r} reads logits; a log holds tokens only: leave it out")
     return build(name, target or LogTarget(), wanted)

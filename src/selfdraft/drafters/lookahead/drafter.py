@@ -80,7 +80,7 @@ class Lookahead:
                 raise OptionError(f"{name}={value!r} is neither True nor False")
         self.sizes = Sizes(window_size, ngram_size, guess_set_size)
         self.from_prompt, self.adaptive = pool_from_prompt, adaptive
-        self.clock = target.clock
+        self.clock = target.extras.clock
         self.trials = Trials(GIVEN + 1)
         self._way = GIVEN
         """How this step runs."""
