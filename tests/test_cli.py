@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -236,9 +237,10 @@ def test_text_is_written_as_it_is(run: Any, folder: Path, monkeypatch: pytest.Mo
     """Tabs, control characters and what looks like markup are the model's words."""
     words = "a\tb :smile: [bold]c[/bold]\r\x07 \x1b[0m 🐕"
 
+    real = LLM.stream
+
     def stream(self: LLM, *_: object) -> Iterator[Piece]:
-        output = self.generate([5], SamplingParams(max_tokens=1))[0].outputs[0]
-        yield Piece(words, (1,), ("target",), "length", output)
+        yield replace(list(real(self, [5], SamplingParams(max_tokens=1)))[-1], text=words)
 
     monkeypatch.setattr(LLM, "stream", stream)
     assert run("generate", "hi", "--model", folder).out == words + "\n"

@@ -38,7 +38,8 @@ from selfdraft.models.checkpoint.end_ids import eos_ids
 from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.proof.kept import ProofStore
 from selfdraft.models.reference import Model, Tokenizer
-from selfdraft.outputs import CompletionOutput, Job, Piece, RequestOutput, completion
+from selfdraft.outputs import CompletionOutput as CompletionOutput
+from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
 from selfdraft.prompts import (
     Message,
     ParsedPrompt,
@@ -272,23 +273,16 @@ class LLM:
 
     def pieces(self, sequence: Sequence) -> Iterator[Piece]:
         """The answer of one request piece by piece; see `stream`."""
-        shown = written = 0
-
-        def read() -> tuple[str, CompletionOutput]:
-            return self._shown(sequence), completion(0, sequence)
-
+        reader = PieceReader(sequence)
         self.shared.submit([sequence])
         try:
             while True:
-                text, output = self.shared.until(partial(_moved, sequence, written), read)
+                piece = self.shared.until(lambda: reader.moved, reader.read)
                 if (error := self.shared.errors.get(sequence)) is not None:
                     raise EngineError(str(error), sequence) from error
-                yield Piece(
-                    text[shown:], output.token_ids[written:], output.sources[written:], output.finish_reason, output
-                )
-                if output.finish_reason is not None:
+                yield piece
+                if piece.finish_reason is not None:
                     return
-                shown, written = len(text), len(output.token_ids)
         finally:
             self.shared.abort([sequence])
             self._count([sequence])
@@ -443,13 +437,6 @@ class LLM:
             raise RequestError(f"token id {outside} in the prediction is outside {self.target.vocab} tokens")
         return sampling.prediction
 
-    def _shown(self, sequence: Sequence) -> str:
-        """The text that no later token can take back."""
-        if sequence.stream is None:
-            return ""
-        settled = None if sequence.finished else sequence.stream.settled(sequence.sampling.stop)
-        return sequence.stream.text[:settled]
-
     def _known(self, token: int) -> bool:
         return 0 <= token < self.target.vocab
 
@@ -471,8 +458,3 @@ def pick_dtype(name: str) -> torch.dtype | None:
     check_dtype(name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _moved(sequence: Sequence, written: int) -> bool:
-    """Whether it has ended, or has more than so many output tokens."""
-    return sequence.finished or sequence.written > written
