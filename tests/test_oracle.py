@@ -1,4 +1,5 @@
-"""The oracle: whatever the drafter, the sampling, the batch, the chunk or the type, the text is that of plain decoding.
+"""The oracle: whatever the drafter, the sampling, the batch, the chunk, the type, the path that passes take or the
+machine's prices, the text is that of plain decoding.
 
 Plain decoding is written out here: a loop over the stock model's own forward that recomputes everything for every
 token, with no engine, no cache, no tree and no attention function of ours.
@@ -28,11 +29,12 @@ from selfdraft.core.verify import Result
 from selfdraft.drafters import NAMES, build
 from selfdraft.engine.engine import Engine
 from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.proof.shapes import probe_shapes
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter, Target
 from selfdraft.types import Budget, SamplingParams, Skip
-from tests.clocks import on_passes
-from tests.models import VOCAB, random_adapters, tiny_llama
+from tests.clocks import Machine, on_passes
+from tests.models import VOCAB, random_adapters, tiny_llama, unavailable
 
 OPTIONS: dict[str, dict[str, object]] = {"lookup": {"num_speculative_tokens": 6}, "merged": {"memory": 300}}
 """Options of a drafter under test; a drafter that is not named runs with its defaults."""
@@ -41,7 +43,10 @@ MASKS = 7
 CANONICAL = Shapes(4, 64)
 LENGTH = 26
 EOS = frozenset({7})
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+TYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+STOCK = "plain float64"
+KINDS = (STOCK, "plain float32", "plain bfloat16", "fast float32", "fast bfloat16")
+"""Targets under test: the path that their passes take, and the type of their numbers."""
 
 
 def no_echo(path: SequenceOf[int], logits: Tensor) -> Tensor:
@@ -137,9 +142,21 @@ def expected(index: int, name: str) -> list[int]:
     return plain(tiny_llama(), prompts()[index], SAMPLINGS[name], 100 + index)
 
 
-def target_for(way: Way, dtype: torch.dtype = torch.float64, model: PreTrainedModel | None = None) -> HFTarget:
-    model = model or tiny_llama(dtype)
-    return on_passes(HFTarget(model, slots=way.slots, shapes=way.shapes, adapters=random_adapters(model)))
+@cache
+def narrow_shapes() -> Shapes:
+    """Shapes in which the plain path rounds alike in bfloat16 on this machine: near ties would show any other."""
+    shapes = probe_shapes(tiny_llama(torch.bfloat16))
+    return shapes or pytest.skip("this machine rounds differently in bfloat16 for other numbers of rows")
+
+
+def target_for(way: Way, kind: str = STOCK, model: PreTrainedModel | None = None) -> HFTarget:
+    path, dtype = kind.split()
+    model = model or tiny_llama(TYPES[dtype])
+    if path == "fast" and unavailable():
+        pytest.skip(unavailable())
+    shapes = NATURAL if path == "fast" else narrow_shapes() if dtype == "bfloat16" else way.shapes
+    adapters = random_adapters(model)
+    return on_passes(HFTarget(model, slots=way.slots, shapes=shapes, adapters=adapters, fast=path == "fast"))
 
 
 def request(target: Target, index: int, name: str) -> Sequence:
@@ -155,17 +172,18 @@ def decode(target: HFTarget, drafter: Drafter, wanted: SequenceOf[tuple[int, str
 
 
 @cache
-def expected32(index: int, name: str) -> list[int]:
-    """Our own plain run in float32, alone: the stock model's float32 bits are not ours."""
-    target = target_for(Way(), torch.float32)
+def text_of(kind: str, index: int, name: str) -> list[int]:
+    """What a request must say: in float64 what the stock model says, in other types our own plain run, alone."""
+    if kind == STOCK:
+        return expected(index, name)
+    target = target_for(Way(), kind)  # the bits of the stock model are not ours there
     return decode(target, build("none", target), [(index, name)], Way())[0].output
 
 
-def same_text(sequences: SequenceOf[Sequence], wanted: SequenceOf[tuple[int, str]], dtype: str = "float64") -> None:
+def same_text(sequences: SequenceOf[Sequence], wanted: SequenceOf[tuple[int, str]], kind: str = STOCK) -> None:
     """EQ: token for token."""
-    texts = expected if dtype == "float64" else expected32
     for sequence, (index, name) in zip(sequences, wanted, strict=True):
-        assert sequence.output == texts(index, name), (index, name)
+        assert sequence.output == text_of(kind, index, name), (index, name)
         counted(sequence)
 
 
@@ -176,21 +194,48 @@ def counted(sequence: Sequence) -> None:
     assert sum(source != "target" for source in sequence.sources) == sequence.stats.num_accepted_draft_tokens
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS[:2])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_alone(name: str, sampling: str, dtype: str) -> None:
-    target = target_for(Way(), DTYPES[dtype])
+def test_alone(name: str, sampling: str, kind: str) -> None:
+    target = target_for(Way(), kind)
     wanted = [(4 + list(SAMPLINGS).index(sampling), sampling)]
-    same_text(decode(target, build(name, target, OPTIONS.get(name)), wanted, Way()), wanted, dtype)
+    same_text(decode(target, build(name, target, OPTIONS.get(name)), wanted, Way()), wanted, kind)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
-def test_ways(name: str, way: str, dtype: str) -> None:
-    target = target_for(WAYS[way], DTYPES[dtype])
-    same_text(decode(target, build(name, target, OPTIONS.get(name)), MIXED, WAYS[way]), MIXED, dtype)
+def test_ways(name: str, way: str, kind: str) -> None:
+    target = target_for(WAYS[way], kind)
+    same_text(decode(target, build(name, target, OPTIONS.get(name)), MIXED, WAYS[way]), MIXED, kind)
+
+
+MACHINES = {
+    "unmeasured": None,
+    "quick": Machine(whole=0.001, row=1e-7),
+    "wide": Machine(whole=0.02, row=1e-7),
+    "narrow": Machine(whole=0.01, row=0.01),
+}
+"""Where `auto` drafts otherwise: nothing is known of passes; copies, for trees would take too long; large trees, for
+rows are nearly free; hardly anything, for rows are dear."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", [1, 3, 16])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_auto_whatever_rows_cost(machine: str, way: int, kind: str) -> None:
+    """All requests one after the other, three at a time, and all at once, with everything learned going on."""
+    run = Way(slots=way)
+    target = target_for(run, kind)
+    prices = MACHINES[machine]
+    drafter = build("auto", prices.run(target) if prices else target)
+    sequences = decode(target, drafter, MIXED, run)
+    same_text(sequences, MIXED, kind)
+    drafted = sum(sequence.stats.num_draft_tokens for sequence in sequences)
+    copied = all(source in ("copy", "target") for sequence in sequences for source in sequence.sources)
+    assert copied == (machine == "quick")
+    assert {"wide": drafted > 1500, "narrow": drafted < 300}.get(machine, drafted > 0), drafted
 
 
 def test_the_oracle_agrees_with_generate() -> None:

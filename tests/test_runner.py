@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from selfdraft.core.rows import Rows, chain_rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.drafters import NAMES, build
+from selfdraft.drafters import build
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.exactness import NATURAL
 from selfdraft.models.load import open_target
@@ -21,24 +20,14 @@ from selfdraft.models.target import HFTarget
 from selfdraft.prove.doctor import trial
 from selfdraft.types import SamplingParams, Skip
 from tests.clocks import on_passes
-from tests.models import VOCAB, random_adapters, run, tiny_llama
+from tests.models import random_adapters, run, tiny_llama, unavailable
 from tests.test_families import FAMILIES, NEW, generated
 from tests.test_families import build as build_family
 from tests.test_families import prompts as family_prompts
-from tests.test_oracle import MIXED, OPTIONS, WAYS, Way, decode, prompts
-
-
-def unavailable() -> str:
-    try:
-        kernel_build.library()
-    except RunnerUnavailable as error:
-        return str(error)
-    return ""
-
+from tests.test_oracle import prompts, text_of
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ALONE = Way(shapes=NATURAL)
 
 
 def fast_target(dtype: torch.dtype, slots: int = 1) -> HFTarget:
@@ -46,38 +35,11 @@ def fast_target(dtype: torch.dtype, slots: int = 1) -> HFTarget:
     return on_passes(HFTarget(model, slots=slots, adapters=random_adapters(model), fast=True))
 
 
-@cache
-def quiet_target(dtype: str) -> HFTarget:
-    return fast_target(TYPES[dtype])
-
-
-@cache
-def plain_text(index: int, sampling: str, dtype: str) -> list[int]:
-    """What the fast runner says without a drafter, alone."""
-    target = quiet_target(dtype)
-    return decode(target, build("none", target), [(index, sampling)], ALONE)[0].output
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_drafter_says_the_plain_text(name: str, way: str, dtype: str) -> None:
-    """Token for token in every sampling, batch and chunk, in bfloat16 too: here the bits do not depend on shapes."""
-    target = fast_target(TYPES[dtype], WAYS[way].slots)
-    for sequence, (index, sampling) in zip(
-        decode(target, build(name, target, OPTIONS.get(name)), MIXED, WAYS[way]), MIXED, strict=True
-    ):
-        assert sequence.output == plain_text(index, sampling, dtype), (index, sampling)
-
-
 @pytest.mark.parametrize("index", range(0, 16, 3))
 def test_the_text_is_that_of_the_plain_path(index: int) -> None:
     """float32: rounding is far below the gaps between logits here."""
-    model = tiny_llama(torch.float32)
-    plain = HFTarget(model, adapters=random_adapters(model))
     for sampling in ("greedy", "temperature", "penalties"):
-        said = decode(plain, build("none", plain), [(index, sampling)], ALONE)[0].output
-        assert said == plain_text(index, sampling, "float32")
+        assert text_of("fast float32", index, sampling) == text_of("plain float32", index, sampling)
 
 
 def both(dtype: torch.dtype) -> tuple[HFTarget, HFTarget]:
@@ -207,4 +169,7 @@ def test_a_machine_without_a_compiler_runs_plainly(monkeypatch: pytest.MonkeyPat
         assert target.runs == "plain: there is no C++ compiler (no-such-compiler) on this machine"
     finally:
         kernel_build.library.cache_clear()
-    assert VOCAB == target.vocab
+    stock = HFTarget(tiny_llama(torch.float32), shapes=target.shapes)
+    assert target.runner is None
+    plainly, wanted = (run(each, "none", [[3, 1, 4]], SamplingParams(max_tokens=9)) for each in (target, stock))
+    assert plainly[0].output == wanted[0].output
