@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfdraft.core.rows import Rows, chain_rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
@@ -16,11 +17,13 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.exactness import NATURAL
 from selfdraft.models.load import open_target
 from selfdraft.models.runner import kernel_build
+from selfdraft.models.runner.tape import Buffer, Instr, Kind, Operand, Slot, assemble
+from selfdraft.models.runner.trace import Traced
 from selfdraft.models.target import HFTarget
 from selfdraft.prove.doctor import trial
 from selfdraft.types import SamplingParams, Skip
 from tests.clocks import on_passes
-from tests.models import random_adapters, run, tiny_llama, unavailable
+from tests.models import VOCAB, random_adapters, run, tiny_llama, unavailable
 from tests.test_families import FAMILIES, NEW, generated
 from tests.test_families import build as build_family
 from tests.test_families import prompts as family_prompts
@@ -46,9 +49,10 @@ def both(dtype: torch.dtype) -> tuple[HFTarget, HFTarget]:
     return fast_target(dtype), HFTarget(tiny_llama(dtype), adapters=random_adapters(tiny_llama(dtype)))
 
 
-def test_logits_of_trees_masks_and_skips() -> None:
-    """Every kind of pass against the plain path, in float32: to a few units of the last place."""
-    fast, plain = both(torch.float32)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 3e-6), (torch.bfloat16, 0.05)])
+def test_logits_of_trees_masks_and_skips(dtype: torch.dtype, near: float) -> None:
+    """Every kind of pass against the plain path, to a few units of the last place."""
+    fast, plain = both(dtype)
     sequence = Sequence([3, 1, 4, 1, 5, 9, 2], 7, SamplingParams(), slot=0)
     tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
     masks = tree.with_probes(list(fast.masks_of("space")), [-4, 0, 1, -1], "space")
@@ -70,7 +74,95 @@ def test_logits_of_trees_masks_and_skips() -> None:
         return said
 
     for i, (a, b) in enumerate(zip(passes(fast), passes(plain), strict=True)):
-        assert torch.allclose(a, b, atol=3e-6), (i, (a - b).abs().max())
+        assert torch.allclose(a, b, rtol=0, atol=near), (i, (a - b).abs().max())
+
+
+def odd_llama(sharp: float = 1.0) -> PreTrainedModel:
+    """No size is a multiple of what a vector holds; `sharp` is what the scores of attention are multiplied by."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=42,
+        intermediate_size=71,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.q_proj.weight *= sharp
+    return model.eval()
+
+
+def odd_gpt2() -> PreTrainedModel:
+    """The same with layer norms, biases and learned positions; they start at random, too."""
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=30, n_head=3, n_inner=53, n_layer=2, n_positions=128))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+ODD = {"llama": odd_llama, "sharp": lambda: odd_llama(8.0), "gpt2": odd_gpt2}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 2e-4), (torch.bfloat16, 0.4)])
+def test_odd_sizes_and_sharp_attention(name: str, dtype: torch.dtype, near: float) -> None:
+    """Tails of rows everywhere, and scores whose exponentials overflow unless the largest is taken away first."""
+    model = ODD[name]().to(dtype)
+    sequence = Sequence([(7 * i * i + 3) % VOCAB for i in range(41)], 41, SamplingParams(), slot=0)
+    tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
+
+    def passes(target: HFTarget) -> Tensor:
+        sequence.cached = 0
+        said = [target.forward(pack([(sequence, 40, EMPTY)]))]
+        target.keep(0, 0, range(40))
+        sequence.cached = 40
+        return torch.cat([*said, target.forward(pack([(sequence, 1, tree)]))])
+
+    fast, plain = passes(HFTarget(model, fast=True)), passes(HFTarget(copy.deepcopy(model).double()))
+    worst = (fast.double() - plain).abs().max()
+    assert worst < near * plain.abs().max(), (worst, plain.abs().max())
+
+
+@pytest.mark.parametrize("dtype", TYPES.values())
+@pytest.mark.parametrize(("out", "wide"), [(1, 1), (16, 16), (17, 33), (5, 130), (35, 1101)])
+def test_products_of_every_size(out: int, wide: int, dtype: torch.dtype) -> None:
+    """A linear layer alone, against float64; a row has the same bits beside any number of others."""
+    draw = torch.Generator().manual_seed(out)
+    weight, bias, x = (torch.randn(size, generator=draw).to(dtype) for size in ((out, wide), (out,), (70, wide)))
+    instr = Instr(
+        Kind.LINEAR,
+        0,
+        Operand(Buffer(dtype, out, slot=Slot.HIDDEN)),
+        (Operand(Buffer(dtype, wide, slot=Slot.EMBEDS)),),
+        more=(weight.data_ptr(), bias.data_ptr(), out, wide),
+        keep=(weight, bias),
+    )
+    traced = Traced(assemble([instr]), (), {}, 1, out)
+    target = fast_target(dtype)
+    target.forward(chain_rows([(0, 0, 1)]))
+    assert target.runner is not None
+
+    def said(count: int, first: int = 0) -> Tensor:
+        rows = pack([(Sequence([1] * count, count, SamplingParams(), slot=0), count, EMPTY)])
+        assert target.runner is not None
+        noted = target.runner.run(traced, rows, embeds=x[first : first + count])[1]
+        assert noted is not None
+        return noted
+
+    alone = torch.cat([said(1, row) for row in range(len(x))])
+    wanted = x.double() @ weight.double().T + bias.double()
+    scale = x.double().abs() @ weight.double().abs().T + 1
+    assert ((alone - wanted).abs() / scale).max() < (2e-6 if dtype == torch.float32 else 4e-3)
+    for count in (2, 3, 4, 5, 8, 9, 17, 64, 65, 70):
+        assert torch.equal(said(count), alone[:count]), count
 
 
 @pytest.mark.parametrize("dtype", TYPES.values())

@@ -19,6 +19,11 @@ class Bug:
     what: str
 
     @property
+    def compiled(self) -> bool:
+        """Only kernels that were built can show it."""
+        return self.file.startswith("models/runner/")
+
+    @property
     def path(self) -> Path:
         return SOURCE / "selfdraft" / self.file
 
