@@ -77,7 +77,7 @@ def test_logits_of_trees_masks_and_skips(dtype: torch.dtype, near: float) -> Non
         assert torch.allclose(a, b, rtol=0, atol=near), (i, (a - b).abs().max())
 
 
-def odd_llama(sharp: float = 1.0) -> PreTrainedModel:
+def odd_llama(sharp: float = 1.0, heads: int = 3, wide: int = 14) -> PreTrainedModel:
     """No size is a multiple of what a vector holds; `sharp` is what the scores of attention are multiplied by."""
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -85,8 +85,9 @@ def odd_llama(sharp: float = 1.0) -> PreTrainedModel:
         hidden_size=42,
         intermediate_size=71,
         num_hidden_layers=2,
-        num_attention_heads=3,
+        num_attention_heads=heads,
         num_key_value_heads=1,
+        head_dim=wide,
         max_position_embeddings=128,
         initializer_range=0.5,
         pad_token_id=None,
@@ -108,7 +109,12 @@ def odd_gpt2() -> PreTrainedModel:
     return model.eval()
 
 
-ODD = {"llama": odd_llama, "sharp": lambda: odd_llama(8.0), "gpt2": odd_gpt2}
+ODD = {
+    "llama": odd_llama,
+    "sharp": lambda: odd_llama(8.0),
+    "wide heads": lambda: odd_llama(heads=6, wide=118),  # 64 + 32 + 16 + 6: every width that values are summed in
+    "gpt2": odd_gpt2,
+}
 
 
 @pytest.mark.parametrize("name", ODD)
