@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from selfdraft.core.rows import Rows
+from selfdraft.drafting.pass_cost import Profile
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Short
 
@@ -30,6 +32,20 @@ class Passes:
 
     def __call__(self) -> float:
         return self.now
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A made-up machine whose prices never change: seconds of a pass, and of each row beside that."""
+
+    whole: float
+    row: float
+
+    def run(self, target: HFTarget) -> HFTarget:
+        """The target on this machine: its clock, and the profile that would be measured with it."""
+        rows = (1, 2, 4, 8, 16, 64)
+        target.profile = Profile(rows, tuple(self.whole + self.row * count for count in rows), (0.0,) * len(rows))
+        return on_passes(target, Passes(self.whole, self.whole / 4, self.row))
 
 
 def on_passes(target: HFTarget, clock: Passes | None = None) -> HFTarget:

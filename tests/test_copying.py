@@ -52,6 +52,13 @@ def test_within_budget_and_price() -> None:
     assert not SuffixCopy().draft([sequence], [Budget(0, 0, 0)], FREE)[0]
 
 
+def test_a_token_counts_with_all_before_it() -> None:
+    """Nine in ten each: the chance of seven is below a half, and such a price ends the copy there."""
+    copying = Copying()
+    copying._chances = [[0.9] * len(chances) for chances in copying._chances]
+    assert len(copying.draft([opened([1, 2, 3, 4, 5, 6, 7, 8] * 3)], [ROOM], [0.5] * AHEAD)[0]) == 6
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_it_learns_what_copies_are_worth(right: bool) -> None:
     """Copies that always held are drafted at a high price; those that never did at none but the lowest."""

@@ -22,7 +22,9 @@ from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.engine import scheduler
 from selfdraft.engine.engine import Engine
+from selfdraft.engine.step import budget
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
+from selfdraft.models.exactness import Shapes
 from selfdraft.testing import FakeTarget
 from selfdraft.types import Budget, SamplingParams
 from tests.models import run, tiny_target
@@ -392,6 +394,20 @@ def test_a_request_that_cannot_run_is_refused_at_once() -> None:
 def test_sizes_are_checked(option: str, value: float) -> None:
     with pytest.raises(OptionError, match=f"{option}={value}"):
         Engine(fake_target(1), Guesser(), **{option: value})  # type: ignore[arg-type]
+
+
+def test_a_draft_ends_where_the_shape_of_attention_changes_or_the_text_must() -> None:
+    """The last node stands at the last position before the edge, and leaves room for the token behind it."""
+    target = tiny_target(shapes=Shapes(4, 64))
+
+    def depth(length: int, most: int) -> int:
+        sampling = SamplingParams(max_tokens=most)
+        made = open_sequence([1] * length, sampling, seed=0, eos=frozenset(), context=target.context)
+        return budget(target, made, 9).depth
+
+    assert [depth(length, 999) for length in (60, 63, 64, 65)] == [4, 1, 0, 63]
+    assert [depth(60, most) for most in (1, 2, 3)] == [0, 1, 2]
+    assert depth(511, 999) == 0
 
 
 def test_the_fake_can_tell() -> None:

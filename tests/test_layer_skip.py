@@ -90,6 +90,32 @@ def test_states_of_other_tokens_are_not_taken(tokens: list[int]) -> None:
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-12)
 
 
+def test_states_of_another_place_are_not_taken() -> None:
+    """A slot got another request: its first tokens are those that were drafted, but they stand elsewhere."""
+    target, fresh = tiny_target(), tiny_target()
+    sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
+    prefill(target, sequence)
+    for i, token in enumerate((9, 2)):
+        target.forward(chain_rows([(0, 3 + i, token)]), Skip(frozenset({2})))
+    said = [prefill(each, Sequence([9, 2, 5], 3, SamplingParams(), slot=0)) for each in (target, fresh)]
+    torch.testing.assert_close(said[0], said[1], rtol=0, atol=1e-12)
+
+
+def test_states_that_enter_another_block_are_not_taken() -> None:
+    """A draft whose second pass leaves out other blocks than its first."""
+    target, fresh = tiny_target(), tiny_target()
+    logits = []
+    for each in (target, fresh):
+        sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
+        prefill(each, sequence)
+        sequence.tokens.append(9)
+        if each is target:
+            each.forward(chain_rows([(0, 3, 9)]), Skip(frozenset({3})))
+            each.forward(chain_rows([(0, 4, 2)]), Skip(frozenset({1})))
+        logits.append(each.forward(pack([(sequence, 1, Draft.chain([2, 6], "x"))])))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-12)
+
+
 def test_a_tree_is_not_resumed() -> None:
     target, fresh = tiny_target(), tiny_target()
     draft = Draft.branches([[2, 6], [5, 6]], "x")

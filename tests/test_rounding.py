@@ -21,8 +21,8 @@ from selfdraft.models.runner.trace import Traced
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Rounded, SamplingParams, Skip, Stats
 from tests.clocks import Ticking
-from tests.models import random_adapters, run, tiny_llama, tiny_target
-from tests.test_runner import TYPES, fast_target, unavailable
+from tests.models import random_adapters, run, tiny_llama, tiny_target, unavailable
+from tests.test_runner import TYPES, fast_target
 
 compiled = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 SIZES = [(16, 128), (5, 1), (1, 64), (33, 127), (17, 129), (48, 200), (3, 513), (61, 48)]

@@ -283,8 +283,20 @@ def test_settled_looks_at_the_end_only() -> None:
     assert stream.text == "ababc"
     assert stream.settled(()) == 5
     assert stream.settled(("x",)) == 5
+    assert stream.settled(("cx",)) == 4
     assert stream.settled(("cx", "abcabc")) == 2
     assert stream.settled(("abc", "xxxxxx")) == 5, "a whole stop string that was let pass is not held"
+
+
+@pytest.mark.parametrize("size", range(6))
+def test_a_cut_goes_through_a_piece_and_drops_what_waits(size: int) -> None:
+    decode = Pieces(byte_level)
+    stream = TextStream(decode)
+    for token in decode.add([b"ab", b"cde", b"\xf0\x9f"]):
+        stream.push(token)
+    stream.cut(size)
+    stream.flush()
+    assert (stream.text, stream.size) == ("abcde"[:size], size)
 
 
 @settings(max_examples=200, deadline=None)
