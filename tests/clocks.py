@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from selfdraft.core.rows import Rows
-from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Short
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from selfdraft import cli
+from selfdraft.cli.tune import forwarded
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,15 @@ def one_line(done: Done, words: str) -> None:
     assert done.err.startswith("error: ")
     assert done.err.count("error:") == 1
     assert words in done.err
+
+
+def command_of(words: Sequence[str]) -> Any:
+    """The command that these words behind `selfdraft` begin with: a verb, or a sub-command of one."""
+    if words[0] == "tune":
+        words = ["tune", *forwarded(words[1:])]
+    command: Any = get_command(cli.app)
+    for word in words:
+        if word not in getattr(command, "commands", ()):
+            break
+        command = command.commands[word]
+    return command

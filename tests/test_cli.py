@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
-from selfdraft import LLM, SamplingParams, cli, drafters
+from selfdraft import LLM, SamplingParams, drafters
 from selfdraft.cli import terminal
 from selfdraft.core import verify as core_verify
 from selfdraft.core.tree import Draft
 from selfdraft.llm import Piece
-from tests.terminal import one_line, typed
+from tests.terminal import command_of, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
@@ -198,12 +197,15 @@ def test_usage(run: Any) -> None:
     assert bare.err.startswith("Usage: selfdraft")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_mentions_every_option(run: Any, verb: str) -> None:
-    done = run(verb, "--help")
+SUB_COMMANDS = ["tune machine", "tune layer-skip", "tune s3d", "tune lookahead"]
+
+
+@pytest.mark.parametrize("command", [*VERBS[:-1], *SUB_COMMANDS])
+def test_help_mentions_every_option(run: Any, command: str) -> None:
+    words = command.split()
+    done = run(*words, "--help")
     assert (done.code, done.err) == (0, "")
-    command = typer.main.get_command(cli.app)
-    options = [option for parameter in command.commands[verb].params for option in parameter.opts]  # type: ignore[attr-defined]
+    options = [option for parameter in command_of(words).params for option in parameter.opts]
     assert len(options) > 1
     for option in options:
         assert re.search(rf"(^|\s){option}\b", done.out), option

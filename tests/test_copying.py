@@ -54,7 +54,7 @@ def test_within_budget_and_price() -> None:
 
 def test_a_token_counts_with_all_before_it() -> None:
     """Nine in ten each: the chance of seven is below a half, and such a price ends the copy there."""
-    copying = Copying()
+    copying = SuffixCopy()
     copying._chances = [[0.9] * len(chances) for chances in copying._chances]
     assert len(copying.draft([opened([1, 2, 3, 4, 5, 6, 7, 8] * 3)], [ROOM], [0.5] * AHEAD)[0]) == 6
 

@@ -29,6 +29,12 @@ def test_the_table_says_what_the_classes_take() -> None:
         ["chat", "--drafter", "nope"],
         ["verify", "--prompts", "x", "--drafters", "nope"],
         ["pull", "nope"],
+        ["tune", "--help"],
+        ["tune", "layer-skip", "--help"],
+        ["tune", "nope"],
+        ["tune", "--model", "/nope"],
+        ["tune", "s3d", "--runs", "0"],
+        ["tune", "--method", "lookahead", "--seed", "-1"],
     ],
 )
 def test_help_and_errors_of_options_import_no_torch(arguments: list[str]) -> None:

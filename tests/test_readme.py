@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from selfdraft.cli import app
 from selfdraft.drafters import NAMES, options_of
 from selfdraft.models.checkpoint.embedded import installed
+from tests.terminal import command_of
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -41,12 +40,10 @@ def commands(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_exist(page: Path) -> None:
     for line in commands(page):
-        verb, *arguments = shlex.split(line, comments=True)
-        command = get_command(app).commands[verb]  # type: ignore[attr-defined]
-        while arguments and arguments[0] in getattr(command, "commands", {}):
-            command = command.commands[arguments.pop(0)]
+        words = shlex.split(line, comments=True)
+        command = command_of(words)
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-        assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= known, line
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, line
 
 
 def test_there_are_commands_to_look_at() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfdraft import LLM
+from selfdraft.cli.tune import forwarded
 from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import read_skip
-from tests.terminal import Done, typed
+from tests.terminal import Done, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 
@@ -32,7 +34,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fo
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
 
     def call(*arguments: object) -> Done:
-        small = ["--method", "layer_skip", "--prompts", "prompts.jsonl", "--model", folder, "--dtype", "float32"]
+        small = ["layer-skip", "--prompts", "prompts.jsonl", "--model", folder, "--dtype", "float32"]
         small += ["--trials", 8, "--max-new-tokens", 12, "--num-speculative-tokens", 3, "--confirm", 0, "--runs", 1]
         return typed(monkeypatch, capsys, "tune", *small, *arguments)
 
@@ -122,11 +124,8 @@ def test_a_set_in_the_checkpoints_folder_is_taken(folder: Path) -> None:
     ("arguments", "said"),
     [
         (["--trials", 0], "trials=0"),
-        (["--method", "guessing"], "'guessing' is not one of 'auto', 'layer_skip', 's3d', 'lookahead'"),
-        (["--sweep"], "--sweep belongs to --method s3d, not to layer_skip"),
-        (["--adapter", "."], "--adapter belongs to --method s3d"),
-        (["--method", "s3d", "--trials", 1000], "--trials belongs to --method layer_skip, not to s3d"),
-        (["--method", "auto", "--trials", 5], "--prompts belongs to --method layer_skip"),
+        (["--sweep"], "No such option: --sweep"),
+        (["--adapter", "."], "No such option: --adapter"),
         (["--sampler", "dice"], "'dice' is unknown"),
         (["--prompts", "empty.jsonl"], "holds no prompt"),
         (["--output", "nowhere/out.json"], "there is no folder 'nowhere'"),
@@ -151,3 +150,108 @@ def test_mistakes_end_with_one_line(tune: Any, tmp_path: Path, arguments: list[o
     assert len(done.err.strip().splitlines()) == 1
     after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".db"}
     assert after == before
+
+
+OWN = {
+    "machine": set[str](),
+    "layer-skip": {
+        *("--study", "--trials", "--sampler", "--num-speculative-tokens", "--max-cost", "--confirm"),
+        *("--evidence", "--costs", "--check", "--draft-lengths", "--runs"),
+    },
+    "s3d": {"--adapter", "--sweep", "--runs"},
+    "lookahead": set[str](),
+}
+"""Options of a sub-command that not all of them have, those about prompts left out."""
+OF_PROMPTS = {"--prompts", "--limit", "--chat", "--max-new-tokens", "--temperature", "--seed", "--output"}
+OF_ALL = {"--model", "--lora", "--dtype", "--exactness", "--threads", "--json", "--help"}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_help_shows_only_the_own_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    done = typed(monkeypatch, capsys, "tune", name, "--help")
+    assert done.code == 0
+    shown = set(re.findall(r"^  (--[a-z0-9-]+)", done.out, re.MULTILINE))
+    assert shown == OWN[name] | OF_ALL | (OF_PROMPTS if name != "machine" else set())
+
+
+def test_help_names_the_sub_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    done = typed(monkeypatch, capsys, "tune", "--help")
+    assert done.code == 0
+    assert re.findall(r"^  ([a-z]\S+)  ", done.out, re.MULTILINE) == list(OWN)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", "machine"),
+        ("--json --model pocket", "machine --json --model pocket"),
+        ("--method auto --model pocket", "machine --model pocket"),
+        ("--model pocket --method layer_skip --trials 5", "layer-skip --model pocket --trials 5"),
+        ("--method=s3d --sweep", "s3d --sweep"),
+        ("--method s3d --method lookahead", "lookahead"),
+        ("--method s3d --help", "s3d --help"),
+        ("--help", "--help"),
+        ("s3d --sweep", "s3d --sweep"),
+    ],
+)
+def test_the_older_spelling_is_forwarded(old: str, new: str) -> None:
+    assert forwarded(old.split()) == new.split()
+
+
+def test_the_older_spelling_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tune: Any, folder: Path
+) -> None:
+    """A finished search is taken up by either spelling."""
+    new = tune("--json")
+    small = ["--trials", 8, "--max-new-tokens", 12, "--num-speculative-tokens", 3, "--confirm", 0, "--runs", 1]
+    given = ["--prompts", "prompts.jsonl", "--model", folder, "--dtype", "float32", *small, "--json"]
+    old = typed(monkeypatch, capsys, "tune", "--method", "layer_skip", *given)
+    assert old == new
+    assert old.code == 0
+
+
+def test_lookahead_is_tuned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    """Every size of the grid and the adaptive one are measured; both spellings write the same kind of document."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", folder, "--dtype", "float32", "--limit", 1, "--max-new-tokens", 12]
+    done = typed(monkeypatch, capsys, "tune", "lookahead", *small)
+    assert done.code == 0, done.err
+    assert "use it: --speculative-config" in done.out
+    document = json.loads((tmp_path / f"lookahead-{folder.name}.json").read_text())
+    assert [point["adaptive"] for point in document["points"]] == [False] * 6 + [True]
+    old = typed(monkeypatch, capsys, "tune", "--method", "lookahead", *small, "--json").said
+    assert old.keys() == {"output", *document}
+    assert old["points"][0].keys() == document["points"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nope"], "No such command 'nope'; see selfdraft tune --help"),
+        (["machin"], "No such command 'machin'. Did you mean 'machine'; see selfdraft tune --help"),
+        (
+            ["--method", "guessing"],
+            "'guessing' is not one of 'auto', 'layer_skip', 's3d', 'lookahead'; see selfdraft tune",
+        ),
+        (["--method"], "'' is not one of 'auto', 'layer_skip'"),
+        (
+            ["--trials", "5"],
+            "No such option: --trials (Possible options: --threads); see selfdraft tune machine --help",
+        ),
+        (["--method", "s3d", "--trials", "5"], "see selfdraft tune s3d --help"),
+        (["machine", "--prompts", "x"], "No such option: --prompts"),
+        (["lookahead", "--runs", "2"], "No such option: --runs"),
+        (["s3d", "--runs", "0"], "runs=0 is out of range: it must be at least 1, at most 100"),
+        (["lookahead", "--seed", "-1"], "seed=-1 is out of range: it must be at least 0"),
+        (["s3d", "--max-new-tokens", "3"], "max_new_tokens=3 is out of range: it must be at least 4"),
+        (["s3d", "--temperature", "-1"], "temperature=-1.0 is out of range"),
+    ],
+)
+def test_mistakes_of_sub_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    one_line(typed(monkeypatch, capsys, "tune", *arguments), said)

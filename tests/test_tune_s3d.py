@@ -111,7 +111,7 @@ def test_from_the_command_line(
     """Widths of the bundled adapter; the sweep has every setting, and the document says what is best."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.jsonl").write_text('{"prompt": "def add(a, b):"}')
-    small = "tune --model pocket --method s3d --prompts one.jsonl --max-new-tokens 6 --runs 1 --dtype float32 --sweep"
+    small = "tune s3d --model pocket --prompts one.jsonl --max-new-tokens 6 --runs 1 --dtype float32 --sweep"
     done = typed(monkeypatch, capsys, *small.split(), "--json")
     assert done.code == 0, done.err
     document = done.said

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from selfdraft.cli import answer, bench, prove, pull, replay, results, terminal, train, tune
+from selfdraft.cli import bench, chat, doctor, generate, pull, replay, results, terminal, train, tune, verify
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -18,19 +18,19 @@ app = typer.Typer(
     help="Decode several tokens per forward pass with no second model. The text is exactly what it would have been.",
 )
 VERBS = (
-    answer.generate,
-    answer.chat,
+    generate.generate,
+    chat.chat,
     pull.pull,
     bench.bench,
     results.results,
     replay.replay,
-    prove.verify,
-    prove.doctor,
+    verify.verify,
+    doctor.doctor,
     train.train,
-    tune.tune,
 )
 for verb in VERBS:
     app.command()(verb)
+app.add_typer(tune.app, name="tune")
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """typer's error for what it cannot parse; it has no public name that all versions share."""

@@ -1,13 +1,16 @@
-"""The verb that measures: bench."""
+"""The verb `bench`: drafters and other engines measured on the field's tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from selfdraft.cli import terminal
 from selfdraft.cli.options import (
@@ -28,21 +31,27 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Files, Patience, PeerConfigs, Peers, Pythons, check_merged, invited, joined
+from selfdraft.cli.peers import Files, Guest, Patience, PeerConfigs, Peers, Pythons, check_merged, invited, joined
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
+from selfdraft.types import SamplingParams
 
 if TYPE_CHECKING:
+    from selfdraft.bench.report import Record
     from selfdraft.bench.rows import Ledger, Row
     from selfdraft.bench.run import Bench, Contender
     from selfdraft.bench.tasks import Item
     from selfdraft.core.sequence import Sequence as Request
     from selfdraft.llm import LLM
-    from selfdraft.types import SamplingParams
 
 TASKS = """Names with commas between, 'all', or a jsonl file. Inside this package: quick, humaneval, gsm8k, mt-bench;
 the others (spec-bench, mbpp, classeval, cnn-dailymail, xsum) are read from --data-dir or with the package datasets."""
 CHAT = "Wrap prompts in the checkpoint's chat template, or continue them. Default: the template, if there is one."
+
+STAGES = ("target", "drafting", "rest")
+"""What a decode step goes into: passes of the target, guessing and learning, the host's other work."""
+FIGURES = ("tok/s", "vs plain", "decode", "tok/pass", "accept", "+MiB", "/memory", "same")
+"""Heads of the table; docs/bench.md says what they mean."""
 
 Names = Annotated[str | None, typer.Option(help="Names with commas, or 'all'; 'none' always runs. Default: all.")]
 Configs = Annotated[
@@ -97,31 +106,47 @@ def bench(
     Without --tasks, on 64 prompts that are part of this package. Every prompt is decoded by every drafter several
     times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
-    from selfdraft.bench.rows import Ledger
-    from selfdraft.files.token_log import check_log
-    from selfdraft.types import SamplingParams
-
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all")
     contenders = field_of(drafters, speculative_config or [])
     guests = invited(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
     check_merged(guests, model, lora)
-    items = gather_items(tasks, data_dir, limit, plan)
-    draw = painter(pictures)
+    source = Source(tasks, data_dir, limit, as_template=chat is None)
+    field = Field(model, adapter or [], lora, contenders, guests, drafters not in (None, "all"), peer_timeout)
+    items, draw = gather_items(source, plan), painter(pictures)
+    opening = partial(open_llm, model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
+    records = measured(opening, field, plan, source, items, output, log, quiet=as_json)
+    tell(records, output, draw, profile=profile, as_json=as_json)
+
+
+def measured(
+    opening: Callable[[], LLM],
+    field: Field,
+    plan: Plan,
+    source: Source,
+    items: dict[str, list[Item]],
+    output: Path | None,
+    log: Path | None,
+    *,
+    quiet: bool,
+) -> list[Record]:
+    """The records of everything that was asked for. The files are checked before the model is opened."""
+    from selfdraft.bench.rows import Ledger
+    from selfdraft.files.token_log import check_log
+
     check_log(log)
     with Ledger(output) as ledger:
-        llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
-        if chat is None and getattr(llm.tokenizer, "chat_template", None):
-            plan, items = as_chat(plan, tasks, data_dir, limit)
-        by_name = drafters not in (None, "all")
-        fit = [one for one in contenders if runnable(llm, one.method, one.options, named=by_name or bool(one.options))]
-        setting = set_up(llm, model, adapter or [], fit, plan, log, lora)
-        with joined(setting, guests, llm, model, items, peer_timeout):
-            rows = measure_all(setting, items, ledger, quiet=as_json)
-    tell(reported(setting, rows, llm.target.context), output, draw, profile=profile, as_json=as_json)
+        llm = opening()
+        if source.as_template and getattr(llm.tokenizer, "chat_template", None):
+            plan = replace(plan, chat=True)
+            items = gather_items(source, plan)  # prompts and stops of some tasks are others then
+        setting = set_up(llm, field, plan, log)
+        with joined(setting, field.guests, llm, field.model, items, field.patience):
+            rows = measure_all(setting, items, ledger, quiet=quiet)
+    return reported(setting, rows, llm.target.context)
 
 
-def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[dict[str, Any]]:
+def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[Record]:
     """The records of all rows; what was skipped is said. Errors: RequestError when nothing was measured."""
     for reason in setting.skipped:
         terminal.note(f"skipped: {reason}")
@@ -132,9 +157,9 @@ def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[d
 
 
 def tell(
-    records: list[dict[str, Any]],
+    records: list[Record],
     output: Path | None,
-    draw: Callable[[Any], list[Path]],
+    draw: Callable[[Sequence[Record]], list[Path]],
     *,
     profile: bool,
     as_json: bool,
@@ -142,9 +167,12 @@ def tell(
     """Pictures and tables; ends the command, with 1 if a text of ours differs."""
     for path in draw(records):  # before the table: whoever reads that may leave early
         terminal.note(f"wrote {path}")
-    terminal.document(records) if as_json else terminal.evaluation(records, output)
-    if profile and not as_json:
-        terminal.stages(records)
+    if as_json:
+        terminal.document(records)
+    else:
+        show_evaluation(records, output)
+        if profile:
+            show_stages(records)
     raise typer.Exit(0 if all(record["texts_equal"] for record in records if record["peer"] is None) else 1)
 
 
@@ -160,7 +188,7 @@ class Plan:
     all_turns: bool
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What can change a result."""
         return {
             "max_new_tokens": self.sampling.max_tokens,
@@ -170,6 +198,37 @@ class Plan:
             "chat": self.chat,
             "batch": 1,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the prompts come from."""
+
+    tasks: str
+    data_dir: Path | None
+    limit: int | None
+    as_template: bool
+    """Whether the checkpoint's chat template, if there is one, decides how they are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Who is measured: the model, our drafters over it, and other engines."""
+
+    model: str
+    adapters: Sequence[Path]
+    lora: Path | None
+    contenders: Sequence[Contender]
+    guests: Sequence[Guest]
+    by_name: bool
+    """Whether the drafters were named one by one; of 'all', those that lack mask tokens are left out."""
+    patience: float
+    """Most seconds for another engine to load, and for each answer."""
+
+    def drafters_for(self, llm: LLM) -> list[Contender]:
+        """The drafters that can run over the open model. Errors: MissingMasks when a named one cannot."""
+        wanted = ((one, self.by_name or bool(one.options)) for one in self.contenders)
+        return [one for one, named in wanted if runnable(llm, one.method, one.options, named=named)]
 
 
 def field_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
@@ -197,12 +256,12 @@ def field_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
     return found
 
 
-def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Plan) -> dict[str, list[Item]]:
+def gather_items(source: Source, plan: Plan) -> dict[str, list[Item]]:
     """The items of all tasks, read and checked before a model is loaded. Errors: OptionError, RequestError."""
     from selfdraft.bench import tasks
     from selfdraft.bench.scores import need_rouge
 
-    names = tasks.names_of(wanted)
+    names, data_dir = tasks.names_of(source.tasks), source.data_dir
     if data_dir is not None and not data_dir.is_dir():
         files = [task.files[0] for task in map(tasks.task_of, names) if task is not None and task.files]
         layout = f"; expected in it: {', '.join(files)}" if files else ""
@@ -214,16 +273,10 @@ def gather_items(wanted: str, data_dir: Path | None, limit: int | None, plan: Pl
         raise OptionError(f"--samples {plan.samples} is for coding tasks; of {', '.join(names)} none is one")
     if any(task is not None and task.summary for task in known.values()):
         need_rouge()
-    return {name: tasks.load(name, data_dir, chat=plan.chat, limit=limit) for name in names}
+    return {name: tasks.load(name, data_dir, chat=plan.chat, limit=source.limit) for name in names}
 
 
-def as_chat(plan: Plan, wanted: str, data_dir: Path | None, limit: int | None) -> tuple[Plan, dict[str, list[Item]]]:
-    """The plan with the chat template, and its items: prompts and stops of some tasks are others then."""
-    plan = replace(plan, chat=True)
-    return plan, gather_items(wanted, data_dir, limit, plan)
-
-
-def painter(folder: Path | None) -> Callable[[Sequence[dict[str, Any]]], list[Path]]:
+def painter(folder: Path | None) -> Callable[[Sequence[Record]], list[Path]]:
     """What draws the records into a folder; tried now, so that it does not fail after hours. Errors: OptionError."""
     if folder is None:
         return lambda _: []
@@ -249,15 +302,7 @@ def logger(llm: LLM, log: Path | None) -> Callable[[Request, Sequence[int]], Non
     return lambda request, said: append(log, llm.logged(request.tokens, said, request.sampling))
 
 
-def set_up(
-    llm: LLM,
-    model: str,
-    folders: Sequence[Path],
-    contenders: Sequence[Contender],
-    plan: Plan,
-    log: Path | None = None,
-    lora: Path | None = None,
-) -> Bench:
+def set_up(llm: LLM, field: Field, plan: Plan, log: Path | None) -> Bench:
     """The bench around an open model."""
     from importlib.metadata import version
 
@@ -273,19 +318,15 @@ def set_up(
         return llm.requests(ids, replace(plan.sampling, stop=stop, seed=seed))[0]
 
     device = next(llm.model.parameters()).device
-    facts = (
-        conditions(llm, model, lora)
-        | plan.facts
-        | {
-            "weights": identity(model, llm, [*folders, *([lora] if lora is not None else [])]),
-            "selfdraft": version("selfdraft"),
-        }
-    )
+    merged = [field.lora] if field.lora is not None else []
+    weights = identity(field.model, llm, [*field.adapters, *merged])
+    own = {"weights": weights, "selfdraft": version("selfdraft")}
+    facts = {**conditions(llm, field.model, field.lora).as_dict(), **plan.facts, **own}
     adapters = {adapter.method: adapter.bytes for adapter in getattr(llm.target, "adapters", ())}
     return Bench(
         engines=lambda them: {one.label: llm.engine_for(one.method, one.options) for one in them},
         open=open_request,
-        contenders=contenders,
+        contenders=field.drafters_for(llm),
         conditions=facts,
         footprint=Footprint(measure.weights_bytes(llm.model), lambda: llm.target.cache.bytes, adapters),
         gauge=measure.Gauge(device),
@@ -334,7 +375,8 @@ def measure_all(setting: Bench, items: dict[str, list[Item]], ledger: Ledger, *,
     return rows
 
 
-def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[dict[str, Any]]:
+def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[Record]:
+    """One record for each task and drafter, made of the rows."""
     from selfdraft.bench.report import records
     from selfdraft.bench.tasks import task_of
 
@@ -343,3 +385,118 @@ def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[dict[str, 
         task = task_of(name)
         made += records(name, found, labels, task.unscored if task is not None else "a file of prompts has no score")
     return made
+
+
+def show_evaluation(records: Sequence[Record], output: Path | None) -> None:
+    """The bench's conditions, its table, and a line of scores for each task."""
+    facts = records[0]["conditions"]
+    machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items() if value is not None)
+    names = ("max_new_tokens", "temperature", "top_p", "chat", "batch")
+    settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in names)
+    terminal.out.print(f"{facts['model']}, {facts['dtype']}, exactness {facts['exactness']['level']}, {settings}")
+    terminal.out.print(machine.replace("_", " "))
+    for task in dict.fromkeys(record["task"] for record in records):
+        rows = [record for record in records if record["task"] == task]
+        terminal.out.print(Text(f"\n{task}", style="bold"), _summary(rows[0]))
+        table = Table(box=None, pad_edge=False)
+        wide = max([12, *(len(row["drafter"]) for row in rows if row["peer"] is not None)])
+        table.add_column("drafter", width=wide, overflow="fold")
+        for head in FIGURES:
+            table.add_column(head, justify="right", no_wrap=True, min_width=len(head))
+        for record in rows:
+            table.add_row(record["drafter"], *_figures_of(record))
+        terminal.out.print(table)
+        if any(record["peer"] is not None for record in rows):
+            show_apart(rows, wide)
+    peers = {record["drafter"]: record for record in records if record["peer"] is not None}
+    if peers:
+        terminal.out.print(
+            f"\nother engines, as many tokens each: {', '.join(_engine(peer) for peer in peers.values())}"
+        )
+    load = max(record["load_average_max"] for record in records)
+    terminal.out.print(f"\nload average up to {load:.1f}" + (f"; rows in {output}" if output is not None else ""))
+    if not all(record["texts_equal"] for record in records if record["peer"] is None):
+        terminal.warn("some texts DIFFER from plain decoding: no speed-up is given there")
+
+
+def show_apart(rows: Sequence[Record], wide: int) -> None:
+    """Decoding and reading of the prompt apart, for all engines, each beside its own plain decoding."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("\ntokens per second", width=max(wide, 17), overflow="fold")
+    for head in ("\ndecode", "\nprompt", "decode vs\nown plain", "\naccept", "texts equal to\nown plain"):
+        table.add_column(head, justify="right", no_wrap=True)
+    marked = False
+    for record in rows:
+        ours, plain = record["peer"] is None, record["drafter"] == "none"
+        ratio = record["decode_speedup_vs_plain"] if ours else record["decode_speedup_vs_own_plain"]
+        equal = record["texts_equal"] if ours else record["texts_equal_own_plain"]
+        differ = 0 if ours else len(record["prompts_different_own_plain"] or ())
+        marked |= bool(differ)
+        rate, speeds = record["draft_acceptance_rate"], ("decode_tokens_per_second", "prompt_tokens_per_second")
+        table.add_row(
+            record["drafter"],
+            *("-" if record[name] is None else f"{record[name]:.1f}" for name in speeds),
+            "" if plain or ratio is None else f"{ratio:.2f}x{'*' if differ else ''}",
+            "" if plain or rate is None else f"{100 * rate:.0f} %",
+            "" if plain or equal is None else "yes" if equal else f"no in {differ} of {record['prompts']}",
+        )
+    terminal.out.print("")
+    terminal.out.print(table)
+    if marked:
+        terminal.out.print("* some of its texts are not its own plain texts: it did other work, so this is no speed-up")
+
+
+def show_stages(records: Sequence[Record]) -> None:
+    """Milliseconds of a decode step of every drafter by what they went into, from the run through stopwatches."""
+    for task in dict.fromkeys(record["task"] for record in records):
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"{task}, ms per step", min_width=12)
+        for head in STAGES:
+            table.add_column(head, justify="right", no_wrap=True)
+        for record in records:
+            if record["task"] == task and record["peer"] is None:
+                spent = record["ms_per_step"]
+                table.add_row(record["drafter"], *(_milliseconds(spent[stage]) for stage in STAGES))
+        terminal.out.print(table)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _engine(peer: Record) -> str:
+    """A peer with its package and options."""
+    options = "".join(f", {name} {value}" for name, value in peer["options"].items())
+    file = f", over {peer['peer_file']['name']}" if peer["peer_file"] else ""
+    return f"{peer['drafter']} ({peer['peer']}{file}{options})"
+
+
+def _figures_of(record: Record) -> list[str]:
+    """The cells of a drafter's row behind its name, in the order of FIGURES."""
+    plain = record["drafter"] == "none"
+    ratios = (record["speedup_vs_plain"], record["decode_speedup_vs_plain"])
+    speed = [
+        f"{record['tokens_per_second']:.1f}",
+        *("" if plain else f"{ratio:.2f}x" if ratio else "-" for ratio in ratios),
+    ]
+    if record["peer"] is not None:
+        if record["texts_equal"] is None:
+            return [*speed, "", "", "", "", "-"]
+        same = "yes" if record["texts_equal"] else f"{100 * record['equal_tokens'] / record['tokens']:.0f} %"
+        return [*speed, "", "", "", "", same]
+    return [
+        *speed,
+        f"{record['tokens_per_pass']:.2f}",
+        "" if plain else f"{100 * record['draft_acceptance_rate']:.0f} %",
+        f"{record['extra_bytes'] / 2**20:.1f}",
+        "" if plain else f"{record['speed_memory_ratio']:.2f}" if record["speed_memory_ratio"] else "-",
+        "yes" if record["texts_equal"] else "NO",
+    ]
+
+
+def _summary(record: Record) -> str:
+    """Counts, scores and the memory that all drafters share."""
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in (record["scores"] or {}).items())
+    counts = f"{terminal.counted(record['prompts'], 'prompt')}, {terminal.counted(record['tokens'], 'token')}"
+    shared = [f"{what} {record[f'{what}_bytes'] / 2**20:.0f} MiB" for what in ("weights", "cache")]
+    return f"{counts}; {scores or 'no score: ' + record['unscored']}; {', '.join(shared)}"

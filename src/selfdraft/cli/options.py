@@ -6,8 +6,9 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
     from selfdraft.engine.engine import Engine
     from selfdraft.llm import LLM
+    from selfdraft.models.target import Exactness
     from selfdraft.types import SamplingParams
 
 Model = Annotated[
@@ -63,6 +65,13 @@ NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Prove the model again, whatever was kept of an earlier start.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+
+SAMPLE_PROMPTS = (
+    "def fibonacci(n):\n",
+    "Once upon a time there was a little dog who liked",
+    "Natalia has 12 apples. She gives 5 apples to her friend. How many apples",
+)
+"""Code, a story and a sum, for verbs that need some text and are given none."""
 
 
 def open_llm(
@@ -192,7 +201,7 @@ def gather(prompt: str | None, prompt_file: Path | None, prompts: Path | None, l
     return [prompt]
 
 
-def opened(system: str | None) -> list[dict[str, str]]:
+def opening_of(system: str | None) -> list[dict[str, str]]:
     """The messages that a conversation begins with."""
     return [] if system is None else [{"role": "system", "content": system}]
 
@@ -208,7 +217,7 @@ def encode_all(
 
     from selfdraft.llm import naming
 
-    opening = opened(system)
+    opening = opening_of(system)
     checked = []
     for i, text in enumerate(texts):
         with naming(i) if len(texts) > 1 else nullcontext():
@@ -219,19 +228,35 @@ def encode_all(
     return checked
 
 
-def conditions(llm: LLM, model: str, lora: Path | None = None) -> dict[str, Any]:
-    """What a figure means nothing without."""
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a figure means nothing without: model, precision, and the machine."""
+
+    model: str
+    lora: Path | None
+    dtype: str
+    exactness: Exactness
+    runner: str
+    machine: Mapping[str, object]
+
+    def as_dict(self) -> dict[str, object]:
+        """The conditions as they stand in JSON documents."""
+        return {
+            "model": self.model,
+            **({"lora": str(self.lora)} if self.lora is not None else {}),
+            "dtype": self.dtype,
+            "exactness": {"level": self.exactness.level, "why": self.exactness.why},
+            "runner": self.runner,
+            "machine": self.machine,
+        }
+
+
+def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:
+    """The conditions under which an open model runs here."""
     from selfdraft.prove.doctor import machine
 
     dtype = str(next(llm.model.parameters()).dtype).removeprefix("torch.")
-    return {
-        "model": model,
-        **({"lora": str(lora)} if lora is not None else {}),
-        "dtype": dtype,
-        "exactness": {"level": llm.exactness.level, "why": llm.exactness.why},
-        "runner": llm.target.runs,
-        "machine": machine(),
-    }
+    return Conditions(model, lora, dtype, llm.exactness, llm.target.runs, machine())
 
 
 def named(wanted: str) -> list[str]:

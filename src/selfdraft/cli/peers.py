@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -158,7 +158,7 @@ class Lookup:
             self._editions[worker, python] = foreign.edition(worker, python, engine)
         return self._editions[worker, python]
 
-    def guest(self, label: str, method: str, options: dict[str, int], wanted: Mapping[str, Any]) -> Guest | str:
+    def guest(self, label: str, method: str, options: dict[str, int], wanted: Wanted) -> Guest | str:
         """The peer; or the words that say what it lacks."""
         from selfdraft.bench.peers import PACKAGES, PEERS, SERVER
         from selfdraft.bench.run import Contender

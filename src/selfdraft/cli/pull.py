@@ -1,4 +1,4 @@
-"""The verb that installs an embedded model: pull."""
+"""The verb `pull`: a small real model, installed on this machine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The verb that needs no model: replay."""
+"""The verb `replay`: a drafter over recorded answers, with no model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,9 @@ from selfdraft.cli.options import AsJson, Config, Memory, parse_config
 from selfdraft.errors import OptionError
 
 if TYPE_CHECKING:
+    from selfdraft.files.token_log import Logged
     from selfdraft.replay.reliability import Reliability
+    from selfdraft.replay.replay import Replayed
 
 
 def replay(
@@ -41,7 +43,6 @@ def replay(
     """
     from selfdraft.drafters import memory_of, with_memory
     from selfdraft.files.memory_file import check_memory, load_memory, save_memory
-    from selfdraft.files.token_log import read_logs
     from selfdraft.methods import drafter_of
     from selfdraft.replay.replay import LogTarget, open_drafter
     from selfdraft.replay.replay import replay as run
@@ -53,10 +54,7 @@ def replay(
     guesser = open_drafter(name, with_memory(name, options) if memory is not None else options, target)
     if memory is not None:
         check_memory(memory)
-    requests = read_logs(traces, limit)
-    (tokenizer, *others) = {request.tokenizer for request in requests} - {None} or {None}
-    if others:
-        raise OptionError("the logs are of different tokenizers: replay them one by one")
+    requests, tokenizer = read_requests(traces, limit)
     if memory is not None and memory.exists():
         tokenizer = load_memory(memory, memory_of(guesser), tokenizer)
     with terminal.progress(len(requests), quiet=as_json, what="replaying") as done:
@@ -64,17 +62,47 @@ def replay(
     if memory is not None:
         save_memory(memory, memory_of(guesser), tokenizer)
     picture(found.reliability, f"{', '.join(path.stem for path in traces)}: {name} {json.dumps(options)}")
-    record = {"drafter": name, "options": options, "max_nodes": max_nodes, **found.as_dict()}
-    if times is not None:
-        record["projected_speedup"] = round(found.speedup(times), 4)
     if as_json:
-        terminal.document({"traces": [str(path) for path in traces], **record})
+        facts = {"drafter": name, "options": options, "max_nodes": max_nodes, **found.as_dict()}
+        projected = {} if times is None else {"projected_speedup": round(found.speedup(times), 4)}
+        terminal.document({"traces": [str(path) for path in traces], **facts, **projected})
     else:
-        terminal.replayed(record)
+        show_counts(found, f"{name}, at most {terminal.counted(max_nodes, 'node')}", times)
+
+
+def read_requests(traces: list[Path], limit: int | None) -> tuple[list[Logged], str | None]:
+    """The recorded answers, and the tokenizer they were made with where the logs say it. Errors: OptionError."""
+    from selfdraft.files.token_log import read_logs
+
+    requests = read_logs(traces, limit)
+    tokenizers = {request.tokenizer for request in requests} - {None}
+    if len(tokenizers) > 1:
+        raise OptionError("the logs are of different tokenizers: replay them one by one")
+    return requests, next(iter(tokenizers), None)
+
+
+def show_counts(found: Replayed, drafter: str, times: Mapping[int, float] | None) -> None:
+    """What a replay counted: tokens per forward, acceptance by depth, the drafter's own time, projected speed-up."""
+    counts, stats, counted = found.as_dict(), found.stats, terminal.counted
+    terminal.out.print(
+        f"{drafter}: {found.tokens_per_forward:.3f} tokens per forward, {counts['rows_per_step']:.1f} rows a step "
+        f"({counted(found.requests, 'request')}, {counted(stats.num_output_tokens, 'token')}, "
+        f"{counted(stats.num_steps, 'step')})"
+    )
+    shares = [f"{depth}: {100 * share:.1f}" for depth, share in enumerate(found.by_depth[:16], 1)]
+    terminal.out.print(f"steps that accepted to depth, %: {', '.join(shares) or 'none'}")
+    terminal.out.print(
+        f"drafter's own time: {counts['host_us_median']:.0f} us a step (median), "
+        f"{counts['host_us_draft']:.0f} drafting and {counts['host_us_observe']:.0f} learning"
+    )
+    if found.reliability.ratio is not None:
+        terminal.out.print(f"predicted by actual acceptance: {found.reliability.ratio:.3f}")
+    if times is not None:
+        terminal.out.print(f"projected speed-up over plain decoding: {found.speedup(times):.2f}x")
 
 
 def painter(path: Path | None) -> Callable[[Reliability, str], None]:
-    """Draws into the file, whole or not at all. Errors: OptionError, before anything runs, when it could not."""
+    """What draws into the file, whole or not at all. Errors: OptionError, before anything runs, when it could not."""
     from selfdraft.bench import charts
 
     if path is None:

@@ -1,4 +1,4 @@
-"""The verb that writes a page of results: results."""
+"""The verb `results`: a page of tables out of the rows of benches."""
 
 from __future__ import annotations
 

@@ -1,16 +1,18 @@
-"""The verb that trains: mask tokens and their gated adapter."""
+"""The verb `train`: mask tokens and their gated adapter."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selfdraft.cli import terminal
 from selfdraft.cli.options import DEFAULT_MODEL, Dtype, Lora, Model, Threads, open_llm
@@ -20,10 +22,18 @@ from selfdraft.types import within
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence
     from selfdraft.llm import LLM
+    from selfdraft.train.loop import Progress as Training
     from selfdraft.train.settings import Settings
 
 MASKS = {"space": 5, "s3d": 4}
 OWN_TEXTS = "own_texts.jsonl"
+Distill = Annotated[
+    bool, typer.Option("--distill", help="Let the model continue the prompts of the data, and learn from that.")
+]
+DistillTemperature = Annotated[
+    float, typer.Option(help="Every second continuation is sampled with it; the others are greedy.")
+]
+SkipWidths = Annotated[str | None, typer.Option(help="s3d: numbers of middle blocks to skip, with commas between.")]
 SarSft = Annotated[
     bool, typer.Option("--sar-sft", help="space: tune the model itself, as the paper does; writes a new model.")
 ]
@@ -36,13 +46,9 @@ def train(
     recipe: Annotated[Literal["s3d", "space"], typer.Option(help="The drafter that shall use the masks.")] = "space",
     model: Model = DEFAULT_MODEL,
     lora: Lora = None,
-    distill: Annotated[
-        bool, typer.Option("--distill", help="Let the model continue the prompts of the data, and learn from that.")
-    ] = False,
+    distill: Distill = False,
     distill_tokens: Annotated[int, typer.Option(help="Most tokens of such a continuation.", min=8)] = 160,
-    distill_temperature: Annotated[
-        float, typer.Option(help="Every second continuation is sampled with it; the others are greedy.")
-    ] = 0.8,
+    distill_temperature: DistillTemperature = 0.8,
     masks: Annotated[int | None, typer.Option(help="Mask tokens of a group. Default: 5 for space, 4 for s3d.")] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapter; 0 trains the mask embeddings alone.")] = 32,
     link: Annotated[int, typer.Option(help="Rank of the map that tells a mask the token before; 0: none.")] = 128,
@@ -52,9 +58,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     max_length: Annotated[int, typer.Option(help="Most tokens of a text.")] = 384,
     hard_share: Annotated[float, typer.Option(help="Share of the loss on the likeliest token, not all of them.")] = 0.5,
-    skip_widths: Annotated[
-        str | None, typer.Option(help="s3d: numbers of middle blocks to skip, with commas between.")
-    ] = None,
+    skip_widths: SkipWidths = None,
     sar_sft: SarSft = False,
     seed: Annotated[int, typer.Option(help="Same seed, same adapter.")] = 0,
     every: Annotated[int, typer.Option(help="Steps between checkpoints and measurements.", min=1)] = 100,
@@ -65,21 +69,10 @@ def train(
     from selfdraft.train.output import check_output
     from selfdraft.train.settings import Settings
 
-    settings = Settings(
-        recipe=recipe,
-        masks=MASKS[recipe] if masks is None else masks,
-        rank=rank,
-        link=link,
-        steps=steps,
-        batch_size=batch_size,
-        groups=groups,
-        learning_rate=learning_rate,
-        max_length=max_length,
-        hard_share=hard_share,
-        skip_widths=_widths(skip_widths),
-        sar_sft=sar_sft,
-        seed=seed,
-    )
+    settings = Settings(recipe=recipe, masks=MASKS[recipe] if masks is None else masks, seed=seed)
+    settings = replace(settings, rank=rank, link=link, sar_sft=sar_sft, skip_widths=_widths(skip_widths))
+    settings = replace(settings, steps=steps, batch_size=batch_size, groups=groups, learning_rate=learning_rate)
+    settings = replace(settings, max_length=max_length, hard_share=hard_share)
     check_output(output)
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
@@ -90,19 +83,20 @@ def train(
     _train(llm, [*data, *(more or ())], own, settings, output, every)
 
 
-def _finished(output: Path, settings: Settings) -> dict[str, Any] | None:
+def _finished(output: Path, settings: Settings) -> Mapping[str, object] | None:
     """The card of a training with these settings that has ended before. Errors: OptionError when another one has."""
     from selfdraft.train.output import finished
     from selfdraft.train.settings import first_change
 
     card = finished(output)
-    odd = None if card is None else first_change(card.get("settings") or {}, settings.as_dict())
-    if odd is not None:
+    before = {} if card is None else card.get("settings")
+    odd = first_change(before if isinstance(before, dict) else {}, settings.as_dict())
+    if card is not None and odd is not None:
         raise OptionError(f"{output} holds a finished adapter that was trained with {odd}; choose another --output")
     return card
 
 
-def _check_model(llm: LLM, card: dict[str, Any], output: Path) -> None:
+def _check_model(llm: LLM, card: Mapping[str, object], output: Path) -> None:
     """A finished training is left as it is. Errors: OptionError when it was that of another model."""
     from selfdraft.models.adapters import fingerprint
     from selfdraft.train.output import tidy
@@ -150,8 +144,6 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
     }
 
     def request(number: int) -> Callable[[], Sequence]:
-        from dataclasses import replace
-
         sampling = replace(sampled if number % 2 else greedy, seed=settings.seed + number)
         return lambda: llm.requests(prompts[number], sampling)[0]
 
@@ -166,6 +158,7 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
 
 
 def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, output: Path, every: int) -> None:
+    """Train on the files, or on the model's own continuations of them, and say how the adapter is used."""
     from selfdraft.train.output import MODEL, make_output
     from selfdraft.train.run import accelerator_for, run
     from selfdraft.train.texts import read_texts
@@ -185,16 +178,38 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
         files = [output / OWN_TEXTS]
     texts = read_texts(files, llm.encode, settings.max_length, llm.target.vocab)
     make_output(output)
-    with terminal.training(settings.steps, quiet=not accelerator.is_main_process) as report:
-        for progress in run(llm.model, llm.tokenizer, texts, settings, output, accelerator, every=every):
-            report(progress)
+    with training_bar(settings.steps, quiet=not accelerator.is_main_process) as report:
+        for state in run(llm.model, llm.tokenizer, texts, settings, output, accelerator, every=every):
+            report(state)
     if accelerator.is_main_process:
         use = f"--model {output / MODEL}" if settings.sar_sft else f"--adapter {output}"
         terminal.note(f"the adapter is in {output}: selfdraft generate ... --drafter {settings.recipe} {use}")
     accelerator.end_training()
 
 
+@contextmanager
+def training_bar(total: int, *, quiet: bool) -> Iterator[Callable[[Training], None]]:
+    """A progress bar with loss and held-out acceptance per mask; a line for each measurement where there is no bar."""
+    err = terminal.err
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    said = TextColumn("{task.fields[said]}")
+    with Progress(*columns, said, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total, said="")
+
+        def report(state: Training) -> None:
+            if state.acceptance:
+                shares = " ".join(f"{share:.2f}" for share in state.acceptance)
+                line = f"loss {state.loss:.3f}, held-out acceptance per mask {shares}"
+                bar.update(task, completed=state.step, said=line)
+                if not (quiet or err.is_terminal):
+                    terminal.note(f"step {state.step} of {total}: {line}")
+            bar.update(task, completed=state.step)
+
+        yield report
+
+
 def _widths(text: str | None) -> tuple[int, ...]:
+    """The numbers of a list with commas. Errors: OptionError."""
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:

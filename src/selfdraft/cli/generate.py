@@ -1,0 +1,228 @@
+"""The verb `generate`: answers to one prompt, or to all prompts of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from selfdraft.cli import terminal
+from selfdraft.cli.answers import Clock, Drafter, Seed, System, Temperature, TopP, show_figures, show_piece
+from selfdraft.cli.options import (
+    DEFAULT_MODEL,
+    Adapters,
+    AsJson,
+    Config,
+    Dtype,
+    Exact,
+    InTemplate,
+    Log,
+    Lora,
+    MaxNew,
+    Memory,
+    Model,
+    NoCache,
+    Threads,
+    check_options,
+    conditions,
+    encode_all,
+    gather,
+    open_llm,
+)
+from selfdraft.errors import RequestError
+from selfdraft.types import SamplingParams
+
+if TYPE_CHECKING:
+    from selfdraft.llm import LLM, CompletionOutput
+    from selfdraft.prove.compare import Comparison
+
+Prompts = Annotated[Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(help="A text file that is the prompt; '-' is standard input. A line end at its very end is left out."),
+]
+Predicted = Annotated[
+    Path | None, typer.Option(help="A text that the answer may resemble: a guess for prediction and merged.")
+]
+Comparing = Annotated[
+    bool, typer.Option("--compare", help="Also decode plainly here and say how much faster drafting was.")
+]
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None,
+    model: Model = DEFAULT_MODEL,
+    drafter: Drafter = None,
+    speculative_config: Config = None,
+    adapter: Adapters = None,
+    lora: Lora = None,
+    prompt_file: PromptFile = None,
+    prompts: Prompts = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts of the file.", min=1)] = None,
+    chat_template: InTemplate = False,
+    system: System = None,
+    max_new_tokens: MaxNew = 128,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: TopP = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen get less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken once from tokens already in the answer.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken per occurrence in the answer.")] = 0.0,
+    min_tokens: Annotated[int, typer.Option(help="No stop before so many tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    exactness: Exact = "bitwise",
+    compare: Comparing = False,
+    prediction: Predicted = None,
+    memory: Memory = None,
+    log: Log = None,
+    threads: Threads = None,
+    no_cache: NoCache = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    sampling = replace(sampling, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty)
+    sampling = replace(sampling, repetition_penalty=repetition_penalty, stop=tuple(stop or ()), ignore_eos=ignore_eos)
+    sampling = replace(sampling, min_tokens=min_tokens, max_tokens=max_new_tokens)
+    sampling = replace(sampling, prediction=read_prediction(prediction))
+    check_options(model, drafter, speculative_config, dtype)
+    texts = read_texts(prompt, prompt_file, prompts, limit, log)
+    loading = partial(open_llm, memory=memory, lora=lora, no_cache=no_cache)
+    llm = loading(model, drafter, speculative_config, dtype, exactness, threads, adapter)
+    prompt_ids = encode_all(llm, texts, chat_template, sampling, system)
+    answers = [*answer_all(llm, texts, prompt_ids, sampling, log, memory, compare=compare, quiet=as_json)]
+    if as_json:
+        facts = {**conditions(llm, model, lora).as_dict(), "drafter": llm.drafter_name}
+        terminal.document({**facts, "results": [answer.as_dict() for answer in answers]})
+
+
+def read_texts(
+    prompt: str | None, prompt_file: Path | None, prompts: Path | None, limit: int | None, log: Path | None
+) -> Sequence[str]:
+    """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
+    texts = gather(prompt, prompt_file, prompts, limit)
+    if log is not None:
+        from selfdraft.files.token_log import check_log
+
+        check_log(log)
+    return texts
+
+
+def read_prediction(path: Path | None) -> str:
+    """The text that the answer may resemble; empty without a file. Errors: RequestError."""
+    try:
+        return path.read_text("utf-8") if path is not None else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prediction {path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with its times, and with --compare its speed against plain decoding."""
+
+    prompt: str
+    output: CompletionOutput
+    seconds: float
+    first_token_seconds: float
+    decode_tokens_per_second: float | None
+    """After the first tokens; None when there were no others."""
+    comparison: Comparison | None
+
+    def as_dict(self) -> dict[str, object]:
+        """One object of the JSON document."""
+        output, speed = self.output, self.decode_tokens_per_second
+        return {
+            "prompt": self.prompt,
+            "text": output.text,
+            "token_ids": list(output.token_ids),
+            "sources": list(output.sources),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+            "seconds": round(self.seconds, 4),
+            "first_token_seconds": round(self.first_token_seconds, 4),
+            "decode_tokens_per_second": speed and round(speed, 2),
+            **output.stats.as_dict(),
+            **({"compare": self.comparison.as_dict()} if self.comparison is not None else {}),
+        }
+
+
+def answer_all(
+    llm: LLM,
+    texts: Sequence[str],
+    prompt_ids: Sequence[list[int]],
+    sampling: SamplingParams,
+    log: Path | None,
+    memory: Path | None,
+    *,
+    compare: bool,
+    quiet: bool,
+) -> Iterator[Answer]:
+    """The answers to all prompts, each kept in the files that ask for it as soon as it is there."""
+    from selfdraft.files.token_log import append
+
+    for text, ids in zip(texts, prompt_ids, strict=True):
+        if len(texts) > 1 and not quiet:
+            show_heading(text)
+        answer = answer_one(llm, text, ids, sampling, compare=compare, quiet=quiet)
+        if log is not None:
+            append(log, llm.logged(ids, list(answer.output.token_ids), sampling))
+        if memory is not None:
+            llm.save_memory(memory)
+        yield answer
+
+
+def answer_one(llm: LLM, text: str, ids: list[int], sampling: SamplingParams, *, compare: bool, quiet: bool) -> Answer:
+    """One answer, shown as it comes unless `quiet`."""
+    from selfdraft.prove.compare import compare as against_plain
+
+    if compare and sampling.seed is None:
+        sampling = replace(sampling, seed=0)
+    clock = Clock()
+    output = None
+    try:
+        for piece in llm.stream(ids, sampling):
+            output = piece.output
+            clock.saw(output)
+            if not quiet:
+                show_piece(piece)
+    except KeyboardInterrupt:
+        if output is not None and not quiet:
+            show_figures(output.stats, clock, llm.drafter_name)
+        raise
+    assert output is not None
+    times = (clock.seconds, clock.first or 0.0, clock.speed(len(output.token_ids)))
+    if not quiet:
+        show_figures(output.stats, clock, llm.drafter_name)
+    if not compare:
+        return Answer(text, output, *times, None)
+    comparison = against_plain(llm.engine_for("none"), llm.engine, lambda: llm.requests(ids, sampling)[0])
+    if not quiet:
+        show_comparison(comparison, llm.drafter_name)
+    return Answer(text, output, *times, comparison)
+
+
+def show_heading(prompt: str) -> None:
+    """The beginning of a prompt above its answer, where there are several."""
+    line = " ".join(prompt.split())
+    terminal.out.print(Text(f"\n> {line[:100]}{'...' if len(line) > 100 else ''}", style="bold"))
+
+
+def show_comparison(result: Comparison, drafter: str) -> None:
+    """Speed against plain decoding, or why there is none to tell."""
+    if not result.texts_equal:
+        terminal.warn("the texts DIFFER from plain decoding: no speed-up is given")
+        return
+    line = f"plain {result.plain_tokens_per_second:.1f} tokens/s, {drafter} {result.drafted_tokens_per_second:.1f}"
+    line += f" tokens/s: {result.speedup:.2f}x; texts equal: yes (whole answers, median of {result.runs} runs each)"
+    terminal.aside(line)
+    if result.reason:
+        terminal.aside(result.reason)
