@@ -10,7 +10,7 @@ from torch import Tensor
 from selfdraft.core.rows import Rows
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
-from selfdraft.types import Short
+from selfdraft.types import PassVariant
 
 
 class Ticking:
@@ -53,7 +53,7 @@ def on_passes(target: HFTarget, clock: Passes | None = None) -> HFTarget:
     moved = clock or Passes()
     forward: Callable[..., Tensor] = target.forward
 
-    def timed(rows: Rows, short: Short | None = None) -> Tensor:
+    def timed(rows: Rows, short: PassVariant | None = None) -> Tensor:
         moved.now += (moved.whole if short is None else moved.short) + moved.row * len(rows)
         return forward(rows, short)
 

@@ -18,7 +18,7 @@ from selfdraft.core.rows import Rows
 from selfdraft.models.load import load_model, load_tokenizer
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
-from selfdraft.types import SamplingParams, Short
+from selfdraft.types import PassVariant, SamplingParams
 from tests.clocks import on_passes
 from tests.models import run
 
@@ -63,7 +63,7 @@ def main() -> None:
     said = {name: answers(target, "none", name, prompts) for name in SAMPLINGS}
     draw, forward = torch.Generator().manual_seed(0), target.forward
 
-    def moved(rows: Rows, short: Short | None = None) -> Tensor:
+    def moved(rows: Rows, short: PassVariant | None = None) -> Tensor:
         logits = forward(rows, short)
         return logits + MOVED * (2 * torch.rand(logits.shape, generator=draw, dtype=logits.dtype) - 1)
 

@@ -107,7 +107,7 @@ def run(
     guesser = build(drafter, target) if isinstance(drafter, str) else drafter
     engine = Engine(target, guesser, slots=slots, chunk=chunk, rows=rows)
     sequences = [
-        open_sequence(prompt, sampling, seed=(sampling.seed or 0) + i, eos=eos, context=target.context)
+        open_sequence(prompt, sampling, seed=(sampling.seed or 0) + i, eos=eos, context=target.max_length)
         for i, prompt in enumerate(prompts)
     ]
     for _ in engine.generate(sequences):

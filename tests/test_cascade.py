@@ -23,7 +23,7 @@ from selfdraft.drafting.sources import Contexts, Copies, Reader
 from selfdraft.models.rounded import decode, encode
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
-from selfdraft.types import Budget, Rounded, SamplingParams, Short
+from selfdraft.types import Budget, PassVariant, Rounded, SamplingParams
 from tests.clocks import on_passes
 from tests.models import VOCAB, run, tiny_llama, tiny_target
 
@@ -49,7 +49,7 @@ def timed(
     target = tiny_target()
     forward: Callable[..., Tensor] = target.forward
 
-    def slow(rows: Rows, short: Short | None = None) -> Tensor:
+    def slow(rows: Rows, short: PassVariant | None = None) -> Tensor:
         machine.now += (machine.whole if short is None else machine.inner) + machine.row * len(rows)
         if short is not None:
             machine.inner_rows.append(len(rows))
@@ -134,7 +134,7 @@ def test_inner_trees_are_verified_in_one_pass() -> None:
     drafter = build("cascade", target)
     forward = target.forward
 
-    def slow(rows: Rows, short: Short | None = None) -> Tensor:
+    def slow(rows: Rows, short: PassVariant | None = None) -> Tensor:
         machine.now += machine.whole if short is None else machine.inner
         if short is not None:
             machine.inner_rows.append(len(rows))
@@ -259,7 +259,7 @@ def test_tree_rows() -> None:
     rows = tree_rows([(2, 10, 4, tree), (0, 3, 9, EMPTY)])
     assert rows.tokens.tolist() == [4, 5, 6, 7, 9]
     assert rows.positions.tolist() == [10, 11, 11, 12, 3]
-    assert rows.answers == (0, 1, 2, 3, 4)
+    assert rows.logit_rows == (0, 1, 2, 3, 4)
 
 
 def test_memory_is_its_own() -> None:

@@ -421,7 +421,7 @@ def test_verify_tells_on_a_liar(run: Any, folder: Path, prompts: Path, monkeypat
 
     def lie(draft: Draft, say: Any) -> tuple[list[int], list[int]]:
         path, tokens = honest(draft, say)
-        return path, [*tokens[:-1], (tokens[-1] + 1) % 300] if draft.candidates else tokens
+        return path, [*tokens[:-1], (tokens[-1] + 1) % 300] if draft.num_candidates else tokens
 
     monkeypatch.setattr(core_verify, "walk", lie)
     options = ("--prompts", prompts, "--model", folder, "--max-new-tokens", 20, "--limit", 1, "--drafters", "lookup")

@@ -99,8 +99,8 @@ def free_of(engine: Engine) -> list[int]:
 def check(sequence: Sequence) -> None:
     """The text is plain decoding's, whole when it was let run to its end."""
     said = plain(tuple(sequence.tokens[: sequence.prompt_length]), sequence.sampling.max_tokens)
-    assert tuple(sequence.output) == said[: sequence.written]
-    assert sequence.cached == len(sequence.tokens) - 1 or sequence.written == 0
+    assert tuple(sequence.output) == said[: sequence.num_output_tokens]
+    assert sequence.num_cached == len(sequence.tokens) - 1 or sequence.num_output_tokens == 0
     if sequence.finish_reason in ("stop", "length"):
         assert tuple(sequence.output) == said
         assert (sequence.finish_reason == "stop") == (said[-1] == END)
@@ -130,13 +130,13 @@ def test_admit_first_come_first_served(waiting: int, free: list[int]) -> None:
 def test_shares_end_at_multiples_of_the_chunk(length: int, chunk: int, data: st.DataObject) -> None:
     """Also when the prompt's beginning is already remembered, up to any place."""
     sequence = request([1] * length)
-    sequence.cached = known = data.draw(st.integers(0, length - 1))
+    sequence.num_cached = known = data.draw(st.integers(0, length - 1))
     ends = []
-    while sequence.cached < length:
+    while sequence.num_cached < length:
         size = scheduler.share(sequence, chunk)
         assert 1 <= size <= chunk
-        sequence.cached += size
-        ends.append(sequence.cached)
+        sequence.num_cached += size
+        ends.append(sequence.num_cached)
     assert ends == [*(end for end in range(chunk, length, chunk) if end > known), length]
 
 
@@ -147,7 +147,7 @@ def running(draw: st.DrawFn) -> tuple[list[Sequence], int]:
     sequences = []
     for length in draw(st.lists(st.integers(1, 40), max_size=6)):
         sequence = request([1] * length)
-        sequence.cached = draw(st.sampled_from([*range(0, length, chunk), length - 1]))
+        sequence.num_cached = draw(st.sampled_from([*range(0, length, chunk), length - 1]))
         sequences.append(sequence)
     return sequences, chunk
 
@@ -161,7 +161,7 @@ def test_plan(state: tuple[list[Sequence], int], rows: int) -> None:
     assert bool(work) == bool(sequences), "every step makes progress"
     for sequence, size in work:
         assert size == scheduler.share(sequence, chunk), "a share does not depend on who else is there"
-        assert (sequence.cached + size) % chunk == 0 or sequence.cached + size == len(sequence.tokens)
+        assert (sequence.num_cached + size) % chunk == 0 or sequence.num_cached + size == len(sequence.tokens)
     decoding = [s for s in sequences if scheduler.share(s, chunk) == 1]
     prefills = [s for s in sequences if s not in decoding]
     assert all(sequence in sizes for sequence in decoding)
@@ -237,11 +237,11 @@ class Life(RuleBasedStateMachine):
     def advance(self, times: int) -> None:
         for _ in range(times):
             busy = bool(self.engine.running or self.engine.waiting)
-            before = {s: len(s.tokens) + s.cached for s in self.all}
+            before = {s: len(s.tokens) + s.num_cached for s in self.all}
             moved = self.engine.advance()
             assert bool(moved) == busy, "whoever is there, somebody goes"
             went = {s for s, _ in moved}
-            assert {s for s in self.all if len(s.tokens) + s.cached > before[s]} == went
+            assert {s for s in self.all if len(s.tokens) + s.num_cached > before[s]} == went
 
     @precondition(lambda self: self.all)
     @rule(data=st.data(), twice=st.booleans())
@@ -253,18 +253,18 @@ class Life(RuleBasedStateMachine):
             self.engine.abort(sequence)
         assert sequence.finish_reason == (reason or "abort")
         if reason is None:
-            self.aborted[sequence] = sequence.written
+            self.aborted[sequence] = sequence.num_output_tokens
 
     @precondition(lambda self: self.engine.running or self.engine.waiting)
     @rule(where=st.sampled_from(["draft", "observe", "target"]))
     def fail(self, where: str) -> None:
         """A failing part moves nobody, but for `observe`, which comes after everything was written."""
-        before = [(list(s.tokens), s.cached) for s in self.all]
+        before = [(list(s.tokens), s.num_cached) for s in self.all]
         self.drafter.fails, self.target.fails = where, where == "target"
         try:
             self.engine.advance()
         except RuntimeError:
-            assert where == "observe" or [(s.tokens, s.cached) for s in self.all] == before
+            assert where == "observe" or [(s.tokens, s.num_cached) for s in self.all] == before
         else:
             assert where == "draft", "only a step without a draft can miss a failing drafter"
         finally:
@@ -286,7 +286,9 @@ class Life(RuleBasedStateMachine):
         for sequence in self.all:
             check(sequence)
         for sequence, written in self.aborted.items():
-            assert (sequence.finish_reason, sequence.written) == ("abort", written), "nothing comes after an abort"
+            assert (sequence.finish_reason, sequence.num_output_tokens) == ("abort", written), (
+                "nothing comes after an abort"
+            )
 
     def teardown(self) -> None:
         for _ in range(40 * (1 + len(self.all))):
@@ -386,7 +388,7 @@ def test_a_request_that_cannot_run_is_refused_at_once() -> None:
     assert not engine.waiting
     last = request([1] * (CONTEXT - 1))
     list(engine.generate([last]))
-    assert last.written == 1
+    assert last.num_output_tokens == 1
 
 
 @pytest.mark.parametrize("option", ["slots", "chunk", "rows", "nodes"])
@@ -402,8 +404,8 @@ def test_a_draft_ends_where_the_shape_of_attention_changes_or_the_text_must() ->
 
     def depth(length: int, most: int) -> int:
         sampling = SamplingParams(max_tokens=most)
-        made = open_sequence([1] * length, sampling, seed=0, eos=frozenset(), context=target.context)
-        return budget(target, made, 9).depth
+        made = open_sequence([1] * length, sampling, seed=0, eos=frozenset(), context=target.max_length)
+        return budget(target, made, 9).max_depth
 
     assert [depth(length, 999) for length in (60, 63, 64, 65)] == [4, 1, 0, 63]
     assert [depth(60, most) for most in (1, 2, 3)] == [0, 1, 2]

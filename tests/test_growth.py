@@ -22,7 +22,7 @@ from selfdraft.types import Budget, SamplingParams
 from tests.models import tiny_target
 
 PACKAGE = str(Path(selfdraft.__file__).parent)
-ROOM = Budget(nodes=16, depth=16, reach=16)
+ROOM = Budget(max_nodes=16, max_depth=16, max_probe_depth=16)
 STEPS = 20
 LENGTHS = (1000, 4000)
 OPTIONS: dict[str, dict[str, object]] = {

@@ -44,7 +44,7 @@ def counted(target: HFTarget) -> Iterator[list[int]]:
 def prefill(target: HFTarget, sequence: Sequence) -> Tensor:
     logits = target.forward(pack([(sequence, len(sequence.tokens), EMPTY)]))
     target.keep(0, 0, range(len(sequence.tokens)))
-    sequence.cached = len(sequence.tokens)
+    sequence.num_cached = len(sequence.tokens)
     return logits
 
 
@@ -61,7 +61,7 @@ def test_verification_resumes_behind_the_drafted_blocks(dtype: torch.dtype, shap
         sequence.tokens.append(9)
         if drafted:
             for i, token in enumerate((9, 2, 6)):
-                target.forward(chain_rows([(0, sequence.cached + i, token)]), skip)
+                target.forward(chain_rows([(0, sequence.num_cached + i, token)]), skip)
         with counted(target) as seen:
             answers.append(target.forward(pack([(sequence, 1, Draft.chain([2, 6, 7], "x"))])))
         caches.append([target.cache.view(layer, 0, 9)[0].clone() for layer in range(4)])

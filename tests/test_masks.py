@@ -63,7 +63,7 @@ def known(target: HFTarget, tokens: list[int], slot: int = 0) -> Sequence:
     if len(tokens) > 1:
         target.forward(pack([(sequence, len(tokens) - 1, EMPTY)]))
         target.keep(slot, 0, range(len(tokens) - 1))
-        sequence.cached = len(tokens) - 1
+        sequence.num_cached = len(tokens) - 1
     return sequence
 
 
@@ -254,7 +254,7 @@ def test_the_trained_adapters_of_pocket(name: str) -> None:
         for slots in (1, 3):
             drafted = run(llm.target, name, texts, sampling, slots=slots)
             assert [s.output for s in drafted] == [s.output for s in plain]
-        assert sum(s.written for s in drafted) / sum(s.stats.num_steps for s in drafted) > 1.3
+        assert sum(s.num_output_tokens for s in drafted) / sum(s.stats.num_steps for s in drafted) > 1.3
 
 
 @cache

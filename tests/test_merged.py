@@ -33,7 +33,7 @@ from tests.models import run, tiny_target
 from tests.test_replay import call, traces
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
-WIDE = Budget(nodes=64, depth=64, reach=256)
+WIDE = Budget(max_nodes=64, max_depth=64, max_probe_depth=256)
 MOTIF = [17, 4, 33, 8, 51, 22, 9]
 FREE = {"min_probability": 0.0}
 """No row has a price: trees do not depend on a clock."""
@@ -188,7 +188,7 @@ def scores_by_path(draft: Draft) -> dict[tuple[int, ...], float]:
     found: dict[int, tuple[tuple[int, ...], float]] = {ROOT: ((), 1.0)}
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
         path, chance = found[parent]
-        found[node] = ((*path, token), chance * draft.scores[node])
+        found[node] = ((*path, token), chance * draft.probabilities[node])
     return dict(list(found.values())[1:])
 
 
@@ -216,11 +216,11 @@ def test_the_tree_is_best_first_and_within_the_budget() -> None:
     whole = scores_by_path(one(drafter, sequence))
     values = list(whole.values())
     assert values == sorted(values, reverse=True)
-    small = one(drafter, sequence, Budget(nodes=3, depth=64, reach=64))
+    small = one(drafter, sequence, Budget(max_nodes=3, max_depth=64, max_probe_depth=64))
     assert scores_by_path(small) == dict(list(whole.items())[:3])
-    assert max(one(drafter, sequence, Budget(nodes=64, depth=2, reach=64)).depths) == 2
-    assert len(one(drafter, sequence, Budget(nodes=0, depth=9, reach=64))) == 0
-    assert len(one(drafter, sequence, Budget(nodes=9, depth=0, reach=64))) == 0
+    assert max(one(drafter, sequence, Budget(max_nodes=64, max_depth=2, max_probe_depth=64)).depths) == 2
+    assert len(one(drafter, sequence, Budget(max_nodes=0, max_depth=9, max_probe_depth=64))) == 0
+    assert len(one(drafter, sequence, Budget(max_nodes=9, max_depth=0, max_probe_depth=64))) == 0
 
 
 def test_a_node_must_be_worth_its_price() -> None:
@@ -279,7 +279,7 @@ def test_credit_learns_which_source_is_right() -> None:
         go_on(drafter, sequence, [5, 10 + turn % 2, 6], one(drafter, sequence))
     (best, *_), draft = [10 + 60 % 2], one(drafter, opened([*sequence.tokens, 5]))
     assert draft.tokens[0] == best
-    assert draft.scores[0] > 0.5
+    assert draft.probabilities[0] > 0.5
 
 
 def test_learning_while_nothing_was_drafted_changes_nothing_else() -> None:
@@ -540,7 +540,7 @@ class Gauge:
 def scores_of_nodes(draft: Draft) -> list[float]:
     found = [1.0] * (len(draft) + 1)  # the last one is ROOT
     for node, parent in enumerate(draft.parents):
-        found[node] = found[parent] * draft.scores[node]
+        found[node] = found[parent] * draft.probabilities[node]
     return found[:-1]
 
 

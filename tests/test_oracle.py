@@ -161,7 +161,7 @@ def target_for(way: Way, kind: str = STOCK, model: PreTrainedModel | None = None
 
 
 def request(target: Target, index: int, name: str) -> Sequence:
-    return open_sequence(prompts()[index], SAMPLINGS[name], seed=100 + index, eos=EOS, context=target.context)
+    return open_sequence(prompts()[index], SAMPLINGS[name], seed=100 + index, eos=EOS, context=target.max_length)
 
 
 def decode(target: HFTarget, drafter: Drafter, wanted: SequenceOf[tuple[int, str]], way: Way) -> list[Sequence]:
@@ -190,8 +190,8 @@ def same_text(sequences: SequenceOf[Sequence], wanted: SequenceOf[tuple[int, str
 
 def counted(sequence: Sequence) -> None:
     """What is remembered and counted is what is in the text."""
-    assert sequence.cached == len(sequence.tokens) - 1
-    assert sequence.stats.num_output_tokens == sequence.written == len(sequence.sources)
+    assert sequence.num_cached == len(sequence.tokens) - 1
+    assert sequence.stats.num_output_tokens == sequence.num_output_tokens == len(sequence.sources)
     assert sum(source != "target" for source in sequence.sources) == sequence.stats.num_accepted_draft_tokens
 
 
@@ -265,7 +265,7 @@ class Adversary:
         """What plain decoding will say from here on."""
         index = sequence.seed - 100
         name = next(name for name, sampling in SAMPLINGS.items() if sampling is sequence.sampling)
-        return expected(index, name)[sequence.written :]
+        return expected(index, name)[sequence.num_output_tokens :]
 
 
 def draw_for(sequence: Sequence) -> random.Random:
@@ -322,7 +322,7 @@ def too_long(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
 
 
 def knows(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
-    return Draft.chain(self.truth(sequence)[: min(4, budget.depth)], "knows")
+    return Draft.chain(self.truth(sequence)[: min(4, budget.max_depth)], "knows")
 
 
 def empty(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
@@ -345,7 +345,7 @@ def mask_probes(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
 def scribble(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
     """Its own pass with most sublayers skipped, written behind the remembered tokens and left there."""
     truth = [(token + 1) % VOCAB for token in self.truth(sequence)[:3]]
-    rows = pack([(sequence, 1, Draft.chain(truth[: budget.depth], "scribble"))])
+    rows = pack([(sequence, 1, Draft.chain(truth[: budget.max_depth], "scribble"))])
     self.target.forward(rows, Skip(attention=frozenset({1, 2}), mlp=frozenset({0, 3})))
     return hidden(self, sequence, budget)
 
@@ -368,11 +368,11 @@ def test_adversaries(tree: Callable[[Adversary, Sequence, Budget], Draft], shape
 def test_a_drafter_that_knows_the_text_needs_the_fewest_steps(size: int) -> None:
     way = Way(shapes=NATURAL)
     target = target_for(way)
-    sure = Adversary(target, lambda self, s, budget: Draft.chain(self.truth(s)[: min(size, budget.depth)], "sure"))
+    sure = Adversary(target, lambda self, s, budget: Draft.chain(self.truth(s)[: min(size, budget.max_depth)], "sure"))
     for wanted in (MIXED[6], MIXED[7], MIXED[10]):
         (sequence,) = decode(target, sure, [wanted], way)
         same_text([sequence], [wanted])
-        assert sequence.stats.num_steps == 1 + ceil((sequence.written - 1) / (size + 1))
+        assert sequence.stats.num_steps == 1 + ceil((sequence.num_output_tokens - 1) / (size + 1))
         assert sequence.stats.draft_acceptance_rate == 1.0
 
 
@@ -451,7 +451,8 @@ def test_seeds() -> None:
         engine = Engine(target, build(name, target), slots=slots)
         sampling = replace(WARM, max_tokens=8)
         made = [
-            open_sequence(prompts()[5], sampling, seed=seed, eos=EOS, context=target.context) for seed in range(-16, 16)
+            open_sequence(prompts()[5], sampling, seed=seed, eos=EOS, context=target.max_length)
+            for seed in range(-16, 16)
         ]
         for _ in engine.generate(made):
             pass
@@ -473,8 +474,8 @@ def test_logits_and_cache_at_every_position(shapes: Shapes) -> None:
     for sequence, result in engine.generate(sequences):
         if result.logits is None:
             continue
-        emitted = sequence.written - seen[sequence]
-        seen[sequence] = sequence.written
+        emitted = sequence.num_output_tokens - seen[sequence]
+        seen[sequence] = sequence.num_output_tokens
         rows = [0, *(node + 1 for node in result.path)][:emitted]
         with torch.inference_mode():
             whole = model(input_ids=torch.tensor([sequence.tokens]), use_cache=False).logits[0]
@@ -482,12 +483,12 @@ def test_logits_and_cache_at_every_position(shapes: Shapes) -> None:
         torch.testing.assert_close(result.logits[rows], whole[at : at + emitted], rtol=0, atol=1e-11)
         fresh = target_for(Way(shapes=NATURAL))
         known = Sequence(list(sequence.tokens), 1, GREEDY, slot=0)
-        fresh.forward(pack([(known, sequence.cached, EMPTY)]))
+        fresh.forward(pack([(known, sequence.num_cached, EMPTY)]))
         for layer in range(target.layers):
-            ours = target.cache.view(layer, sequence.slot, sequence.cached)
-            theirs = fresh.cache.view(layer, 0, sequence.cached)
+            ours = target.cache.view(layer, sequence.slot, sequence.num_cached)
+            theirs = fresh.cache.view(layer, 0, sequence.num_cached)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
-    assert seen == {sequence: sequence.written for sequence in sequences}
+    assert seen == {sequence: sequence.num_output_tokens for sequence in sequences}
 
 
 @pytest.mark.parametrize("kind", [STOCK, "fast float32"])
@@ -507,12 +508,15 @@ def test_the_end_at_every_place_of_a_block(shapes: Shapes) -> None:
     target = target_for(way)
     sampled = replace(WARM, top_k=30)
     whole = plain(tiny_llama(), prompts()[8], replace(sampled, ignore_eos=True), 4)
-    sure = Adversary(target, lambda self, s, budget: Draft.chain((whole + [0] * 9)[s.written : s.written + 9], "sure"))
+    sure = Adversary(
+        target,
+        lambda self, s, budget: Draft.chain((whole + [0] * 9)[s.num_output_tokens : s.num_output_tokens + 9], "sure"),
+    )
     cases = [(replace(sampled, max_tokens=cut), frozenset[int]()) for cut in range(1, 13)]
     cases += [(sampled, frozenset({whole[cut], VOCAB - 1})) for cut in range(12)]
     cases += [(replace(sampled, ignore_eos=True, stop_token_ids=(whole[5],)), frozenset({whole[2]}))]
     sequences = [
-        open_sequence(prompts()[8], sampling, seed=4, eos=eos, context=target.context) for sampling, eos in cases
+        open_sequence(prompts()[8], sampling, seed=4, eos=eos, context=target.max_length) for sampling, eos in cases
     ]
     for _ in Engine(target, sure, slots=8).generate(sequences):
         pass
@@ -537,7 +541,7 @@ def test_ties_go_to_the_lowest_id() -> None:
     for shapes in (NATURAL, CANONICAL):
         target = target_for(Way(shapes=shapes), model=model)
         for sampling in (GREEDY, replace(GREEDY, presence_penalty=0.5)):
-            sequence = open_sequence(prompts()[7], sampling, seed=0, eos=EOS, context=target.context)
+            sequence = open_sequence(prompts()[7], sampling, seed=0, eos=EOS, context=target.max_length)
             for _ in Engine(target, build("lookup", target)).generate([sequence]):
                 pass
             assert sequence.output == plain(model, prompts()[7], sampling, 0)
@@ -576,7 +580,7 @@ def test_a_sliding_window(kind: str, shapes: Shapes) -> None:
     whole = [plain(tiny_window(), prompts()[i], GREEDY, 0) for i in (6, 11)]
 
     def tree(self: Adversary, sequence: Sequence, budget: Budget) -> Draft:
-        ahead = whole[sequence.seed][sequence.written :][:5]
+        ahead = whole[sequence.seed][sequence.num_output_tokens :][:5]
         return Draft.branches([[(ahead[0] + 1) % VOCAB, 3, 4], ahead, [*ahead[:2], 9]], "tree")
 
     sequences = [open_sequence(prompts()[i], GREEDY, seed=n, eos=EOS, context=256) for n, i in enumerate((6, 11))]

@@ -85,15 +85,15 @@ def live(
     engine = Engine(target, build(name, target, options), chunk=chunk, nodes=12)
     counts = []
     for seed, prompt in enumerate(PROMPTS):
-        sequence = open_sequence(prompt, sampling, seed=seed, eos=frozenset({7}), context=target.context)
+        sequence = open_sequence(prompt, sampling, seed=seed, eos=frozenset({7}), context=target.max_length)
         steps, written = [], 0
         for _, result in engine.generate([sequence]):
-            if sequence.written > written:
-                steps.append(min(sequence.written - written, len(result.path)))
-                written = sequence.written
+            if sequence.num_output_tokens > written:
+                steps.append(min(sequence.num_output_tokens - written, len(result.path)))
+                written = sequence.num_output_tokens
         counts.append(steps)
-        ends = sequence.ends
-        append(path, entry(prompt, sequence.output, target, limit=sequence.limit, ends=ends, chunk=chunk))
+        ends = sequence.stop_ids
+        append(path, entry(prompt, sequence.output, target, limit=sequence.max_length, ends=ends, chunk=chunk))
     return counts
 
 

@@ -148,7 +148,7 @@ def passes(target: HFTarget, bits: int) -> list[Tensor]:
     sequence = Sequence([3, 1, 4, 1, 5, 9, 2], 7, SamplingParams(), slot=0)
     target.forward(pack([(sequence, 7, EMPTY)]))
     target.keep(0, 0, range(7))
-    sequence.cached, sequence.tokens = 7, [*sequence.tokens, 6]
+    sequence.num_cached, sequence.tokens = 7, [*sequence.tokens, 6]
     tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
     masked = tree.with_probes(list(target.extras.masks_for("space").ids), [-4, 0, 1, -1], "space")
     return [
@@ -186,7 +186,7 @@ def test_verification_takes_nothing_from_a_rounded_pass() -> None:
         sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
         target.forward(pack([(sequence, 3, EMPTY)]))
         target.keep(0, 0, range(3))
-        sequence.cached, sequence.tokens = 3, [3, 1, 4, 9]
+        sequence.num_cached, sequence.tokens = 3, [3, 1, 4, 9]
         rows = pack([(sequence, 1, Draft.chain([2, 6, 7], "x"))])
         if drafted:
             target.forward(rows, Skip(frozenset({2})))

@@ -60,10 +60,10 @@ def test_logits_of_trees_masks_and_skips(dtype: torch.dtype, near: float) -> Non
     some = Skip(frozenset({1, 2}), frozenset({2}))
 
     def passes(target: HFTarget) -> list[Tensor]:
-        sequence.cached, sequence.tokens = 0, sequence.tokens[:7]
+        sequence.num_cached, sequence.tokens = 0, sequence.tokens[:7]
         said = [target.forward(pack([(sequence, 7, EMPTY)]))]
         target.keep(0, 0, range(7))
-        sequence.cached = 6
+        sequence.num_cached = 6
         for draft, skip in ((tree, None), (masks, None), (short, some), (tree, some), (EMPTY, some)):
             said.append(target.forward(pack([(sequence, 1, draft)]), skip))
         # a drafted chain, resumed behind the blocks that it has computed
@@ -126,10 +126,10 @@ def test_odd_sizes_and_sharp_attention(name: str, dtype: torch.dtype, near: floa
     tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
 
     def passes(target: HFTarget) -> Tensor:
-        sequence.cached = 0
+        sequence.num_cached = 0
         said = [target.forward(pack([(sequence, 40, EMPTY)]))]
         target.keep(0, 0, range(40))
-        sequence.cached = 40
+        sequence.num_cached = 40
         return torch.cat([*said, target.forward(pack([(sequence, 1, tree)]))])
 
     fast, plain = passes(HFTarget(model, fast=True)), passes(HFTarget(copy.deepcopy(model).double()))
@@ -178,8 +178,10 @@ def test_bits_do_not_depend_on_the_company(dtype: torch.dtype) -> None:
     text = prompts()[15]
 
     def rows(*parts: tuple[int, int, int]) -> Rows:
-        made = [Sequence(text[:stop], stop, SamplingParams(), slot=slot, cached=start) for slot, start, stop in parts]
-        return pack([(sequence, len(sequence.tokens) - sequence.cached, EMPTY) for sequence in made])
+        made = [
+            Sequence(text[:stop], stop, SamplingParams(), slot=slot, num_cached=start) for slot, start, stop in parts
+        ]
+        return pack([(sequence, len(sequence.tokens) - sequence.num_cached, EMPTY) for sequence in made])
 
     alone = [target.forward(rows((0, place, place + 1)))[-1] for place in range(len(text))]
     for together in (2, 3, 5, 17, 60):

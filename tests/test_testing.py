@@ -45,7 +45,7 @@ class Meddler:
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         for sequence in sequences:
-            if sequence.written == 5:
+            if sequence.num_output_tokens == 5:
                 sequence.tokens[-1] = (sequence.tokens[-1] + 1) % 48
 
 
@@ -57,7 +57,9 @@ class Keeper(Meddler):
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         for sequence in sequences:
-            self.target.forward(chain_rows([(sequence.slot, sequence.cached, 1), (sequence.slot, sequence.cached, 2)]))
+            self.target.forward(
+                chain_rows([(sequence.slot, sequence.num_cached, 1), (sequence.slot, sequence.num_cached, 2)])
+            )
         return [Draft() for _ in sequences]
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None: ...

@@ -337,7 +337,9 @@ def test_a_streamed_piece_costs_what_is_new_in_it(length: int) -> None:
 
     tokens = Counted([1, 2, 3])
     stream = TextStream(decode)
-    sequence = Sequence(tokens, 3, SamplingParams(max_tokens=length, stop=("&&",)), limit=3 + length, stream=stream)
+    sequence = Sequence(
+        tokens, 3, SamplingParams(max_tokens=length, stop=("&&",)), max_length=3 + length, stream=stream
+    )
     reader, text = PieceReader(sequence), ""
     for place in range(length):
         tokens.append(place % 20)

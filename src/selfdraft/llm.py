@@ -349,10 +349,10 @@ class LLM:
         tokens = self._encode(prompt)
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
-        if len(tokens) >= self.target.context:
+        if len(tokens) >= self.target.max_length:
             raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens; the context of {self.target.context} leaves room for "
-                f"{self.target.context - 1} and an answer: shorten the prompt"
+                f"the prompt has {len(tokens)} tokens; the context of {self.target.max_length} leaves room for "
+                f"{self.target.max_length - 1} and an answer: shorten the prompt"
             )
         sampling, stops = self._readied(sampling)
         decode = partial(self.decode, skip_special_tokens=sampling.skip_special_tokens)
@@ -363,7 +363,7 @@ class LLM:
                 replace(sampling, n=1),
                 seed=seed + i,
                 eos=self.eos,
-                context=self.target.context,
+                context=self.target.max_length,
                 stream=TextStream(decode) if self.tokenizer is not None else None,
                 stop_tokens=stops,
             )
@@ -406,8 +406,8 @@ class LLM:
             prompt,
             output,
             self.target,
-            limit=sequence.limit,
-            ends=sequence.ends,
+            limit=sequence.max_length,
+            ends=sequence.stop_ids,
             chunk=self.engine.chunk,
             tokenizer=self.fingerprint,
         )

@@ -84,7 +84,7 @@ class PieceReader:
     @property
     def moved(self) -> bool:
         """Whether there is something new."""
-        return self.sequence.written > self.written or self.sequence.finished
+        return self.sequence.num_output_tokens > self.written or self.sequence.finished
 
     def read(self) -> Piece:
         """What has come since the last time; to be called while no step runs."""
@@ -94,7 +94,7 @@ class PieceReader:
         if stream is not None:
             self._shown = stream.size if sequence.finished else stream.settled(sequence.sampling.stop)
             size, text = stream.size, stream.since(shown)[: max(self._shown - shown, 0)]
-        self.written = sequence.written
+        self.written = sequence.num_output_tokens
         return Piece(
             text,
             tuple(sequence.tokens[first:]),

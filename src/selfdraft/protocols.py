@@ -15,7 +15,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import MissingMasks
-from selfdraft.types import Budget, Clock, Short
+from selfdraft.types import Budget, Clock, PassVariant
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +76,18 @@ class Target(Protocol):
         """Token ids it can choose are 0 <= id < vocab."""
 
     @property
-    def masks(self) -> int:
+    def num_mask_ids(self) -> int:
         """Learned placeholder ids vocab <= id < vocab + masks: input only; 0 for a stock model."""
 
     @property
-    def context(self) -> int:
+    def max_length(self) -> int:
         """Most tokens of a slot."""
 
     @property
     def extras(self) -> DraftExtras:
         """What only some drafters ask for. Read when a drafter is made."""
 
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         """Logits [len(rows.answers), vocab]. Rows are tentative: nothing is cached until `keep`.
 
         `short`: how a drafting pass is made cheaper; None is the whole model.
@@ -96,7 +96,7 @@ class Target(Protocol):
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         """Of the last forward's rows of this slot, cache these (in order) behind the first `base` tokens."""
 
-    def edge(self, position: int) -> int:
+    def next_boundary(self, position: int) -> int:
         """First position behind `position` where the shape of attention changes; drafts end before it.
 
         A target without canonical shapes returns its context.

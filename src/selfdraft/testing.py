@@ -25,7 +25,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.engine.engine import Engine
 from selfdraft.protocols import Drafter, DraftExtras, Target
-from selfdraft.types import Budget, SamplingParams, Short
+from selfdraft.types import Budget, PassVariant, SamplingParams
 
 VOCAB = 48
 CONTEXT = 160
@@ -70,7 +70,7 @@ class FakeTarget:
     Errors: AssertionError for rows that no real target could run.
     """
 
-    masks = 0
+    num_mask_ids = 0
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class FakeTarget:
         bucket: int = 16,
         extras: DraftExtras | None = None,
     ) -> None:
-        self.logits, self.vocab, self.context, self.bucket = logits or markov(), vocab, context, bucket
+        self.logits, self.vocab, self.max_length, self.bucket = logits or markov(), vocab, context, bucket
         self.extras = extras or DraftExtras(num_layers=4)
         self.cells: list[list[Cell]] = [[] for _ in range(slots)]
         """What lies in each slot, place by place: rows of the last pass behind what was kept."""
@@ -94,10 +94,10 @@ class FakeTarget:
         """Whether the next pass raises."""
         self._other = markov(seed=99)
 
-    def edge(self, position: int) -> int:
+    def next_boundary(self, position: int) -> int:
         return (position // self.bucket + 1) * self.bucket
 
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         if self.fails:
             raise RuntimeError("planted")
         self.sizes.append(len(rows))
@@ -113,11 +113,11 @@ class FakeTarget:
                 parent = row - 1 if node < 0 else span.row(span.draft.parents[node])
                 paths.append((*(before if parent < 0 else paths[parent]), int(rows.tokens[span.start + row])))
                 assert int(rows.positions[span.start + row]) == len(paths[-1]) - 1, "a position is a depth"
-                assert len(paths[-1]) <= self.context, "a row behind the context"
+                assert len(paths[-1]) <= self.max_length, "a row behind the context"
             self.cells[span.slot][span.base :] = [Cell(path, short is not None) for path in paths]
             seen += paths
-        answers = torch.zeros(len(rows.answers), self.vocab)
-        for i, row in enumerate(rows.answers):
+        answers = torch.zeros(len(rows.logit_rows), self.vocab)
+        for i, row in enumerate(rows.logit_rows):
             answers[i] = self.logits(seen[row])
             if short is not None and self.vocab == VOCAB:
                 answers[i] += 0.3 * self._other(seen[row])
@@ -163,7 +163,7 @@ def plain_tokens(logits: Logits, prompt: SequenceOf[int], sampling: SamplingPara
     """Plain decoding, written out: one token after another, with no engine, no tree and no cache."""
     sequence = _opened(prompt, sampling, ends)
     path = list(prompt)
-    while len(path) < sequence.limit:
+    while len(path) < sequence.max_length:
         scores = process(logits(path), sampling, path, len(prompt), ends)
         path.append(choose(scores, sampling, sequence.seed, len(path)))
         if path[-1] in ends:

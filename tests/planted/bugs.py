@@ -159,8 +159,8 @@ BUGS = (
     Bug(
         "one-too-many",
         "core/commit.py",
-        "if sequence.room <= 0:",
-        "if sequence.room < 0:",
+        "if sequence.remaining <= 0:",
+        "if sequence.remaining < 0:",
         "the limit is overrun",
     ),
     Bug(
@@ -181,8 +181,8 @@ BUGS = (
     Bug(
         "stream-stops",
         "llm.py",
-        "if output.finish_reason is not None:",
-        "if output.finish_reason is None:",
+        "if piece.finish_reason is not None:",
+        "if piece.finish_reason is None:",
         "a stream ends after its first piece",
     ),
     Bug(
@@ -202,15 +202,15 @@ BUGS = (
     Bug(
         "cached-behind-the-end",
         "engine/step.py",
-        "sequence.cached += share + len(accepted)",
-        "sequence.cached += share + len(result.path)",
+        "sequence.num_cached += share + len(accepted)",
+        "sequence.num_cached += share + len(result.path)",
         "rows behind the stop count as remembered",
     ),
     Bug(
         "keep-off-by-one",
         "engine/step.py",
-        "target.keep(sequence.slot, sequence.cached, ",
-        "target.keep(sequence.slot, sequence.cached + 1, ",
+        "target.keep(sequence.slot, sequence.num_cached, ",
+        "target.keep(sequence.slot, sequence.num_cached + 1, ",
         "accepted rows are moved to the wrong place",
     ),
     Bug("shared-slot", "engine/scheduler.py", "free.pop()", "free[-1]", "two sequences get the same slot"),
@@ -553,8 +553,8 @@ BUGS = (
     Bug(
         "chain-place",
         "drafting/autoregressive.py",
-        "c.sequence.cached + len(c.tokens), c.path[-1]",
-        "c.sequence.cached, c.path[-1]",
+        "c.sequence.num_cached + len(c.tokens), c.path[-1]",
+        "c.sequence.num_cached, c.path[-1]",
         "all links of a chain stand at one place",
     ),
     Bug(
@@ -602,7 +602,7 @@ BUGS = (
     Bug(
         "copy-budget",
         "drafting/suffix_copy.py",
-        "most = min(len(note.copied), budget.depth, ",
+        "most = min(len(note.copied), budget.max_depth, ",
         "most = min(len(note.copied), ",
         "a copy is longer than what may be said",
     ),
@@ -630,8 +630,8 @@ BUGS = (
     Bug(
         "merge-depth",
         "drafting/mixing.py",
-        "if depth < budget.depth:\n                places",
-        "if depth <= budget.depth:\n                places",
+        "if depth < budget.max_depth:\n                places",
+        "if depth <= budget.max_depth:\n                places",
         "a tree is one token too deep",
     ),
     Bug(
@@ -784,8 +784,8 @@ BUGS = (
     Bug(
         "edge-crossed",
         "engine/step.py",
-        "target.edge(last) - 1 - last)",
-        "target.edge(last) - last)",
+        "target.next_boundary(last) - 1 - last)",
+        "target.next_boundary(last) - last)",
         "a draft reaches into another shape of attention",
     ),
 )

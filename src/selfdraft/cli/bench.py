@@ -143,7 +143,7 @@ def measured(
         setting = set_up(llm, field, plan, log)
         with joined(setting, field.guests, llm, field.model, items, field.patience):
             rows = measure_all(setting, items, ledger, quiet=quiet)
-    return reported(setting, rows, llm.target.context)
+    return reported(setting, rows, llm.target.max_length)
 
 
 def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[Record]:

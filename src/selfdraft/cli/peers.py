@@ -276,7 +276,7 @@ def joined(
     """
     running: dict[str, Peer] = {}
     try:
-        context = _longest(setting, items, llm.target.context) if guests else 0
+        context = _longest(setting, items, llm.target.max_length) if guests else 0
         for guest in guests:
             label = guest.contender.label
             try:

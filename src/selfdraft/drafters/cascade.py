@@ -65,7 +65,7 @@ class Cascade:
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         if not self._opened:  # the copy is made, and its first pass, before anything is timed
-            self.target.forward(chain_rows([(s.slot, s.cached, s.tokens[-1]) for s in sequences]), self.short)
+            self.target.forward(chain_rows([(s.slot, s.num_cached, s.tokens[-1]) for s in sequences]), self.short)
             self._opened = True
         self._chains = {}
         self._began = self.guard.clock()
@@ -77,10 +77,10 @@ class Cascade:
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         for sequence, result in zip(sequences, results, strict=True):
             if sequence in self._chains:
-                scores = self._chains[sequence].scores[: result.draft.candidates]
+                scores = self._chains[sequence].scores[: result.draft.num_candidates]
                 in_chain = sum(node < len(scores) for node in result.path)
                 self.rule.confidence.observe(scores, in_chain)
-        if all(len(result.answers) == 1 + len(result.draft) for result in results):  # no prefill beside it
+        if all(len(result.argmax) == 1 + len(result.draft) for result in results):  # no prefill beside it
             took = self.guard.clock() - self._began
             self.rule.throughput.observe(sum(len(result.tokens) for result in results), took)
         self._chains = {}
@@ -97,8 +97,8 @@ class Cascade:
         self._row_costs = self.guard.row_costs(sequences, self.tree.most)
         links = []
         for sequence, budget in zip(sequences, budgets, strict=True):
-            room = Budget(min(len(self._row_costs), budget.nodes), budget.depth, budget.reach)
-            links.append(Link(Chain(sequence, min(room.nodes, room.depth)), room))
+            room = Budget(min(len(self._row_costs), budget.max_nodes), budget.max_depth, budget.max_probe_depth)
+            links.append(Link(Chain(sequence, min(room.max_nodes, room.max_depth)), room))
         plain = self.guard.plain_seconds(sequences)
         least = len(sequences) / plain if plain else 0.0
         first = True
@@ -120,7 +120,11 @@ class Cascade:
         chain, room = link.chain, link.room
         path, done = self.rule.confidence.path(chain.scores), len(chain.tokens)
         row_costs = [min(1.0, cost / path) if path else 1.0 for cost in self._row_costs[done:]]
-        left = Budget(room.nodes - done, room.depth - done, room.reach) if chain.going else Budget(0, 0, 0)
+        left = (
+            Budget(room.max_nodes - done, room.max_depth - done, room.max_probe_depth)
+            if chain.going
+            else Budget(0, 0, 0)
+        )
         link.tree = self.tree.tree(chain.sequence, left, row_costs, chain.tokens)
         link.chances = chances_of(link.tree)
 
@@ -148,7 +152,7 @@ class Cascade:
         items = []
         for link in links:
             chain, tree = link.chain, link.tree.first(link.rows - 1)
-            place = chain.sequence.cached + len(chain.tokens)
+            place = chain.sequence.num_cached + len(chain.tokens)
             items.append((chain.sequence.slot, place, chain.path[-1], tree))
         rows = tree_rows(items)
         logits = self.target.forward(rows, self.short)
@@ -245,5 +249,5 @@ def _joined(chain: Chain, tree: Draft) -> Draft:
         (*range(-1, size - 1), *(parent + size for parent in tree.parents)),
         ((SOURCE,) * size) + tree.sources,
         size + len(tree),
-        (*chain.scores, *tree.scores),
+        (*chain.scores, *tree.probabilities),
     )

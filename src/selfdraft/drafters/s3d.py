@@ -50,14 +50,14 @@ class S3D:
         self._began = 0.0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        able = [i for i, budget in enumerate(budgets) if budget.depth > 0 and budget.nodes > 0]
+        able = [i for i, budget in enumerate(budgets) if budget.max_depth > 0 and budget.max_nodes > 0]
         drafts = [EMPTY] * len(sequences)
         if able:
             groups = []
             for i in able:
                 sequence = sequences[i]
-                size = min(len(self.masks), budgets[i].depth - 1, budgets[i].reach)
-                groups.append((sequence.slot, sequence.cached, sequence.tokens[-1], self.masks[:size]))
+                size = min(len(self.masks), budgets[i].max_depth - 1, budgets[i].max_probe_depth)
+                groups.append((sequence.slot, sequence.num_cached, sequence.tokens[-1], self.masks[:size]))
                 sequence.stats.num_draft_passes += 1
             rows = group_rows(groups, SOURCE)
             logits = self.target.forward(rows, self.skip)

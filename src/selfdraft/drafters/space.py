@@ -63,7 +63,7 @@ class Space:
         return drafts
 
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
-        if sequence.room <= 1:
+        if sequence.remaining <= 1:
             return EMPTY  # the next token is the last one
         note = self._notes.setdefault(sequence, _Note())
         tree = self.guesser.tree(sequence.tokens[-1], note.places, self._shift, budget, SOURCE)

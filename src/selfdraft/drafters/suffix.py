@@ -40,7 +40,7 @@ class Suffix:
         pass  # everything it needs is in the sequence's tokens
 
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
-        most = min(self.most, budget.depth, budget.nodes)
+        most = min(self.most, budget.max_depth, budget.max_nodes)
         if most <= 0:
             return EMPTY
         return Draft.chain(self._continuation(sequence, most), SOURCE)

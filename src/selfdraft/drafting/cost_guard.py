@@ -46,7 +46,7 @@ class CostGuard:
 
     def drafts(self, sequences: SequenceOf[Sequence]) -> bool:
         """Begin a step: whether it drafts. It does not during a pause, nor when a plain step is due."""
-        if self.budget.paused and any(sequence.written == 1 for sequence in sequences):
+        if self.budget.paused and any(sequence.num_output_tokens == 1 for sequence in sequences):
             self.budget.begin()
         self._began, self._own, self._count = self.clock(), 0.0, len(sequences)
         if self.budget.paused:
@@ -68,7 +68,7 @@ class CostGuard:
 
     def row_costs(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
         """What the first, second, ... node of a tree must bring, in tokens; at most `most` nodes, and never falling."""
-        remembered, count, most = sum(s.cached for s in sequences), len(sequences), min(most, self.cost.most_rows)
+        remembered, count, most = sum(s.num_cached for s in sequences), len(sequences), min(most, self.cost.most_rows)
         rate, own = self.tokens_per_second(sequences), self.node_time.per_row
         return [rate * (each + own) for each in self.cost.prices(most, count, remembered)]
 
@@ -81,7 +81,7 @@ class CostGuard:
             return drafts
         chances = [chances_of(draft) for draft in drafts]
         order = sorted((-own, tree, node) for tree, each in enumerate(chances) for node, own in enumerate(each))
-        rate, remembered = self.tokens_per_second(sequences), sum(s.cached for s in sequences)
+        rate, remembered = self.tokens_per_second(sequences), sum(s.num_cached for s in sequences)
         seconds = self.cost.added(len(order), len(sequences), remembered)
         size = best_size([-first[0] for first in order], [rate * each for each in seconds])  # making them is paid
         if size == len(order):
@@ -97,7 +97,7 @@ class CostGuard:
 
     def plain_seconds(self, sequences: SequenceOf[Sequence]) -> float:
         """Seconds expected of a plain step of these sequences; 0 before any step was seen."""
-        return self.cost.at(len(sequences), len(sequences), sum(s.cached for s in sequences))
+        return self.cost.at(len(sequences), len(sequences), sum(s.num_cached for s in sequences))
 
     def book(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> float:
         """End a step: learn what it took and what it brought. Returns the seconds of a plain step, 0 if not known.
@@ -111,7 +111,7 @@ class CostGuard:
         if self.budget.paused and not self.drafting:
             self._rest(sequences)
             return 0.0
-        count, remembered = len(sequences), sum(s.cached for s in sequences)
+        count, remembered = len(sequences), sum(s.num_cached for s in sequences)
         rows = sum(1 + len(result.draft) for result in results)
         self.cost.observe(rows, count, remembered, self._pass_seconds())
         if rows == count:
@@ -129,7 +129,7 @@ class CostGuard:
         if self._rested % REST_EVERY == 0:
             self._since_plain = 0
             count = len(sequences)
-            self.cost.observe(count, count, sum(s.cached for s in sequences), self._pass_seconds())
+            self.cost.observe(count, count, sum(s.num_cached for s in sequences), self._pass_seconds())
 
     def _pass_seconds(self) -> float:
         """Seconds of this step without drafting."""

@@ -59,7 +59,10 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
 
     A sampled request is guessed with the noise that the target will use there: that is what makes them agree.
     """
-    sampling, logits = sequence.sampling, logits[: sequence.room]  # no processor is asked about a place behind the end
+    sampling, logits = (
+        sequence.sampling,
+        logits[: sequence.remaining],
+    )  # no processor is asked about a place behind the end
     if sampling.plain:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         best = wide.topk(min(CANDIDATES, wide.shape[-1]))
@@ -67,7 +70,7 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         return [Place(ids, values, silence, 1.0) for ids, values in zip(best.indices, best.values, strict=True)]
     path, found = list(sequence.tokens), []
     for row in logits:
-        scores = process(row, sampling, path, sequence.prompt_length, sequence.ends)
+        scores = process(row, sampling, path, sequence.prompt_length, sequence.stop_ids)
         alive = torch.isfinite(scores).nonzero().squeeze(1)
         noise = torch.zeros(len(alive), dtype=scores.dtype, device=scores.device)
         if not sampling.greedy:
@@ -116,10 +119,10 @@ def expand(
         scores.append(guess.chances[rank])
         parents.append(parent)
         reached[node] = -likely
-        if len(tokens) == budget.nodes:
+        if len(tokens) == budget.max_nodes:
             break
         push(parent, depth, rank + 1)
-        if depth < budget.depth:
+        if depth < budget.max_depth:
             guesses[node] = after(depth, guess.tokens[rank], node, parent)
             push(node, depth + 1, 0)
     return Draft(tuple(tokens), tuple(parents), (source,) * len(tokens), len(tokens), tuple(scores))
@@ -138,14 +141,14 @@ class Calibration:
     def observe(self, result: Result) -> None:
         """Book every node that was tried: the children of the accepted ones and of the root."""
         draft = result.draft
-        if len(draft.scores) < draft.candidates:
+        if len(draft.probabilities) < draft.num_candidates:
             return
         tried, accepted = {ROOT, *result.path}, set(result.path)
         for node, rank in enumerate(ranks(draft)):
             if draft.parents[node] in tried:
-                kind = self._kind(draft.depths[node], rank, draft.scores[node])
+                kind = self._kind(draft.depths[node], rank, draft.probabilities[node])
                 if kind not in self._means:
-                    self._means[kind] = Mean(draft.scores[node], 6.0, 0.995)
+                    self._means[kind] = Mean(draft.probabilities[node], 6.0, 0.995)
                 self._means[kind].observe(float(node in accepted))
 
     @staticmethod
@@ -173,22 +176,22 @@ class Guesser:
 
     def tree(self, known: int, said: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
         """The best tree behind the `known` token over what was `said` of the places behind it, within the budget."""
-        room = Budget(min(budget.nodes, self.nodes), min(budget.depth, len(said)), budget.reach)
-        if room.depth <= 0 or room.nodes <= 0:
+        room = Budget(min(budget.max_nodes, self.nodes), min(budget.max_depth, len(said)), budget.max_probe_depth)
+        if room.max_depth <= 0 or room.max_nodes <= 0:
             return EMPTY
 
         def after(depth: int, token: int, node: int, parent: int) -> Guess:
             return said[depth].after(token, link, self.branches)
 
-        prices = [self.row_cost.tokens] * room.nodes
+        prices = [self.row_cost.tokens] * room.max_nodes
         return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, prices, source)
 
     def observe(self, results: SequenceOf[Result], seconds: float) -> None:
         """Learn from a step that took `seconds` from the end of drafting on. Prefills would be counted as dear rows."""
         for result in results:
             self.calibration.observe(result)
-        if all(result.tokens and len(result.answers) == 1 + len(result.draft) for result in results):
-            rows = sum(len(result.answers) for result in results)
+        if all(result.tokens and len(result.argmax) == 1 + len(result.draft) for result in results):
+            rows = sum(len(result.argmax) for result in results)
             self.row_cost.observe(rows, seconds, sum(len(result.tokens) for result in results))
 
     def endings(self, draft: Draft) -> list[tuple[int, float]]:
@@ -197,7 +200,7 @@ class Guesser:
         left = {ROOT: 1.0}
         for node, rank in enumerate(ranks(draft)):
             parent = draft.parents[node]
-            own = reached[parent] * self.calibration.chance(draft.depths[node], rank, draft.scores[node])
+            own = reached[parent] * self.calibration.chance(draft.depths[node], rank, draft.probabilities[node])
             reached[node] = left[node] = own
             left[parent] = max(left[parent] - own, 0.0)
         return sorted(left.items(), key=lambda item: -item[1])
@@ -207,7 +210,7 @@ def ranks(draft: Draft) -> list[int]:
     """For every candidate, how many siblings stand before it."""
     counts: dict[int, int] = {}
     found = []
-    for parent in draft.parents[: draft.candidates]:
+    for parent in draft.parents[: draft.num_candidates]:
         counts[parent] = counts.get(parent, -1) + 1
         found.append(counts[parent])
     return found

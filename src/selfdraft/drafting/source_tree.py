@@ -125,7 +125,7 @@ class SourceTree:
         note.catch_up(sequence)  # what came in steps that drafted nothing
         if note.successors is not None:
             note.successors.awake = not self.successors.paused
-        room = Budget(min(budget.nodes, self.most, len(row_costs)), budget.depth, budget.reach)
+        room = Budget(min(budget.max_nodes, self.most, len(row_costs)), budget.max_depth, budget.max_probe_depth)
         return note.merger.tree(room, row_costs, path)
 
     def learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:

@@ -99,7 +99,7 @@ class SuffixCopy:
         if note is None:
             note = self._notes[sequence] = Note(sequence)
         note.look_up(sequence)
-        most = min(len(note.copied), budget.depth, budget.nodes, len(prices))
+        most = min(len(note.copied), budget.max_depth, budget.max_nodes, len(prices))
         chances, reached, scores = self._chances[_mood(note)], 1.0, list[float]()
         for depth in range(most):
             own = chances[kind_of_match(note.length + depth)]

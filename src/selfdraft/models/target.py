@@ -26,7 +26,7 @@ from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.runner import Runner
 from selfdraft.protocols import DraftExtras, MaskTokens
-from selfdraft.types import Clock, Rounded, Short, Skip
+from selfdraft.types import Clock, PassVariant, Rounded, Skip
 
 register(NAME, attend)
 
@@ -111,7 +111,7 @@ class HFTarget:
         return twin
 
     @property
-    def masks(self) -> int:
+    def num_mask_ids(self) -> int:
         return 0 if self._masks is None else self._masks.shape[0]
 
     @property
@@ -139,10 +139,10 @@ class HFTarget:
         return int(self.config.num_hidden_layers)
 
     @property
-    def context(self) -> int:
+    def max_length(self) -> int:
         return self._context
 
-    def edge(self, position: int) -> int:
+    def next_boundary(self, position: int) -> int:
         return self.shapes.edge(position, self._context)
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
@@ -152,7 +152,7 @@ class HFTarget:
             (self.runner or self.cache).keep(slot, base, order)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         self._make_room(rows)
         skipped = isinstance(short, Skip)
         acting = gate_rows(rows, self.adapters, self.vocab, skipped=skipped) if rows.probing else {}
@@ -167,7 +167,7 @@ class HFTarget:
             self._early.forget(rows)
         return logits
 
-    def _run_gated(self, rows: Rows, short: Short | None, acting: dict[int, slice | Tensor]) -> Tensor:
+    def _run_gated(self, rows: Rows, short: PassVariant | None, acting: dict[int, slice | Tensor]) -> Tensor:
         """A pass in which some rows use their adapter. What it leaves in the cache is nothing to build on."""
         self._early.forget(rows)
         self._gate.rows = acting
@@ -217,7 +217,7 @@ class HFTarget:
         positions = torch.nn.functional.pad(rows.positions, (0, padding))[None].to(self._device)
         if hidden is not None:
             plan.hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))[None]
-        asked = list(rows.answers)
+        asked = list(rows.logit_rows)
         asked += [0] * (self.shapes.round_rows(len(asked)) - len(asked))
         output = model(
             **self._inputs(tokens),
@@ -226,9 +226,9 @@ class HFTarget:
             logits_to_keep=torch.tensor(asked, dtype=torch.int64, device=self._device),
             selfdraft=plan,
         )
-        return output.logits[0, : len(rows.answers)], plan
+        return output.logits[0, : len(rows.logit_rows)], plan
 
-    def view(self, short: Short) -> PreTrainedModel:
+    def view(self, short: PassVariant) -> PreTrainedModel:
         """The model as `short` says. One with sublayers left out notes the states entering the first of them."""
         if short not in self._views:
             if isinstance(short, Rounded):
@@ -241,7 +241,7 @@ class HFTarget:
             self._views[short] = views.noting(made, self.layers, short.first) if short.first else made
         return self._views[short]
 
-    def _gated_view(self, short: Short) -> PreTrainedModel:
+    def _gated_view(self, short: PassVariant) -> PreTrainedModel:
         if ("gated", short) not in self._views:
             if isinstance(short, Rounded):
                 made = gated(self.view(short), self.adapters, self._gate)

@@ -30,7 +30,7 @@ from selfdraft.errors import OptionError
 from selfdraft.files.token_log import FAR, Logged
 from selfdraft.protocols import Drafter, DraftExtras
 from selfdraft.replay.reliability import Reliability
-from selfdraft.types import Budget, SamplingParams, Short, Stats, within
+from selfdraft.types import Budget, PassVariant, SamplingParams, Stats, within
 
 BEHIND = -1
 """What the log says behind its end: no token."""
@@ -44,7 +44,7 @@ class LogTarget:
     """
 
     vocab = FAR
-    masks = 0
+    num_mask_ids = 0
 
     def __init__(self, times: Mapping[int, float] | None = None, pass_cost: Profile | None = None) -> None:
         if times is not None:
@@ -53,17 +53,17 @@ class LogTarget:
         self.now = 0.0
         """What its clock shows, in seconds."""
         self.extras = DraftExtras(lambda: self.now, pass_cost)
-        self.context = self._edge = FAR
+        self.max_length = self._edge = FAR
         self._output: tuple[int, ...] = ()
         self._drafting = False
 
     def open(self, logged: Logged) -> Sequence:
         """The request of a log entry, to be answered as the log says."""
-        self.context, self._edge, self._output = logged.context, logged.edge, logged.output
+        self.max_length, self._edge, self._output = logged.context, logged.edge, logged.output
         sampling = SamplingParams(max_tokens=logged.limit - len(logged.prompt))
-        return Sequence([*logged.prompt], len(logged.prompt), sampling, ends=logged.ends, limit=logged.limit)
+        return Sequence([*logged.prompt], len(logged.prompt), sampling, stop_ids=logged.ends, max_length=logged.limit)
 
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         if self._drafting:
             raise OptionError("this drafter runs the model; a log holds tokens only")
         if self.times and all(span.pending == 1 for span in rows.spans):  # prefill is left out
@@ -73,17 +73,17 @@ class LogTarget:
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         pass
 
-    def edge(self, position: int) -> int:
+    def next_boundary(self, position: int) -> int:
         return (position // self._edge + 1) * self._edge
 
     def choose(self, rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Result]:
         """What `verify` is for a model: the walk, with the log's next tokens as what the target says."""
         results = []
         for span, sequence in zip(rows.spans, sequences, strict=True):
-            if not span.answers:
+            if not span.num_logits:
                 results.append(Result(span.draft))
                 continue
-            rest = self._output[sequence.written :]
+            rest = self._output[sequence.num_output_tokens :]
             says = iter([*rest, BEHIND])
             path, tokens = walk(span.draft, _next_of(says))
             results.append(Result(span.draft, tuple(path), tuple(tokens[: len(rest)])))
@@ -244,11 +244,11 @@ def replay(
 
 def _step(target: LogTarget, timed: Timed, sequence: Sequence, logged: Logged, nodes: int, found: Replayed) -> None:
     """One decode step of the engine, with the log in the place of the pass, and what is counted of it."""
-    decodes = len(sequence.tokens) - sequence.cached == 1
-    written = sequence.written
+    decodes = len(sequence.tokens) - sequence.num_cached == 1
+    written = sequence.num_output_tokens
     (result,) = step(target, timed, [(sequence, share(sequence, logged.chunk))], nodes, target.choose)
-    emitted = sequence.written - written
-    if sequence.written == len(logged.output):
+    emitted = sequence.num_output_tokens - written
+    if sequence.num_output_tokens == len(logged.output):
         sequence.finish_reason = sequence.finish_reason or "stop"  # what ended it is not in the tokens
     if decodes:
         found.reliability.book(result.draft, result.path, emitted)

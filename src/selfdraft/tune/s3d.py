@@ -120,7 +120,7 @@ def acceptance(
     tried, right = [0] * (masks + 1), [0] * (masks + 1)
     for request in requests:
         for sequence, result in engine.generate([request()]):
-            if sequence.written == len(result.tokens):
+            if sequence.num_output_tokens == len(result.tokens):
                 continue  # the prefill
             for place in range(min(masks, len(result.path)) + 1):
                 tried[place] += 1

@@ -146,20 +146,20 @@ class Lookahead:
             pool = Pool(sizes.size, most, sequence.prompt_length)
             note = self._notes[sequence] = Note(Window(sizes.width, sizes.size - 1, pool, fed))
         note.nodes, note.ran = [], False
-        if sequence.room <= 1:
+        if sequence.remaining <= 1:
             return EMPTY  # the next token is the last one: nothing to accept, nothing to learn for
         window = note.window
         windowed = self._way in (WINDOWED, GIVEN)
         if window.base != len(sequence.tokens):
             window.restart(sequence.tokens, filled=windowed)
-        note.nodes = trie(self._guesses(note, sequence, max(budget.depth, 0)))
-        draft = self._candidates(note.nodes, max(budget.nodes, 0))
+        note.nodes = trie(self._guesses(note, sequence, max(budget.max_depth, 0)))
+        draft = self._candidates(note.nodes, max(budget.max_nodes, 0))
         if not windowed:
             return draft
         width = sizes.given[0] if self._way == GIVEN else sizes.width
         if window.width != width or len(window.columns) != width:
             window.resize(width, sequence.tokens)
-        if window.width + window.height - 2 > budget.reach:
+        if window.width + window.height - 2 > budget.max_probe_depth:
             return draft
         note.ran = True
         return draft.with_probes(window.tokens(), window_parents(window.width, window.height), SOURCE)
@@ -173,7 +173,9 @@ class Lookahead:
             found.append(Guess(followers, source, len(found), matched, source == WINDOW))
         if self._way != GIVEN and depth:
             found += self._runners_up(note, sequence, min(depth, window.height), len(found))
-        return [Guess(cut(g.tokens[:depth], sequence.ends), g.source, g.rank, g.matched, g.from_window) for g in found]
+        return [
+            Guess(cut(g.tokens[:depth], sequence.stop_ids), g.source, g.rank, g.matched, g.from_window) for g in found
+        ]
 
     def _runners_up(self, note: Note, sequence: Sequence, depth: int, rank: int) -> list[Guess]:
         """Paths out of what the model answered before: some first tokens, each with its likeliest continuation."""
@@ -220,7 +222,7 @@ class Lookahead:
             top = likeliest(result.logits, sequence.sampling)
         if reads and top is not None and window.base >= 1:
             self._recall(note.answers, sequence.tokens[window.base - 1], result, *top)
-        probes = len(result.proposed) - result.proposed.candidates
+        probes = len(result.proposed) - result.proposed.num_candidates
         if note.ran and probes == window.width * window.height - 1:
             window.learn(self._answers(window, sequence, result, top), sequence.tokens)
 
@@ -249,7 +251,7 @@ class Lookahead:
         tokens = [last, *draft.tokens]
         rest = range(len(draft), 0, -1)  # probes first, then branches
         for row in [*rest, 0, *(node + 1 for node in result.path)]:
-            answers.learn(tokens[row], scores[row], ids[row], row > draft.candidates)
+            answers.learn(tokens[row], scores[row], ids[row], row > draft.num_candidates)
 
     def _answers(
         self, window: Window, sequence: Sequence, result: Result, top: tuple[Tensor, Tensor] | None
@@ -259,7 +261,7 @@ class Lookahead:
         place = {old: new for new, old in enumerate(result.nodes)}
         rows = [1 + place[node] for node in takewhile(place.__contains__, range(first, first + window.width))]
         if top is None or sequence.sampling.greedy:
-            return [result.answers[row] for row in rows]
+            return [result.argmax[row] for row in rows]
         scores, ids = top[0][rows], top[1][rows]
         noise = gumbel_rows(sequence.seed, [window.base + window.height - 1 + i for i in range(len(rows))], ids)
         chosen = (scores + noise).argmax(-1, keepdim=True)
