@@ -152,9 +152,7 @@ def check(sequence: Sequence, case: Case, said: Ending) -> None:
     assert stats.num_accepted_draft_tokens + sequence.sources.count("target") == written
     assert sum(k * steps for k, steps in stats.acceptance_histogram.items()) == stats.num_accepted_draft_tokens
     assert sum(stats.acceptance_histogram.values()) == stats.num_spec_steps <= stats.num_steps
-    assert sequence.num_cached == len(sequence.tokens) - 1, (
-        "the newest token is pending, nothing behind it is remembered"
-    )
+    assert sequence.num_cached == len(sequence.tokens) - 1, "the newest token is pending, nothing is cached behind it"
 
 
 @cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 
 from selfdraft import methods
 from selfdraft.drafters.auto import Auto
@@ -48,7 +47,7 @@ NAMES: dict[str, Factory] = {
 def table() -> dict[str, Factory]:
     """All drafters by name: our own and those that installed packages offer under `selfdraft.drafters`."""
     found = dict(NAMES)
-    for point in entry_points(group=methods.GROUP):
+    for point in methods.offered():
         found.setdefault(point.name, point.load())
     return found
 
