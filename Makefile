@@ -5,7 +5,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY = .venv/.ready
 READY_DEV = .venv/.ready-dev
 
-.PHONY: demo test check planted clean
+.PHONY: demo test check format wheel planted clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,20 @@ check: $(READY_DEV)
 	$(BIN)/ruff check src tests recipes examples
 	$(BIN)/ruff format --check src tests recipes examples
 	$(BIN)/mypy
+
+format: $(READY_DEV)
+	$(BIN)/ruff check --fix src tests recipes examples
+	$(BIN)/ruff format src tests recipes examples
+
+# the wheel as users get it: built, installed into an empty environment without a compiler in sight, one command run from it
+wheel: $(READY_DEV)
+	rm -rf .wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .wheel .
+	$(PYTHON) -m venv .wheel/venv
+	.wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check .wheel/*.whl
+	cd .wheel && env PATH=/nonexistent venv/bin/selfdraft generate "Once upon a time" --model pocket --max-new-tokens 8
+	rm -rf .wheel
 
 planted: $(READY_DEV)
 	$(BIN)/python -m tests.planted
@@ -35,4 +49,4 @@ $(READY_DEV): $(READY)
 	touch $(READY_DEV)
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .wheel .mypy_cache .ruff_cache .pytest_cache

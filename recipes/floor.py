@@ -68,7 +68,7 @@ class Side:
 
     @property
     def said(self) -> int:
-        return sum(sequence.written for sequence in self.sequences)
+        return sum(sequence.num_output_tokens for sequence in self.sequences)
 
     @property
     def ended(self) -> bool:

@@ -28,7 +28,7 @@ from selfdraft.core.commit import commit
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result, walk
-from selfdraft.drafters import build
+from selfdraft.drafters import build, needs_of
 from selfdraft.replay.replay import LogTarget
 from selfdraft.types import Budget, SamplingParams
 
@@ -59,7 +59,7 @@ def begun(name: str, text: list[int]) -> tuple[Any, Sequence]:
     drafter = build(name, LogTarget(), DRAFTERS[name])
     if getattr(drafter, "memory", None) is not None:
         drafter.memory.add(text)
-    told = {"prediction": tuple(text)} if getattr(drafter, "predicts", False) else {}
+    told = {"prediction": tuple(text)} if needs_of(drafter).prediction else {}
     sampling = SamplingParams(max_tokens=STEPS * (1 + NODES), **told)
     sequence = open_sequence(text, sampling, seed=0, eos=frozenset(), context=2**31)
     drafter.draft([sequence], [Budget(NODES, NODES, NODES)])

@@ -180,7 +180,7 @@ def decode(target: HFTarget, prompt: list[int], tokens: int) -> list[int]:
 
 def passes(target: HFTarget, prompt: list[int], runs: int) -> dict[int, float]:
     """Milliseconds of a pass by its number of rows, in alternation; each behind one like it, whose memory is near."""
-    sequence = Sequence([*prompt, 1], PREFIX, SamplingParams(), slot=0, cached=PREFIX)
+    sequence = Sequence([*prompt, 1], PREFIX, SamplingParams(), slot=0, num_cached=PREFIX)
     found: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for _ in range(5 * runs):
         for count, times in found.items():

@@ -25,9 +25,9 @@ from selfdraft.models.load import load_model
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
 from selfdraft.prove.doctor import machine
-from selfdraft.types import Rounded, SamplingParams, Short
+from selfdraft.types import PassVariant, Rounded, SamplingParams
 
-WAYS: dict[str, Short | None] = {"T": None, "T8": Rounded(8), "T4": Rounded(4)}
+WAYS: dict[str, PassVariant | None] = {"T": None, "T8": Rounded(8), "T4": Rounded(4)}
 ROWS = (1, 2, 4, 8, 16)
 
 
@@ -54,7 +54,7 @@ def main(
 def passes(target: HFTarget, rounds: int) -> dict[tuple[str, int], float]:
     """Milliseconds of a pass by its kind and its number of rows."""
     prompt = torch.randint(0, target.vocab, (PREFIX,), generator=torch.Generator().manual_seed(1)).tolist()
-    sequence = Sequence([*prompt, 1], PREFIX, SamplingParams(), slot=0, cached=PREFIX)
+    sequence = Sequence([*prompt, 1], PREFIX, SamplingParams(), slot=0, num_cached=PREFIX)
     found: dict[tuple[str, int], list[float]] = {(way, rows): [] for way in WAYS for rows in ROWS}
     for _ in range(rounds + 1):
         for (way, count), times in found.items():

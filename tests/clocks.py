@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from selfdraft.core.rows import Rows
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
-from selfdraft.types import Short
+from selfdraft.types import PassVariant
 
 
 class Ticking:
@@ -32,12 +34,26 @@ class Passes:
         return self.now
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A made-up machine whose prices never change: seconds of a pass, and of each row beside that."""
+
+    whole: float
+    row: float
+
+    def run(self, target: HFTarget) -> HFTarget:
+        """The target on this machine: its clock, and the profile that would be measured with it."""
+        rows = (1, 2, 4, 8, 16, 64)
+        target.profile = Profile(rows, tuple(self.whole + self.row * count for count in rows), (0.0,) * len(rows))
+        return on_passes(target, Passes(self.whole, self.whole / 4, self.row))
+
+
 def on_passes(target: HFTarget, clock: Passes | None = None) -> HFTarget:
     """The target, with a clock that its own passes move."""
     moved = clock or Passes()
     forward: Callable[..., Tensor] = target.forward
 
-    def timed(rows: Rows, short: Short | None = None) -> Tensor:
+    def timed(rows: Rows, short: PassVariant | None = None) -> Tensor:
         moved.now += (moved.whole if short is None else moved.short) + moved.row * len(rows)
         return forward(rows, short)
 

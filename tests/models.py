@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence as SequenceOf
 from functools import cache
 
@@ -11,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
+from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.exactness import Shapes, width_of
+from selfdraft.models.runner import kernel_build
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter, Target
 from selfdraft.train.student import linear_names
@@ -20,6 +24,18 @@ from selfdraft.types import SamplingParams
 from tests.clocks import on_passes
 
 VOCAB = 61
+
+
+@cache
+def unavailable() -> str:
+    """Why there is no fast runner here, or ''. Kernels that g++ on Linux does not build are an error, no reason."""
+    try:
+        kernel_build.library()
+    except RunnerUnavailable as error:
+        if sys.platform == "linux" and shutil.which("g++"):
+            raise
+        return str(error)
+    return ""
 
 
 @cache
@@ -91,7 +107,7 @@ def run(
     guesser = build(drafter, target) if isinstance(drafter, str) else drafter
     engine = Engine(target, guesser, slots=slots, chunk=chunk, rows=rows)
     sequences = [
-        open_sequence(prompt, sampling, seed=(sampling.seed or 0) + i, eos=eos, context=target.context)
+        open_sequence(prompt, sampling, seed=(sampling.seed or 0) + i, eos=eos, context=target.max_length)
         for i, prompt in enumerate(prompts)
     ]
     for _ in engine.generate(sequences):

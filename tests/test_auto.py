@@ -14,17 +14,14 @@ from selfdraft import LLM
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters.auto import Auto
-from selfdraft.drafters.context import Context
-from selfdraft.drafters.merged import Merged
-from selfdraft.drafting.live_cost import StepCost
-from selfdraft.drafting.loss_budget import MOST, RAREST, SHARE, START, TRIAL, Watch
+from selfdraft.drafting.cost_model import LiveCost, Profile, best_size
+from selfdraft.drafting.loss_budget import MOST, RAREST, SHARE, START, TRIAL, LossBudget
 from selfdraft.drafting.mask_prediction import Guess, expand
-from selfdraft.drafting.pass_cost import Profile, best_size
 from selfdraft.errors import OptionError
 from selfdraft.files.token_log import Logged, read_logs
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
-from selfdraft.replay.replay import LogTarget, replay, time_of
+from selfdraft.replay.replay import LogTarget, open_drafter, replay, time_of
 from selfdraft.tune import machine as profiles
 from selfdraft.types import Budget, SamplingParams
 from tests.clocks import Ticking
@@ -83,48 +80,48 @@ def test_chances_fall_along_the_tree() -> None:
 
 def test_trials_that_fail_cost_a_small_share() -> None:
     """Every drafted step loses half a plain step: at most what was there at first, and SHARE of the rest."""
-    watch, lost = Watch(), 0.0
+    budget, lost = LossBudget(), 0.0
     for _ in range(10_000):
-        if watch.aside:
-            watch.rest()
+        if budget.paused:
+            budget.rest()
         else:
-            watch.book(-0.5)
+            budget.book(-0.5)
             lost += 0.5
     assert START < lost < START + SHARE * 10_000 + TRIAL
 
 
 def test_what_pays_is_never_put_aside() -> None:
-    watch = Watch()
+    budget = LossBudget()
     for step in range(1000):
-        watch.book(1.5 if step % 2 else -1.0)
-        assert not watch.aside
-    assert watch.balance <= MOST
+        budget.book(1.5 if step % 2 else -1.0)
+        assert not budget.paused
+    assert budget.balance <= MOST
 
 
 def test_it_comes_back() -> None:
-    watch = Watch()
-    while not watch.aside:
-        watch.book(-1.0)
+    budget = LossBudget()
+    while not budget.paused:
+        budget.book(-1.0)
     steps = 0
-    while watch.aside:
-        watch.rest()
+    while budget.paused:
+        budget.rest()
         steps += 1
     assert steps <= (TRIAL + 1) / SHARE + 1
 
 
 def test_a_new_request_is_a_new_chance_that_gets_rarer() -> None:
-    watch, tried = Watch(), 0
+    budget, tried = LossBudget(), 0
     for _ in range(100):
-        if watch.aside:
-            watch.begin()
-        if not watch.aside:
+        if budget.paused:
+            budget.begin()
+        if not budget.paused:
             tried += 1
-        while not watch.aside:
-            watch.book(-0.5)
+        while not budget.paused:
+            budget.book(-0.5)
     assert 100 / RAREST <= tried <= 100 / RAREST + 3
-    watch.aside, watch.balance = False, START
-    watch.book(1.0)
-    assert watch.patience == 1
+    budget.paused, budget.balance = False, START
+    budget.book(1.0)
+    assert budget.patience == 1
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.3, 1.0])
@@ -156,18 +153,14 @@ SMOL = Path(__file__).parent / "smollm2.jsonl"
 """Greedy answers of SmolLM2-135M-Instruct to questions, code and requests to edit a text."""
 
 
-class Measured(LogTarget):
-    """A log, on a machine whose passes were measured."""
-
-    @property
-    def profile(self) -> Profile:  # type: ignore[override]
-        return PASSES
-
-
-def seconds_of(drafter: Drafter, requests: list[Logged]) -> float:
+def seconds_of(name: str, requests: list[Logged], opened: dict[str, tuple[LogTarget, Drafter]]) -> float:
     """Of the decode steps by a made-up clock on which a pass takes what PASSES says."""
     times = dict(zip(PASSES.rows, PASSES.seconds, strict=True))
-    found = replay(requests, drafter, 64, times=times)
+    if name not in opened:
+        target = LogTarget(times, PASSES)
+        opened[name] = target, open_drafter(name, target=target)
+    target, drafter = opened[name]
+    found = replay(requests, drafter, 64, target=target)
     return sum(steps * time_of(times, rows) for rows, steps in found.rows.items())
 
 
@@ -175,15 +168,11 @@ def test_on_recorded_answers_it_is_not_behind_its_parts() -> None:
     """By kind of text, what was learned on one going on to the next; recycling needs logits, a log has none."""
     kinds = [json.loads(line)["group"] for line in SMOL.read_text().splitlines()]
     logs = read_logs([SMOL])
-    drafters: dict[str, Drafter] = {
-        "auto": Auto(Measured(), recycling=False),
-        "merged": Merged(Measured(), recycling=False),
-        "context": Context(Measured()),
-    }
+    opened: dict[str, tuple[LogTarget, Drafter]] = {}
     for kind in dict.fromkeys(kinds):
         group = [log for log, own in zip(logs, kinds, strict=True) if own == kind]
         plain = PASSES.at(1) * sum(len(log.output) - 1 for log in group)
-        took = {name: seconds_of(drafter, group) for name, drafter in drafters.items()}
+        took = {name: seconds_of(name, group, opened) for name in ("auto", "merged", "context")}
         best = min(took["merged"], took["context"])
         assert took["auto"] <= 1.03 * best, (kind, {name: plain / each for name, each in took.items()})
         assert took["auto"] < plain, kind
@@ -194,7 +183,7 @@ class Useless(Auto):
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         return [
-            Draft.branches([[60, 60, 60]], "wrong") if not self.watch.aside else EMPTY
+            Draft.branches([[60, 60, 60]], "wrong") if not self.guard.budget.paused else EMPTY
             for _ in super().draft(sequences, budgets)
         ]
 
@@ -219,7 +208,7 @@ def test_useless_drafts_make_it_stand_aside(unit: float) -> None:
     drafter = Useless(target)
     (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=200))
     assert sequence.stats.num_accepted_draft_tokens <= 3
-    assert drafter.watch.aside
+    assert drafter.guard.budget.paused
     assert 4 <= sequence.stats.num_spec_steps <= START + 4
 
 
@@ -323,7 +312,7 @@ LINE = Profile((1, 2, 4, 8), (1.0, 1.2, 1.6, 2.4), (0.001, 0.001, 0.001, 0.001),
 
 def test_a_profile_that_was_measured_wrongly_is_mended_by_the_steps() -> None:
     """Two rows were timed while something else ran: steps say that they cost what the first row costs."""
-    cost = StepCost(Profile(LINE.rows, (1.0, 1.9, 1.95, 2.4), (0.0,) * 4))
+    cost = LiveCost(Profile(LINE.rows, (1.0, 1.9, 1.95, 2.4), (0.0,) * 4))
     for _ in range(100):
         for rows, seconds in ((1, 1.0), (2, 1.05), (4, 1.2)):
             cost.observe(rows, 1, 0, seconds)
@@ -335,7 +324,7 @@ def test_a_profile_that_was_measured_wrongly_is_mended_by_the_steps() -> None:
 
 @pytest.mark.parametrize("speed", [0.5, 3.0])
 def test_a_machine_of_another_speed_has_the_same_prices_in_plain_steps(speed: float) -> None:
-    cost = StepCost(LINE)
+    cost = LiveCost(LINE)
     for step in range(400):
         rows = (1, 2, 4, 8)[step % 4]
         cost.observe(rows, 1, 300, speed * LINE.step(rows, 300))
@@ -348,7 +337,7 @@ def test_a_machine_of_another_speed_has_the_same_prices_in_plain_steps(speed: fl
 
 
 def test_prices_never_fall_and_one_odd_step_moves_little() -> None:
-    cost = StepCost(LINE)
+    cost = LiveCost(LINE)
     for step in range(64):
         cost.observe((1, 4)[step % 2], 1, 0, LINE.step((1, 4)[step % 2]))
     before = cost.at(4, 1, 0)

@@ -191,7 +191,7 @@ def test_a_liar_is_told_on(bench: Callable[..., Done], tmp_path: Path, monkeypat
 
     def lie(draft: Draft, say: Any) -> tuple[list[int], list[int]]:
         path, tokens = honest(draft, say)
-        return path, [*tokens[:-1], (tokens[-1] + 1) % 300] if draft.candidates else tokens
+        return path, [*tokens[:-1], (tokens[-1] + 1) % 300] if draft.num_candidates else tokens
 
     monkeypatch.setattr(core_verify, "walk", lie)
     path = tmp_path / "mine.jsonl"

@@ -76,7 +76,7 @@ class Bent:
 
     def draft(self, sequences: list[Sequence], budgets: object) -> list[Draft]:
         for sequence in sequences:
-            if sequence.written == 5:
+            if sequence.num_output_tokens == 5:
                 sequence.tokens[-1] = (sequence.tokens[-1] + 1) % 61
         return [Draft() for _ in sequences]
 

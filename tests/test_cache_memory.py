@@ -64,7 +64,7 @@ def test_growing_keeps_what_a_pass_has_written(fast: bool) -> None:
     sequences = [Sequence([5 + i, *range(3, 40)], 38, SamplingParams(), slot=i) for i in (0, 2)]
     target.forward(pack([(sequence, 37, EMPTY) for sequence in sequences]))
     for sequence in sequences:
-        sequence.cached = 37
+        sequence.num_cached = 37
     rows = pack([(sequence, 1, EMPTY) for sequence in sequences])
     before = target.forward(rows).clone()
     target.cache.reserve(target.cache.places + 1)

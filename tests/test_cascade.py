@@ -13,18 +13,17 @@ from selfdraft.core.rows import Rows, tree_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
-from selfdraft.drafters.cascade import Cascade
+from selfdraft.drafters.cascade import PAUSES, Cascade, InnerPassRule
 from selfdraft.drafting.context_tree import ContextTree
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.estimators import TRUSTED
-from selfdraft.drafting.inner_passes import PAUSES, Rounds
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.pass_cost import Profile
 from selfdraft.drafting.sources import Contexts, Copies, Reader
 from selfdraft.models.rounded import decode, encode
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
-from selfdraft.types import Budget, Rounded, SamplingParams, Short
+from selfdraft.types import Budget, PassVariant, Rounded, SamplingParams
 from tests.clocks import on_passes
 from tests.models import VOCAB, run, tiny_llama, tiny_target
 
@@ -50,16 +49,15 @@ def timed(
     target = tiny_target()
     forward: Callable[..., Tensor] = target.forward
 
-    def slow(rows: Rows, short: Short | None = None) -> Tensor:
+    def slow(rows: Rows, short: PassVariant | None = None) -> Tensor:
         machine.now += (machine.whole if short is None else machine.inner) + machine.row * len(rows)
         if short is not None:
             machine.inner_rows.append(len(rows))
         return forward(rows, short)
 
     target.forward = slow  # type: ignore[method-assign]
+    target.clock = machine
     drafter = build(name, target, options)
-    if hasattr(drafter, "clock"):
-        drafter.clock = machine
     for _ in range(again):
         run(target, drafter, PROMPTS, sampling)
     machine.began = machine.now
@@ -86,13 +84,13 @@ def test_never_slower_than_what_it_is_made_of(inner: float, row: float, sampling
     assert seconds["cascade"] <= 1.05 * min(seconds["none"], seconds["merged"]) + 4 * (inner + row) + 1
 
 
-class Never(Rounds):
+class Never(InnerPassRule):
     """No pass pays, and none is tried."""
 
-    def pays(self, worth: float, rows: int, rho: float) -> bool:
+    def pays(self, worth: float, cost: float) -> bool:
         return False
 
-    def tries(self, worth: float, rows: int, rho: float) -> bool:
+    def tries(self, worth: float, cost: float) -> bool:
         return False
 
 
@@ -101,11 +99,10 @@ def test_without_inner_passes_it_is_merged() -> None:
     counts = []
     for name in ("merged", "cascade"):
         target = tiny_target()
+        target.clock = lambda: 0.0
         drafter = build(name, target)
-        assert hasattr(drafter, "clock")
-        drafter.clock = lambda: 0.0
         if isinstance(drafter, Cascade):
-            drafter.rounds = Never()
+            drafter.rule = Never()
         texts = run(target, drafter, PROMPTS, WARM)
         counts.append([(s.stats.num_draft_tokens, s.stats.acceptance_histogram) for s in texts])
     assert counts[0] == counts[1]
@@ -126,35 +123,34 @@ def test_dear_passes_are_only_tried() -> None:
     assert isinstance(drafter, Cascade)
     passes = sum(sequence.stats.num_draft_passes for sequence in texts)
     assert TRUSTED <= passes <= TRUSTED + 8
-    assert drafter.rounds.pause > PAUSES[0]
+    assert drafter.rule.pause > PAUSES[0]
 
 
 def test_inner_trees_are_verified_in_one_pass() -> None:
     """On a text that repeats itself, inner passes have a tree under the chain, and bring more than one token each."""
-    target = tiny_target()
-    drafter = build("cascade", target)
-    assert isinstance(drafter, Cascade)
     machine = Machine(1.0, 0.05)
+    target = tiny_target()
+    target.clock = machine
+    drafter = build("cascade", target)
     forward = target.forward
 
-    def slow(rows: Rows, short: Short | None = None) -> Tensor:
+    def slow(rows: Rows, short: PassVariant | None = None) -> Tensor:
         machine.now += machine.whole if short is None else machine.inner
         if short is not None:
             machine.inner_rows.append(len(rows))
         return forward(rows, short)
 
     target.forward = slow  # type: ignore[method-assign]
-    drafter.clock = machine
     (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=120))
     assert sequence.output == run(tiny_target(), "none", [[1, 2, 3]], SamplingParams(max_tokens=120))[0].output
     assert max(machine.inner_rows) > 2
     assert "cascade" in sequence.sources
 
 
-class Eager(Rounds):
+class Eager(InnerPassRule):
     """Whatever a pass costs, it pays."""
 
-    def pays(self, worth: float, rows: int, rho: float) -> bool:
+    def pays(self, worth: float, cost: float) -> bool:
         return True
 
 
@@ -166,7 +162,7 @@ def test_a_batch_of_chains(profile: Profile | None) -> None:
     target.profile = profile
     drafter = build("cascade", target)
     assert isinstance(drafter, Cascade)
-    drafter.rounds = Eager()
+    drafter.rule = Eager()
     texts = run(target, drafter, PROMPTS, WARM, slots=3, eos=frozenset({5, 9}))
     assert [sequence.output for sequence in texts] == wanted
     assert sum(s.stats.num_draft_passes for s in texts) > sum(s.stats.num_steps for s in texts) / 2
@@ -182,9 +178,9 @@ def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: Samplin
     target = on_passes(HFTarget(model))
     drafter = build("cascade", target, {"bits": 8})
     assert isinstance(drafter, Cascade)
-    drafter.rounds = Eager()
+    drafter.rule = Eager()
     run(target, drafter, [[1, 2, 3], *PROMPTS], sampling)
-    acceptance = drafter.rounds.confidence.acceptance
+    acceptance = drafter.rule.confidence.acceptance
     assert acceptance.total == acceptance.weight > 30
 
 
@@ -193,12 +189,12 @@ def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: Samplin
 
 def test_worth_is_what_a_simulation_says() -> None:
     """Tokens with an inner pass minus tokens without, over many draws of independent tokens."""
-    rounds, draw = Rounds(), random.Random(1)
+    rule, draw = InnerPassRule(), random.Random(1)
     for _ in range(3000):
-        rounds.confidence.observe([0.95], int(draw.random() < 0.9))
-    rate = rounds.confidence.acceptance.value
+        rule.confidence.observe([0.95], int(draw.random() < 0.9))
+    rate = rule.confidence.acceptance.value
     guessed, later = 2, 1
-    rounds.guessed.observe(later)
+    rule.guessed.observe(later)
 
     def streak(most: int, chance: float) -> int:
         length = 0
@@ -210,20 +206,20 @@ def test_worth_is_what_a_simulation_says() -> None:
     for _ in range(20000):
         right = streak(1 + guessed, rate)
         gained.append(right + (later if right == 1 + guessed else 0) - guessed)
-    assert rounds.worth([], guessed) == pytest.approx(sum(gained) / len(gained), abs=0.05)
-    assert rounds.worth([0.95], guessed) == pytest.approx(rate * rounds.worth([], guessed), rel=0.1)
+    assert rule.worth([], guessed) == pytest.approx(sum(gained) / len(gained), abs=0.05)
+    assert rule.worth([0.95], guessed) == pytest.approx(rate * rule.worth([], guessed), rel=0.1)
 
 
 def test_trials_become_rare() -> None:
-    rounds, tried = Rounds(), []
+    rule, tried = InnerPassRule(), []
     for step in range(5000):
-        if rounds.tries(0.9, 1, 1.0):
+        if rule.tries(0.9, rule.time.at(1)):
             tried.append(step)
-            rounds.time.observe(1, 1.0)
+            rule.time.observe(1, 1.0)
     assert tried[:TRUSTED] == list(range(TRUSTED))
     assert len(tried) <= TRUSTED + 12
-    rounds.paid()
-    assert sum(rounds.tries(0.9, 1, 1.0) for _ in range(PAUSES[0])) == 1
+    rule.paid()
+    assert sum(rule.tries(0.9, rule.time.at(1)) for _ in range(PAUSES[0])) == 1
 
 
 def test_a_hopeless_pass_is_tried_once() -> None:
@@ -263,7 +259,7 @@ def test_tree_rows() -> None:
     rows = tree_rows([(2, 10, 4, tree), (0, 3, 9, EMPTY)])
     assert rows.tokens.tolist() == [4, 5, 6, 7, 9]
     assert rows.positions.tolist() == [10, 11, 11, 12, 3]
-    assert rows.answers == (0, 1, 2, 3, 4)
+    assert rows.logit_rows == (0, 1, 2, 3, 4)
 
 
 def test_memory_is_its_own() -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,9 +239,10 @@ def test_text_is_written_as_it_is(run: Any, folder: Path, monkeypatch: pytest.Mo
     """Tabs, control characters and what looks like markup are the model's words."""
     words = "a\tb :smile: [bold]c[/bold]\r\x07 \x1b[0m 🐕"
 
+    real = LLM.stream
+
     def stream(self: LLM, *_: object) -> Iterator[Piece]:
-        output = self.generate([5], SamplingParams(max_tokens=1))[0].outputs[0]
-        yield Piece(words, (1,), ("target",), "length", output)
+        yield replace(list(real(self, [5], SamplingParams(max_tokens=1)))[-1], text=words)
 
     monkeypatch.setattr(LLM, "stream", stream)
     assert run("generate", "hi", "--model", folder).out == words + "\n"
@@ -419,7 +421,7 @@ def test_verify_tells_on_a_liar(run: Any, folder: Path, prompts: Path, monkeypat
 
     def lie(draft: Draft, say: Any) -> tuple[list[int], list[int]]:
         path, tokens = honest(draft, say)
-        return path, [*tokens[:-1], (tokens[-1] + 1) % 300] if draft.candidates else tokens
+        return path, [*tokens[:-1], (tokens[-1] + 1) % 300] if draft.num_candidates else tokens
 
     monkeypatch.setattr(core_verify, "walk", lie)
     options = ("--prompts", prompts, "--model", folder, "--max-new-tokens", 20, "--limit", 1, "--drafters", "lookup")

@@ -9,8 +9,8 @@ import pytest
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters.auto import TREE_FROM, Auto
 from selfdraft.drafting.context_tree import BREAK
-from selfdraft.drafting.pass_cost import Profile
-from selfdraft.drafting.suffix_copy import AHEAD, Copying
+from selfdraft.drafting.cost_model import Profile
+from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.types import Budget, SamplingParams
 from tests.clocks import Passes, on_passes
 from tests.models import run, tiny_target
@@ -27,7 +27,7 @@ def opened(tokens: SequenceOf[int], prediction: tuple[int, ...] = ()) -> Sequenc
 def drafted(
     tokens: SequenceOf[int], prices: SequenceOf[float] = FREE, prediction: tuple[int, ...] = ()
 ) -> tuple[int, ...]:
-    return Copying().draft([opened(tokens, prediction)], [ROOM], prices)[0].tokens
+    return SuffixCopy().draft([opened(tokens, prediction)], [ROOM], prices)[0].tokens
 
 
 def test_the_longest_match_goes_on() -> None:
@@ -46,16 +46,23 @@ def test_a_prediction_is_copied_and_nothing_reaches_over_its_end() -> None:
 
 def test_within_budget_and_price() -> None:
     sequence = opened([1, 2, 3, 4, 5, 6, 7, 8] * 3)
-    assert len(Copying().draft([sequence], [Budget(3, 64, 64)], FREE)[0]) == 3
-    assert len(Copying().draft([sequence], [Budget(64, 2, 64)], FREE)[0]) == 2
-    assert len(Copying().draft([sequence], [ROOM], [0.0, 0.0, 1.1])[0]) == 2
-    assert not Copying().draft([sequence], [Budget(0, 0, 0)], FREE)[0]
+    assert len(SuffixCopy().draft([sequence], [Budget(3, 64, 64)], FREE)[0]) == 3
+    assert len(SuffixCopy().draft([sequence], [Budget(64, 2, 64)], FREE)[0]) == 2
+    assert len(SuffixCopy().draft([sequence], [ROOM], [0.0, 0.0, 1.1])[0]) == 2
+    assert not SuffixCopy().draft([sequence], [Budget(0, 0, 0)], FREE)[0]
+
+
+def test_a_token_counts_with_all_before_it() -> None:
+    """Nine in ten each: the chance of seven is below a half, and such a price ends the copy there."""
+    copying = SuffixCopy()
+    copying._chances = [[0.9] * len(chances) for chances in copying._chances]
+    assert len(copying.draft([opened([1, 2, 3, 4, 5, 6, 7, 8] * 3)], [ROOM], [0.5] * AHEAD)[0]) == 6
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_it_learns_what_copies_are_worth(right: bool) -> None:
     """Copies that always held are drafted at a high price; those that never did at none but the lowest."""
-    copying = Copying()
+    copying = SuffixCopy()
     sequence = opened([1, 2, 3])
     for turn in range(200):
         (draft,) = copying.draft([sequence], [ROOM], FREE)
@@ -67,7 +74,7 @@ def test_it_learns_what_copies_are_worth(right: bool) -> None:
 
 
 def test_what_was_not_drafted_is_scored_too() -> None:
-    copying = Copying()
+    copying = SuffixCopy()
     sequence = opened([1, 2, 3, 1, 2])
     copying.draft([sequence], [Budget(0, 0, 0)], FREE)
     sequence.tokens += [3, 1]
@@ -89,4 +96,4 @@ def test_auto_with_copies_says_what_plain_decoding_says(temperature: float) -> N
     assert sum(s.stats.num_draft_tokens for s in texts) > 0
     # copies of greedy text hold; of a random model's text at temperature 1 they hold by chance only
     assert temperature or any("copy" in source for s in texts for source in s.sources)
-    assert not drafter._notes, "no tree was made"
+    assert not len(drafter.tree), "no tree was made"

@@ -58,7 +58,7 @@ def test_branches_is_the_set_of_prefixes(paths: list[list[int]]) -> None:
     draft = Draft.branches(paths, "x")
     nodes = [spelled(draft, node) for node in range(len(draft))]
     assert sorted(nodes) == sorted({tuple(path[:size]) for path in paths for size in range(1, len(path) + 1)})
-    assert draft.candidates == len(draft)
+    assert draft.num_candidates == len(draft)
     assert set(draft.sources) <= {"x"}
     if paths:
         assert draft.tokens[: len(paths[0])] == tuple(paths[0]), "the first path comes first"
@@ -68,12 +68,12 @@ def test_branches_is_the_set_of_prefixes(paths: list[list[int]]) -> None:
 def test_chain_is_one_branch(tokens: list[int]) -> None:
     assert Draft.chain(tokens, "x") == Draft.branches([tokens], "x")
     scored = Draft.chain(tokens, "x", [0.5] * len(tokens))
-    assert scored.scores == (0.5,) * len(tokens)
+    assert scored.probabilities == (0.5,) * len(tokens)
 
 
 @given(draft=drafts())
 def test_children_and_leaves(draft: Draft) -> None:
-    nodes = range(draft.candidates)
+    nodes = range(draft.num_candidates)
     for parent in (ROOT, *nodes):
         for token in range(4):
             same = [n for n in nodes if draft.parents[n] == parent and draft.tokens[n] == token]
@@ -88,21 +88,21 @@ def test_merge_is_the_union_and_keeps_every_source(first: list[Draft]) -> None:
     whole = merge(first)
     said: dict[tuple[int, ...], set[str]] = {}
     for draft in first:
-        for node in range(draft.candidates):
+        for node in range(draft.num_candidates):
             said.setdefault(spelled(draft, node), set()).add(draft.sources[node])
-    nodes = [spelled(whole, node) for node in range(whole.candidates)]
+    nodes = [spelled(whole, node) for node in range(whole.num_candidates)]
     assert len(nodes) == len(set(nodes)), "shared prefixes are one node"
     assert {path: set(whole.sources[n].split("+")) for n, path in enumerate(nodes)} == said
     assert all(len(s.split("+")) == len(set(s.split("+"))) for s in whole.sources), "a source is named once"
-    probes = [(spelled(d, n), d.sources[n]) for d in first for n in range(d.candidates, len(d))]
-    assert [(spelled(whole, n), whole.sources[n]) for n in range(whole.candidates, len(whole))] == probes
+    probes = [(spelled(d, n), d.sources[n]) for d in first for n in range(d.num_candidates, len(d))]
+    assert [(spelled(whole, n), whole.sources[n]) for n in range(whole.num_candidates, len(whole))] == probes
 
 
 @given(draft=drafts())
 def test_merge_of_one_or_none_changes_nothing_that_is_said(draft: Draft) -> None:
     assert merge([]) == EMPTY
     assert merge([EMPTY, draft, EMPTY]) == merge([draft])
-    assert merge([merge([draft]), draft]).candidates == merge([draft]).candidates
+    assert merge([merge([draft]), draft]).num_candidates == merge([draft]).num_candidates
 
 
 @settings(max_examples=300)
@@ -119,18 +119,18 @@ def test_clip(draft: Draft, nodes: int, depth: int, reach: int, vocab: int, mask
     clipped, kept = draft.clip(Budget(nodes, depth, reach), vocab, masks)
     wanted: list[int] = []
     for node in range(len(draft)):
-        probe = node >= draft.candidates
+        probe = node >= draft.num_candidates
         fine = 0 <= draft.tokens[node] < vocab + masks * probe and draft.depths[node] <= (reach if probe else depth)
         above = draft.parents[node] == ROOT or draft.parents[node] in wanted
-        room = probe or sum(n < draft.candidates for n in wanted) < nodes
+        room = probe or sum(n < draft.num_candidates for n in wanted) < nodes
         if fine and above and room:
             wanted.append(node)
     assert kept == tuple(wanted)
     assert [spelled(clipped, n) for n in range(len(clipped))] == [spelled(draft, n) for n in kept]
     assert clipped.sources == tuple(draft.sources[n] for n in kept)
-    assert clipped.scores == (tuple(draft.scores[n] for n in kept) if draft.scores else ())
-    assert clipped.candidates == sum(n < draft.candidates for n in kept) <= nodes
-    assert all(0 <= token < vocab for token in clipped.tokens[: clipped.candidates])
+    assert clipped.probabilities == (tuple(draft.probabilities[n] for n in kept) if draft.probabilities else ())
+    assert clipped.num_candidates == sum(n < draft.num_candidates for n in kept) <= nodes
+    assert all(0 <= token < vocab for token in clipped.tokens[: clipped.num_candidates])
     assert clipped.clip(Budget(nodes, depth, reach), vocab, masks)[0] == clipped, "once is enough"
 
 
@@ -145,12 +145,12 @@ def test_clip_drops_what_hangs_under_an_unknown_id() -> None:
 @given(draft=drafts(), data=st.data())
 def test_with_probes(draft: Draft, data: st.DataObject) -> None:
     draft = Draft(
-        draft.tokens[: draft.candidates],
-        draft.parents[: draft.candidates],
-        draft.sources[: draft.candidates],
-        draft.candidates,
+        draft.tokens[: draft.num_candidates],
+        draft.parents[: draft.num_candidates],
+        draft.sources[: draft.num_candidates],
+        draft.num_candidates,
     )
-    parents = [data.draw(st.integers(-1 - draft.candidates, i - 1)) for i in range(data.draw(st.integers(0, 5)))]
+    parents = [data.draw(st.integers(-1 - draft.num_candidates, i - 1)) for i in range(data.draw(st.integers(0, 5)))]
     grown = draft.with_probes([9] * len(parents), parents, "p")
     for i, parent in enumerate(parents):
         above: tuple[int, ...]
@@ -159,11 +159,11 @@ def test_with_probes(draft: Draft, data: st.DataObject) -> None:
         elif parent < ROOT:
             above = spelled(draft, -2 - parent)
         else:
-            above = spelled(grown, draft.candidates + parent)
-        assert spelled(grown, draft.candidates + i) == (*above, 9)
-    assert grown.candidates == draft.candidates
-    assert grown.tokens[: draft.candidates] == draft.tokens
-    assert set(grown.sources[draft.candidates :]) <= {"p"}
+            above = spelled(grown, draft.num_candidates + parent)
+        assert spelled(grown, draft.num_candidates + i) == (*above, 9)
+    assert grown.num_candidates == draft.num_candidates
+    assert grown.tokens[: draft.num_candidates] == draft.tokens
+    assert set(grown.sources[draft.num_candidates :]) <= {"p"}
 
 
 @pytest.mark.parametrize("parents", [(0,), (1, ROOT), (-2,), (ROOT, 2, ROOT)])
@@ -189,22 +189,22 @@ def test_pack(data: st.DataObject) -> None:
     for slot in range(data.draw(st.integers(1, 4))):
         prompt = data.draw(st.lists(st.integers(0, 60), min_size=1, max_size=9))
         sequence = open_sequence(prompt, SamplingParams(), seed=0, eos=frozenset(), context=99)
-        sequence.slot, sequence.cached = slot + 5, data.draw(st.integers(0, len(prompt) - 1))
-        share = data.draw(st.integers(1, len(prompt) - sequence.cached))
-        whole = share == len(prompt) - sequence.cached
+        sequence.slot, sequence.num_cached = slot + 5, data.draw(st.integers(0, len(prompt) - 1))
+        share = data.draw(st.integers(1, len(prompt) - sequence.num_cached))
+        whole = share == len(prompt) - sequence.num_cached
         work.append((sequence, share, data.draw(drafts()) if whole else EMPTY))
     rows = pack(work)
     tokens: list[int] = []
     positions: list[int] = []
     answers: list[int] = []
     for (sequence, share, draft), span in zip(work, rows.spans, strict=True):
-        whole = sequence.cached + share == len(sequence.tokens)
+        whole = sequence.num_cached + share == len(sequence.tokens)
         asked = 1 + len(draft) if whole else 0
-        assert span == Span(sequence.slot, sequence.cached, len(tokens), share, draft, asked)
+        assert span == Span(sequence.slot, sequence.num_cached, len(tokens), share, draft, asked)
         assert span.size == share + len(draft)
         for i in range(share):
-            tokens.append(sequence.tokens[sequence.cached + i])
-            positions.append(sequence.cached + i)
+            tokens.append(sequence.tokens[sequence.num_cached + i])
+            positions.append(sequence.num_cached + i)
         if whole:
             answers.append(len(tokens) - 1)
             assert span.start + span.row(ROOT) == len(tokens) - 1
@@ -215,7 +215,7 @@ def test_pack(data: st.DataObject) -> None:
             positions.append(len(sequence.tokens) - 1 + draft.depths[node])
     assert rows.tokens.tolist() == tokens
     assert rows.positions.tolist() == positions
-    assert list(rows.answers) == answers
+    assert list(rows.logit_rows) == answers
     assert len(rows) == len(tokens)
 
 

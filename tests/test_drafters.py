@@ -18,7 +18,9 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
-from selfdraft.drafters.lookahead import Lookahead, Pool, Window, window_parents
+from selfdraft.drafters.lookahead.drafter import Lookahead
+from selfdraft.drafters.lookahead.pool import Pool
+from selfdraft.drafters.lookahead.window import Window, window_parents
 from selfdraft.drafters.lookup import NgramIndex
 from selfdraft.drafters.suffix import Suffix
 from selfdraft.drafting.suffix_automaton import SuffixAutomaton
@@ -28,7 +30,7 @@ from selfdraft.types import Budget, SamplingParams
 from tests.models import VOCAB, run, tiny_llama, tiny_target
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
-WIDE = Budget(nodes=128, depth=64, reach=256)
+WIDE = Budget(max_nodes=128, max_depth=64, max_probe_depth=256)
 MOTIF = [17, 4, 33, 8, 51, 22, 9]
 GREEDY = SamplingParams(max_tokens=60)
 SAMPLED = SamplingParams(max_tokens=60, temperature=0.9, top_p=0.9, seed=3)
@@ -44,7 +46,7 @@ def one(drafter: Drafter, sequence: Sequence, budget: Budget = WIDE) -> Draft:
 
 def chain_of(draft: Draft) -> list[int]:
     assert draft.parents == tuple(range(-1, len(draft) - 1))
-    assert draft.candidates == len(draft)
+    assert draft.num_candidates == len(draft)
     return list(draft.tokens)
 
 
@@ -129,9 +131,9 @@ def test_suffix_drafts_as_long_as_the_match_is_good(
 def test_suffix_stays_within_the_budget() -> None:
     drafter, sequence = Suffix(tiny_target()), opened(MOTIF * 4)
     assert len(one(drafter, sequence)) == 32
-    assert len(one(drafter, sequence, Budget(nodes=128, depth=5, reach=256))) == 5
-    assert len(one(drafter, sequence, Budget(nodes=3, depth=9, reach=256))) == 3
-    assert len(one(drafter, sequence, Budget(nodes=9, depth=0, reach=256))) == 0
+    assert len(one(drafter, sequence, Budget(max_nodes=128, max_depth=5, max_probe_depth=256))) == 5
+    assert len(one(drafter, sequence, Budget(max_nodes=3, max_depth=9, max_probe_depth=256))) == 3
+    assert len(one(drafter, sequence, Budget(max_nodes=9, max_depth=0, max_probe_depth=256))) == 0
 
 
 def test_suffix_reads_what_was_written_since() -> None:
@@ -179,19 +181,19 @@ def test_every_cell_stands_where_the_paper_puts_it(width: int, size: int) -> Non
     sequence = opened([*MOTIF, 60, 3, 2, 1, 17])
     drafter = Lookahead(tiny_target(), window_size=width, ngram_size=size, adaptive=False)
     draft = one(drafter, sequence)
-    assert draft.candidates == size - 1
-    assert len(draft) - draft.candidates == width * (size - 1) - 1
+    assert draft.num_candidates == size - 1
+    assert len(draft) - draft.num_candidates == width * (size - 1) - 1
     columns = drafter._notes[sequence].window.columns
     last = len(sequence.tokens) - 1
     span = Span(0, last, 0, 1, draft, 0)
     for level in range(size - 1):
         for i in range(width):
-            node = draft.candidates + level * width + i - 1 if level + i else ROOT
+            node = draft.num_candidates + level * width + i - 1 if level + i else ROOT
             path = []
             assert span.positions[span.row(node)] == last + level + i
             while node != ROOT:
                 path.append(draft.tokens[node])
-                assert node >= draft.candidates
+                assert node >= draft.num_candidates
                 node = draft.parents[node]
             base = [column[0] for column in columns[1 : i + 1]]
             assert path[::-1] == base + columns[i][1 : level + 1]
@@ -311,16 +313,16 @@ def test_lookahead_stays_within_the_budget() -> None:
     sequence = opened([1, 2, 3, 4, 1, 2, 5, 6, 1, 7, 8, 9, 1])
     drafter = Lookahead(tiny_target(), window_size=3, ngram_size=4, adaptive=False)
     draft = one(drafter, sequence)
-    assert draft.candidates == 8  # 7 8 9, 2 5 6 and 2 3 4: the 2 is shared
+    assert draft.num_candidates == 8  # 7 8 9, 2 5 6 and 2 3 4: the 2 is shared
     assert draft.tokens[:3] == (7, 8, 9)
-    shallow = one(drafter, sequence, Budget(nodes=99, depth=2, reach=99))
-    assert max(shallow.depths[: shallow.candidates]) == 2
-    small = one(drafter, sequence, Budget(nodes=4, depth=9, reach=99))
+    shallow = one(drafter, sequence, Budget(max_nodes=99, max_depth=2, max_probe_depth=99))
+    assert max(shallow.depths[: shallow.num_candidates]) == 2
+    small = one(drafter, sequence, Budget(max_nodes=4, max_depth=9, max_probe_depth=99))
     assert small.tokens[:4] == (7, 8, 9, 2)
-    assert small.candidates == 4
-    edge = one(drafter, sequence, Budget(nodes=99, depth=0, reach=99))
-    assert (edge.candidates, len(edge)) == (0, 8)
-    assert len(one(drafter, sequence, Budget(nodes=0, depth=0, reach=3))) == 0
+    assert small.num_candidates == 4
+    edge = one(drafter, sequence, Budget(max_nodes=99, max_depth=0, max_probe_depth=99))
+    assert (edge.num_candidates, len(edge)) == (0, 8)
+    assert len(one(drafter, sequence, Budget(max_nodes=0, max_depth=0, max_probe_depth=3))) == 0
     last = opened([1, 2, 3, 4, 1], max_tokens=1)
     assert len(one(drafter, last)) == 0
 
@@ -329,13 +331,15 @@ def test_columns_whose_probes_were_clipped_away_are_filled_anew() -> None:
     sequence = opened([*MOTIF, 17])
     drafter = Lookahead(tiny_target(), window_size=4, ngram_size=4, adaptive=False)
     proposed = one(drafter, sequence)
-    clipped, nodes = proposed.clip(Budget(nodes=1, depth=1, reach=4), VOCAB)  # of the deepest cells 0 to 2 are left
+    clipped, nodes = proposed.clip(
+        Budget(max_nodes=1, max_depth=1, max_probe_depth=4), VOCAB
+    )  # of the deepest cells 0 to 2 are left
     assert len(clipped) < len(proposed)
     answers = tuple(range(100, 101 + len(clipped)))
     sequence.tokens.append(4)
     drafter.observe([sequence], [Result(clipped, (), (4,), answers, proposed=proposed, nodes=nodes)])
     columns = drafter._notes[sequence].window.columns
-    deepest = [nodes.index(proposed.candidates + 8 + i - 1) for i in range(3)]
+    deepest = [nodes.index(proposed.num_candidates + 8 + i - 1) for i in range(3)]
     assert [column[-1] for column in columns[:3]] == [101 + node for node in deepest]
     assert len(columns) == 4
     assert all(token < VOCAB for token in columns[3])
@@ -394,7 +398,7 @@ def test_nothing_is_shared_between_sequences(name: str) -> None:
     drafter = reader(name)
     other, mine = opened(MOTIF * 3), opened([1, 2, MOTIF[0]])
     draft = drafter.draft([other, mine], [WIDE, WIDE])[1]
-    assert draft.candidates == 0
+    assert draft.num_candidates == 0
     assert set(draft.tokens) <= set(mine.tokens)
     assert draft == one(reader(name), mine)
 

@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.engine import scheduler
 from selfdraft.engine.engine import Engine
+from selfdraft.engine.step import budget
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
-from selfdraft.types import Budget, SamplingParams, Short
+from selfdraft.models.exactness import Shapes
+from selfdraft.testing import FakeTarget
+from selfdraft.types import Budget, SamplingParams
 from tests.models import run, tiny_target
 
 VOCAB, CONTEXT, END = 13, 60, 0
@@ -47,72 +49,13 @@ def plain(prompt: tuple[int, ...], most: int) -> tuple[int, ...]:
     return tuple(tokens[len(prompt) :])
 
 
-class FakeTarget:
-    """A Target whose memory is a list of tokens per slot; it refuses rows that do not fit to that memory."""
+def one_hot(path: SequenceOf[int]) -> Tensor:
+    """Logits of what `say` says."""
+    return torch.nn.functional.one_hot(torch.tensor(say(list(path))), VOCAB).float()
 
-    vocab, masks, layers, context = VOCAB, 0, 1, CONTEXT
 
-    def __init__(self, slots: int) -> None:
-        self.memory: list[list[int]] = [[] for _ in range(slots)]
-        self.tentative: dict[int, list[list[int]]] = {}
-        """Slot -> for each row of the last forward, everything it saw."""
-        self.sizes: list[int] = []
-        self.fails = False
-
-    @staticmethod
-    def clock() -> float:
-        return 0.0
-
-    def edge(self, position: int) -> int:
-        return (position // 16 + 1) * 16
-
-    def masks_of(self, method: str) -> range:
-        return range(0)
-
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        return None
-
-    @property
-    def profile(self) -> None:
-        return None
-
-    def advice(self, method: str) -> dict[str, object]:
-        return {}
-
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
-        if self.fails:
-            raise RuntimeError("planted")
-        self.tentative = {}
-        self.sizes.append(len(rows))
-        place = 0
-        for span in rows.spans:
-            memory = self.memory[span.slot]
-            assert span.slot not in self.tentative, "two sequences share a slot"
-            assert span.base in (0, len(memory)), "rows do not follow what is remembered"
-            assert span.start == place
-            paths: list[list[int]] = []
-            for row in range(span.size):
-                node = row - span.pending
-                parent = row - 1 if node < 0 else span.row(span.draft.parents[node])
-                before = memory[: span.base] if parent < 0 else paths[parent]
-                paths.append([*before, int(rows.tokens[place])])
-                assert int(rows.positions[place]) == len(paths[-1]) - 1, "position is depth"
-                assert len(paths[-1]) <= CONTEXT, "a row behind the context"
-                place += 1
-            self.tentative[span.slot] = paths
-        seen = [path for span in rows.spans for path in self.tentative[span.slot]]
-        logits = torch.zeros(len(rows.answers), VOCAB)
-        for i, row in enumerate(rows.answers):
-            logits[i, say(seen[row])] = 1
-        return logits
-
-    def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
-        kept = self.memory[slot][:base]
-        for row in order:
-            path = self.tentative[slot][row]
-            kept = [*kept, path[-1]]
-            assert kept == path, "a kept row saw something else than what is kept"
-        self.memory[slot] = kept
+def fake_target(slots: int) -> FakeTarget:
+    return FakeTarget(one_hot, slots=slots, vocab=VOCAB, context=CONTEXT)
 
 
 class Guesser:
@@ -146,7 +89,7 @@ def request(prompt: SequenceOf[int], most: int = 12) -> Sequence:
 
 
 def engine_of(slots: int = 2, chunk: int = 4, rows: int = 8) -> Engine:
-    return Engine(FakeTarget(slots), Guesser(), slots=slots, chunk=chunk, rows=rows)
+    return Engine(fake_target(slots), Guesser(), slots=slots, chunk=chunk, rows=rows)
 
 
 def free_of(engine: Engine) -> list[int]:
@@ -156,8 +99,8 @@ def free_of(engine: Engine) -> list[int]:
 def check(sequence: Sequence) -> None:
     """The text is plain decoding's, whole when it was let run to its end."""
     said = plain(tuple(sequence.tokens[: sequence.prompt_length]), sequence.sampling.max_tokens)
-    assert tuple(sequence.output) == said[: sequence.written]
-    assert sequence.cached == len(sequence.tokens) - 1 or sequence.written == 0
+    assert tuple(sequence.output) == said[: sequence.num_output_tokens]
+    assert sequence.num_cached == len(sequence.tokens) - 1 or sequence.num_output_tokens == 0
     if sequence.finish_reason in ("stop", "length"):
         assert tuple(sequence.output) == said
         assert (sequence.finish_reason == "stop") == (said[-1] == END)
@@ -187,13 +130,13 @@ def test_admit_first_come_first_served(waiting: int, free: list[int]) -> None:
 def test_shares_end_at_multiples_of_the_chunk(length: int, chunk: int, data: st.DataObject) -> None:
     """Also when the prompt's beginning is already remembered, up to any place."""
     sequence = request([1] * length)
-    sequence.cached = known = data.draw(st.integers(0, length - 1))
+    sequence.num_cached = known = data.draw(st.integers(0, length - 1))
     ends = []
-    while sequence.cached < length:
+    while sequence.num_cached < length:
         size = scheduler.share(sequence, chunk)
         assert 1 <= size <= chunk
-        sequence.cached += size
-        ends.append(sequence.cached)
+        sequence.num_cached += size
+        ends.append(sequence.num_cached)
     assert ends == [*(end for end in range(chunk, length, chunk) if end > known), length]
 
 
@@ -204,7 +147,7 @@ def running(draw: st.DrawFn) -> tuple[list[Sequence], int]:
     sequences = []
     for length in draw(st.lists(st.integers(1, 40), max_size=6)):
         sequence = request([1] * length)
-        sequence.cached = draw(st.sampled_from([*range(0, length, chunk), length - 1]))
+        sequence.num_cached = draw(st.sampled_from([*range(0, length, chunk), length - 1]))
         sequences.append(sequence)
     return sequences, chunk
 
@@ -218,7 +161,7 @@ def test_plan(state: tuple[list[Sequence], int], rows: int) -> None:
     assert bool(work) == bool(sequences), "every step makes progress"
     for sequence, size in work:
         assert size == scheduler.share(sequence, chunk), "a share does not depend on who else is there"
-        assert (sequence.cached + size) % chunk == 0 or sequence.cached + size == len(sequence.tokens)
+        assert (sequence.num_cached + size) % chunk == 0 or sequence.num_cached + size == len(sequence.tokens)
     decoding = [s for s in sequences if scheduler.share(s, chunk) == 1]
     prefills = [s for s in sequences if s not in decoding]
     assert all(sequence in sizes for sequence in decoding)
@@ -272,7 +215,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.slots = 3
-        self.target, self.drafter = FakeTarget(self.slots), Guesser(5)
+        self.target, self.drafter = fake_target(self.slots), Guesser(5)
         self.engine = Engine(self.target, self.drafter, slots=self.slots, chunk=4, rows=9, nodes=9)
         self.all: list[Sequence] = []
         self.aborted: dict[Sequence, int] = {}
@@ -294,11 +237,11 @@ class Life(RuleBasedStateMachine):
     def advance(self, times: int) -> None:
         for _ in range(times):
             busy = bool(self.engine.running or self.engine.waiting)
-            before = {s: len(s.tokens) + s.cached for s in self.all}
+            before = {s: len(s.tokens) + s.num_cached for s in self.all}
             moved = self.engine.advance()
             assert bool(moved) == busy, "whoever is there, somebody goes"
             went = {s for s, _ in moved}
-            assert {s for s in self.all if len(s.tokens) + s.cached > before[s]} == went
+            assert {s for s in self.all if len(s.tokens) + s.num_cached > before[s]} == went
 
     @precondition(lambda self: self.all)
     @rule(data=st.data(), twice=st.booleans())
@@ -310,18 +253,18 @@ class Life(RuleBasedStateMachine):
             self.engine.abort(sequence)
         assert sequence.finish_reason == (reason or "abort")
         if reason is None:
-            self.aborted[sequence] = sequence.written
+            self.aborted[sequence] = sequence.num_output_tokens
 
     @precondition(lambda self: self.engine.running or self.engine.waiting)
     @rule(where=st.sampled_from(["draft", "observe", "target"]))
     def fail(self, where: str) -> None:
         """A failing part moves nobody, but for `observe`, which comes after everything was written."""
-        before = [(list(s.tokens), s.cached) for s in self.all]
+        before = [(list(s.tokens), s.num_cached) for s in self.all]
         self.drafter.fails, self.target.fails = where, where == "target"
         try:
             self.engine.advance()
         except RuntimeError:
-            assert where == "observe" or [(s.tokens, s.cached) for s in self.all] == before
+            assert where == "observe" or [(s.tokens, s.num_cached) for s in self.all] == before
         else:
             assert where == "draft", "only a step without a draft can miss a failing drafter"
         finally:
@@ -343,7 +286,9 @@ class Life(RuleBasedStateMachine):
         for sequence in self.all:
             check(sequence)
         for sequence, written in self.aborted.items():
-            assert (sequence.finish_reason, sequence.written) == ("abort", written), "nothing comes after an abort"
+            assert (sequence.finish_reason, sequence.num_output_tokens) == ("abort", written), (
+                "nothing comes after an abort"
+            )
 
     def teardown(self) -> None:
         for _ in range(40 * (1 + len(self.all))):
@@ -443,19 +388,33 @@ def test_a_request_that_cannot_run_is_refused_at_once() -> None:
     assert not engine.waiting
     last = request([1] * (CONTEXT - 1))
     list(engine.generate([last]))
-    assert last.written == 1
+    assert last.num_output_tokens == 1
 
 
 @pytest.mark.parametrize("option", ["slots", "chunk", "rows", "nodes"])
 @pytest.mark.parametrize("value", [-1, 2**30, 1.5])
 def test_sizes_are_checked(option: str, value: float) -> None:
     with pytest.raises(OptionError, match=f"{option}={value}"):
-        Engine(FakeTarget(1), Guesser(), **{option: value})  # type: ignore[arg-type]
+        Engine(fake_target(1), Guesser(), **{option: value})  # type: ignore[arg-type]
+
+
+def test_a_draft_ends_where_the_shape_of_attention_changes_or_the_text_must() -> None:
+    """The last node stands at the last position before the edge, and leaves room for the token behind it."""
+    target = tiny_target(shapes=Shapes(4, 64))
+
+    def depth(length: int, most: int) -> int:
+        sampling = SamplingParams(max_tokens=most)
+        made = open_sequence([1] * length, sampling, seed=0, eos=frozenset(), context=target.max_length)
+        return budget(target, made, 9).max_depth
+
+    assert [depth(length, 999) for length in (60, 63, 64, 65)] == [4, 1, 0, 63]
+    assert [depth(60, most) for most in (1, 2, 3)] == [0, 1, 2]
+    assert depth(511, 999) == 0
 
 
 def test_the_fake_can_tell() -> None:
     """The fake's own checks: a wrong order of rows is noticed."""
-    target = FakeTarget(1)
+    target = fake_target(1)
     engine = Engine(target, Guesser(3), chunk=8)
     engine.submit(request([1, 2, 3]))
     engine.advance()

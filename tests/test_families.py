@@ -293,7 +293,7 @@ def test_growing_rope_is_capped() -> None:
     longrope = build("Phi3", {"original_max_position_embeddings": 64, "rope_parameters": scaled})
     dynamic = build("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})
     for model, most in ((longrope, 64), (dynamic, 256)):
-        assert context_of(model) == open_target(model, slots=1).context == most
+        assert context_of(model) == open_target(model, slots=1).max_length == most
         with pytest.raises(UnsupportedModel, match="rotary frequencies change"):
             open_target(model, slots=1, context=most + 1)
 
@@ -301,7 +301,7 @@ def test_growing_rope_is_capped() -> None:
 def test_context_beyond_the_model() -> None:
     with pytest.raises(OptionError, match="1 to 256 positions"):
         open_target(model_of("llama"), slots=1, context=257)
-    assert open_target(model_of("llama"), slots=1, context=100).context == 100
+    assert open_target(model_of("llama"), slots=1, context=100).max_length == 100
 
 
 def test_proof_sees_other_weights_and_other_windows() -> None:

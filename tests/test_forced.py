@@ -37,7 +37,7 @@ def real_draft(target: HFTarget, text: Text, base: int, skip: Skip, depth: int, 
     known = Sequence(sequence.tokens[:-1], text.prompt_length, sampling, slot=0)
     target.forward(pack([(known, base, EMPTY)]))
     target.keep(0, 0, range(base))
-    sequence.cached = base
+    sequence.num_cached = base
     drafter = LayerSkip(
         target, skip_attention=skip.attention, skip_mlp=skip.mlp, confidence_threshold=0.0, adaptive=False
     )
@@ -116,7 +116,7 @@ def test_a_replay_has_the_rounds_of_real_drafting(shapes: Shapes, drafts: int, t
     texts = texts_of(GREEDY, target)
     skip = Skip(frozenset({2}), frozenset({1}))
     forced = Forcing(tiny_llama(), texts, GREEDY).draft(skip, drafts)
-    found = replay(texts, forced, drafts, threshold=threshold, edge=target.edge)
+    found = replay(texts, forced, drafts, threshold=threshold, edge=target.next_boundary)
     rounds = tokens = drafted = accepted = 0
     drafter = LayerSkip(
         target,
@@ -128,7 +128,7 @@ def test_a_replay_has_the_rounds_of_real_drafting(shapes: Shapes, drafts: int, t
     )
     for text in texts:
         sequence = open_sequence(
-            text.tokens[: text.prompt_length], GREEDY, seed=0, eos=frozenset(), context=target.context
+            text.tokens[: text.prompt_length], GREEDY, seed=0, eos=frozenset(), context=target.max_length
         )
         for _ in Engine(target, drafter).generate([sequence]):
             pass

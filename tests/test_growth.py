@@ -16,13 +16,13 @@ import selfdraft
 from selfdraft.core.commit import commit
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.verify import Result, walk
-from selfdraft.drafters import build
+from selfdraft.drafters import build, needs_of
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, SamplingParams
 from tests.models import tiny_target
 
 PACKAGE = str(Path(selfdraft.__file__).parent)
-ROOM = Budget(nodes=16, depth=16, reach=16)
+ROOM = Budget(max_nodes=16, max_depth=16, max_probe_depth=16)
 STEPS = 20
 LENGTHS = (1000, 4000)
 OPTIONS: dict[str, dict[str, object]] = {
@@ -65,7 +65,7 @@ def text_of(kind: str, length: int, seed: int = 0) -> list[int]:
 
 def opened(name: str, text: list[int]) -> tuple[Drafter, Sequence]:
     drafter = build(name, tiny_target(), OPTIONS[name])
-    told = tuple(text) if getattr(drafter, "predicts", False) else ()
+    told = tuple(text) if needs_of(drafter).prediction else ()
     sampling = SamplingParams(max_tokens=STEPS * 20, prediction=told)
     return drafter, open_sequence(text, sampling, seed=0, eos=frozenset(), context=2**20)
 

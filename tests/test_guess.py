@@ -18,16 +18,17 @@ from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
-from selfdraft.drafting.mask_prediction import Calibration, Guess, Guesser, Pace, Place, expand, places, ranks
+from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.mask_prediction import Calibration, Guess, Guesser, Place, expand, places, ranks
 from selfdraft.errors import MissingMasks, OptionError
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
-from selfdraft.types import Budget, SamplingParams, Short
+from selfdraft.types import Budget, PassVariant, SamplingParams
 from tests.clocks import on_passes
 from tests.models import VOCAB, run, tiny_llama, tiny_target
 
-WIDE = Budget(nodes=64, depth=8, reach=8)
+WIDE = Budget(max_nodes=64, max_depth=8, max_probe_depth=8)
 Chances = list[tuple[float, ...]]
 """For each place, the chances of its tokens, likeliest first."""
 
@@ -47,9 +48,9 @@ def stated(_depth: int, _rank: int, raw: float) -> float:
 def tree_of(chances: Chances, budget: Budget, price: float = 0.0) -> Draft:
     """Token 10 * depth + rank has `chances[depth - 1][rank]`, whatever stands before it."""
     guesses = [Guess(tuple(10 * (i + 1) + rank for rank in range(len(each))), each) for i, each in enumerate(chances)]
-    room = Budget(budget.nodes, min(budget.depth, len(chances)), 8)
+    room = Budget(budget.max_nodes, min(budget.max_depth, len(chances)), 8)
     return expand(
-        guesses[0], lambda depth, token, node, parent: guesses[depth], stated, room, [price] * room.nodes, "x"
+        guesses[0], lambda depth, token, node, parent: guesses[depth], stated, room, [price] * room.max_nodes, "x"
     )
 
 
@@ -99,7 +100,7 @@ def test_a_tree_ends_at_the_budget() -> None:
     assert max(tree_of(chances, Budget(64, 3, 8)).depths) == 3
     assert len(tree_of(chances, Budget(5, 8, 8))) == 5
     chain = tree_of([(0.9, 0.05)] * 4, Budget(4, 8, 8))
-    assert (chain.parents, chain.scores) == ((-1, 0, 1, 2), (0.9,) * 4)
+    assert (chain.parents, chain.probabilities) == ((-1, 0, 1, 2), (0.9,) * 4)
     assert ranks(Draft((1, 2, 3, 4), (-1, -1, 0, -1), ("x",) * 4, 4)) == [0, 1, 0, 2]
 
 
@@ -129,32 +130,32 @@ def test_a_chance_starts_with_what_the_drafter_says() -> None:
 
 def test_the_price_of_a_row() -> None:
     """Tokens per second now, times the seconds that a row adds: T(n) = 1 + 0.1 n and 2 tokens a step."""
-    pace = Pace()
-    assert pace.price == 0.0, "nothing is known"
+    row_cost = RowCost()
+    assert row_cost.tokens == 0.0, "nothing is known"
     for step in range(400):
         rows = (4, 12)[step % 2]
-        pace.observe(rows, 1.0 + 0.1 * rows, 2)
-    assert pace.price == pytest.approx(2 / 1.8 * 0.1, rel=0.1)
-    fixed = Pace(0.3)
+        row_cost.observe(rows, 1.0 + 0.1 * rows, 2)
+    assert row_cost.tokens == pytest.approx(2 / 1.8 * 0.1, rel=0.1)
+    fixed = RowCost(0.3)
     fixed.observe(4, 1.0, 1)
     fixed.observe(40, 9.0, 1)
-    assert fixed.price == 0.3
+    assert fixed.tokens == 0.3
 
 
 def test_rows_that_cost_nothing_are_free() -> None:
-    pace = Pace()
+    row_cost = RowCost()
     for step in range(100):
-        pace.observe((4, 12)[step % 2], 1.0, 2)
-    assert pace.price == 0.0
+        row_cost.observe((4, 12)[step % 2], 1.0, 2)
+    assert row_cost.tokens == 0.0
 
 
 def test_a_prefill_is_no_price() -> None:
-    guesser = Guesser(8, 2, Pace())
-    prefill = Result(Draft.chain([1], "x", [0.5]), tokens=(5,), answers=(5,))
+    guesser = Guesser(8, 2, RowCost())
+    prefill = Result(Draft.chain([1], "x", [0.5]), tokens=(5,), argmax=(5,))
     guesser.observe([prefill], 100.0)
-    assert guesser.pace.time.steps == 0
-    guesser.observe([Result(Draft.chain([1], "x", [0.5]), tokens=(5,), answers=(5, 5))], 0.1)
-    assert guesser.pace.time.steps == 1
+    assert guesser.row_cost.time.steps == 0
+    guesser.observe([Result(Draft.chain([1], "x", [0.5]), tokens=(5,), argmax=(5, 5))], 0.1)
+    assert guesser.row_cost.time.steps == 1
 
 
 @given(seed=st.integers(0, 40))
@@ -162,7 +163,7 @@ def test_a_prefill_is_no_price() -> None:
 def test_endings_are_a_distribution(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     chances: Chances = [tuple(torch.randn(3, generator=draw).softmax(0).sort(descending=True).values.tolist())] * 3
-    ends = Guesser(8, 3, Pace(0.0)).endings(tree_of(chances, Budget(7, 3, 3)))
+    ends = Guesser(8, 3, RowCost(0.0)).endings(tree_of(chances, Budget(7, 3, 3)))
     assert sum(chance for _, chance in ends) == pytest.approx(1.0)
     assert [chance for _, chance in ends] == sorted((chance for _, chance in ends), reverse=True)
     assert {point for point, _ in ends} == {ROOT, *range(7)}
@@ -210,7 +211,7 @@ def test_a_link_is_added_before_the_noise() -> None:
 class Mirror(HFTarget):
     """Its short pass leaves nothing out, so what the last token's row says there is what it will say in the end."""
 
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         return super().forward(rows)
 
 
@@ -228,7 +229,7 @@ def test_a_perfect_drafter_is_always_accepted(seed: int) -> None:
 
 def space() -> Space:
     drafter = Space(tiny_target(), min_probability=0.0, branches=1)
-    drafter._link = no_link  # type: ignore[assignment]
+    drafter._shift = no_link
     return drafter
 
 
@@ -280,7 +281,7 @@ def test_space_drops_masks_that_were_clipped() -> None:
     clipped, nodes = draft.clip(Budget(2, 2, 3), VOCAB, 7)
     place = {old: new for new, old in enumerate(nodes)}
     assert len(clipped) < len(draft)
-    short = Result(clipped, (place[0], place[1]), (7, 8, 9), result.answers, result.logits)
+    short = Result(clipped, (place[0], place[1]), (7, 8, 9), result.argmax, result.logits)
     short.proposed, short.nodes = draft, nodes
     drafter.observe([sequence], [short])
     (group,) = [place[node] for node in range(2, len(draft)) if draft.parents[node] == 1 and node in place]

@@ -113,6 +113,13 @@ def test_max_new_tokens(model: LlamaForCausalLM, most: int) -> None:
     assert torch.equal(said, plain(model, BATCH, max_new_tokens=most))
 
 
+def test_without_a_padding_id_rows_are_filled_as_transformers_fills_them(model: LlamaForCausalLM) -> None:
+    options: dict[str, Any] = {"eos_token_id": ENDS, "pad_token_id": None}
+    said = plain(model, BATCH, **options)
+    assert torch.equal(ours(model, BATCH, **options), said)
+    assert (said[:, -1] == ENDS[0]).any(), "a row is filled"
+
+
 def test_more_rows_than_slots(model: LlamaForCausalLM) -> None:
     rows = [[3 + i, 4, 5 + i] for i in range(18)]
     assert torch.equal(ours(model, rows, max_new_tokens=6), plain(model, rows, max_new_tokens=6))

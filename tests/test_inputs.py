@@ -328,7 +328,7 @@ def test_a_stop_string_that_is_the_end_of_sequence_is_named_as_it_was_given() ->
 def test_a_stop_string_that_is_an_ordinary_token_is_found_in_the_text() -> None:
     (sequence,) = llm().requests(A, replace(SHORT, stop=("the", "<end>")))
     assert sequence.stop_tokens == {END: "<end>"}
-    assert sequence.ends == {END}
+    assert sequence.stop_ids == {END}
 
 
 def test_special_tokens_in_the_text() -> None:

@@ -31,7 +31,8 @@ from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result, walk
 from selfdraft.engine.step import step
 from selfdraft.errors import EngineError
-from selfdraft.types import Budget, SamplingParams, Short
+from selfdraft.protocols import DraftExtras
+from selfdraft.types import Budget, PassVariant, SamplingParams
 
 Prefix = tuple[int, ...]
 Weights = list[float]
@@ -161,7 +162,7 @@ def test_the_law_through_commit(seed: int) -> None:
     sampling = SamplingParams(max_tokens=most, min_tokens=seed % 3)
 
     def one(prefix: Prefix, flip: Flip) -> Prefix:
-        sequence = Sequence(list(prefix), 1, sampling, ends=frozenset({end}), limit=1 + most)
+        sequence = Sequence(list(prefix), 1, sampling, stop_ids=frozenset({end}), max_length=1 + most)
         draft = random_draft(vocab, size, seed, prefix)
         path, tokens = walk(draft, lambda node: flip(p(prefix + path_to(draft, node))))
         emitted = commit(sequence, Result(draft, tuple(path), tuple(tokens)))
@@ -178,39 +179,22 @@ def test_the_law_through_commit(seed: int) -> None:
 class TableTarget:
     """A target without a network: logits are a function of the row's own path, told by the parents in the rows."""
 
-    vocab, masks, layers, context = 4, 0, 1, 64
+    vocab, num_mask_ids, max_length, extras = 4, 0, 64, DraftExtras()
 
     def __init__(self, table: Callable[[Prefix], Tensor], memory: SequenceOf[int]) -> None:
         self.table, self.memory = table, list(memory)
         self.rows: list[int] = []
 
-    @staticmethod
-    def clock() -> float:
-        return 0.0
+    def next_boundary(self, position: int) -> int:
+        return self.max_length
 
-    def edge(self, position: int) -> int:
-        return self.context
-
-    def masks_of(self, method: str) -> range:
-        return range(0)
-
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        return None
-
-    @property
-    def profile(self) -> None:
-        return None
-
-    def advice(self, method: str) -> dict[str, object]:
-        return {}
-
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         (span,) = rows.spans
         assert span.base == len(self.memory)
         self.rows = rows.tokens.tolist()
         known = (*self.memory, *self.rows[: span.pending])
         paths = [known + path_to(span.draft, node) for node in range(ROOT, len(span.draft))]
-        assert rows.positions[list(rows.answers)].tolist() == [len(path) - 1 for path in paths]
+        assert rows.positions[list(rows.logit_rows)].tolist() == [len(path) - 1 for path in paths]
         return torch.stack([self.table(path) for path in paths])
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
@@ -258,9 +242,9 @@ def test_the_law_of_the_whole_step(seed: int, sampling: SamplingParams, monkeypa
 
     def one(prefix: Prefix, flip: Flip) -> Prefix:
         monkeypatch.setattr(verify_module, "choose", lambda scores, *_: flip(scores.softmax(-1).tolist()))
-        sequence = open_sequence(start, sampling, seed=0, eos=ends, context=TableTarget.context)
+        sequence = open_sequence(start, sampling, seed=0, eos=ends, context=TableTarget.max_length)
         sequence.tokens += prefix[len(start) :]
-        sequence.cached = len(prefix) - 1
+        sequence.num_cached = len(prefix) - 1
         target = TableTarget(table, prefix[:-1])
         step(target, TreeDrafter(3, seed), [(sequence, 1)], 8)
         assert target.memory == sequence.tokens[:-1]

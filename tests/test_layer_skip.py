@@ -44,7 +44,7 @@ def counted(target: HFTarget) -> Iterator[list[int]]:
 def prefill(target: HFTarget, sequence: Sequence) -> Tensor:
     logits = target.forward(pack([(sequence, len(sequence.tokens), EMPTY)]))
     target.keep(0, 0, range(len(sequence.tokens)))
-    sequence.cached = len(sequence.tokens)
+    sequence.num_cached = len(sequence.tokens)
     return logits
 
 
@@ -61,7 +61,7 @@ def test_verification_resumes_behind_the_drafted_blocks(dtype: torch.dtype, shap
         sequence.tokens.append(9)
         if drafted:
             for i, token in enumerate((9, 2, 6)):
-                target.forward(chain_rows([(0, sequence.cached + i, token)]), skip)
+                target.forward(chain_rows([(0, sequence.num_cached + i, token)]), skip)
         with counted(target) as seen:
             answers.append(target.forward(pack([(sequence, 1, Draft.chain([2, 6, 7], "x"))])))
         caches.append([target.cache.view(layer, 0, 9)[0].clone() for layer in range(4)])
@@ -87,6 +87,32 @@ def test_states_of_other_tokens_are_not_taken(tokens: list[int]) -> None:
                 each.forward(chain_rows([(0, 3 + i, token)]), Skip(frozenset({2})))
         sequence.tokens.append(tokens[0])
         logits.append(each.forward(pack([(sequence, 1, Draft.chain(tokens[1:], "x"))])))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-12)
+
+
+def test_states_of_another_place_are_not_taken() -> None:
+    """A slot got another request: its first tokens are those that were drafted, but they stand elsewhere."""
+    target, fresh = tiny_target(), tiny_target()
+    sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
+    prefill(target, sequence)
+    for i, token in enumerate((9, 2)):
+        target.forward(chain_rows([(0, 3 + i, token)]), Skip(frozenset({2})))
+    said = [prefill(each, Sequence([9, 2, 5], 3, SamplingParams(), slot=0)) for each in (target, fresh)]
+    torch.testing.assert_close(said[0], said[1], rtol=0, atol=1e-12)
+
+
+def test_states_that_enter_another_block_are_not_taken() -> None:
+    """A draft whose second pass leaves out other blocks than its first."""
+    target, fresh = tiny_target(), tiny_target()
+    logits = []
+    for each in (target, fresh):
+        sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
+        prefill(each, sequence)
+        sequence.tokens.append(9)
+        if each is target:
+            each.forward(chain_rows([(0, 3, 9)]), Skip(frozenset({3})))
+            each.forward(chain_rows([(0, 4, 2)]), Skip(frozenset({1})))
+        logits.append(each.forward(pack([(sequence, 1, Draft.chain([2, 6], "x"))])))
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-12)
 
 
@@ -269,10 +295,10 @@ def test_the_pocket_models_set() -> None:
 
 def test_the_checkpoints_own_set_comes_first() -> None:
     target = tiny_target()
-    target.skip_default = Skip(frozenset({3}))
+    target.tuned["layer_skip"] = {"skip_set": Skip(frozenset({3}))}
     assert LayerSkip(target).skip == Skip(frozenset({3}))
     assert LayerSkip(target, skip_mlp=[1]).skip == Skip(frozenset(), frozenset({1}))
-    target.skip_default = None
+    target.tuned.clear()
     assert LayerSkip(target).skip == choose_skip(4, None, None, None)
 
 
@@ -324,7 +350,7 @@ def test_the_throughput_exit_follows_cost_and_stays_a_probability() -> None:
     for _ in range(200):
         dear.observe([Verified((0.9,), 0, False)], StepSeconds(100.0, 0.001, 2))
     assert dear.value == 1.0
-    assert dear.chance(0.9) < 0.3, "confidence that is not borne out is not believed"
+    assert dear.confidence.chance(0.9) < 0.3, "confidence that is not borne out is not believed"
     for _ in range(200):
         cheap.observe([Verified((0.9,), 1, False)], StepSeconds(0.0, 1.0, 2))
     assert 0.0 <= cheap.value < 0.01

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from selfdraft import LLM, SamplingParams, drafters
 from selfdraft.errors import OptionError, PromptTooLong, RequestError, SelfdraftError
 from selfdraft.llm import RequestOutput
+from selfdraft.sampling import bad_word_ids
 from tests.clocks import Ticking
 from tests.models import VOCAB, random_adapters, tiny_llama
 
@@ -213,6 +214,14 @@ def test_bad_words_stay_out() -> None:
     at = tokens.index(token)
     assert banned.token_ids[:at] == tokens[:at]
     assert token not in banned.token_ids
+
+
+def test_a_bad_word_is_banned_as_it_is_given_at_the_start_and_behind_a_space() -> None:
+    def letters(text: str) -> list[int]:
+        return [*text.encode()]
+
+    assert bad_word_ids(["no"], letters) == [(*b" no",), (*b"no",)]
+    assert bad_word_ids(["no "], letters) == [(*b" no",), (*b"no",), (*b"no ",)]
 
 
 PROMPTS: dict[str, tuple[Any, type[SelfdraftError], str]] = {

@@ -14,26 +14,11 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import ROOT
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
-from selfdraft.drafters.lookahead import (
-    ANSWERS,
-    COLUMNS,
-    GIVEN,
-    GUESSES,
-    MOVE,
-    PLAIN,
-    PROMPT,
-    TEXT,
-    TRIAL,
-    WINDOW,
-    WINDOWED,
-    Guess,
-    Lookahead,
-    Pool,
-    Sizes,
-    Window,
-    trie,
-    window_parents,
-)
+from selfdraft.drafters.lookahead.adaptation import COLUMNS, MOVE, TRIAL, Sizes
+from selfdraft.drafters.lookahead.drafter import GIVEN, GUESSES, PLAIN, WINDOWED, Lookahead
+from selfdraft.drafters.lookahead.guesses import Guess, trie
+from selfdraft.drafters.lookahead.pool import ANSWERS, PROMPT, TEXT, WINDOW, Pool
+from selfdraft.drafters.lookahead.window import Window, window_parents
 from selfdraft.drafting.estimators import Acceptance, Mean, StepTime
 from selfdraft.drafting.successors import Answers, likeliest
 from selfdraft.drafting.trials import PAUSES as TRIAL_PAUSES
@@ -43,7 +28,7 @@ from selfdraft.types import Budget, SamplingParams
 from tests.models import VOCAB, run, tiny_target
 
 MOTIF = [17, 4, 33, 8, 51, 22, 9]
-WIDE = Budget(nodes=128, depth=64, reach=256)
+WIDE = Budget(max_nodes=128, max_depth=64, max_probe_depth=256)
 GREEDY = SamplingParams(max_tokens=60)
 SAMPLED = SamplingParams(max_tokens=60, temperature=0.9, seed=3)
 
@@ -224,7 +209,7 @@ def spent(
     made = build(drafter, target, sizes if drafter == "lookahead" else {})
     tokens = steps = 0
     for sequence in run(target, made, [[*STORY, k] for k in range(requests)], sampling):
-        tokens += sequence.written
+        tokens += sequence.num_output_tokens
         steps += sequence.stats.num_steps
     return machine.now, tokens, steps
 
@@ -319,7 +304,7 @@ def test_with_fixed_sizes_nothing_moves() -> None:
     assert drafter.sizes.time.steps == 0
     sequence = opened(MOTIF * 2)
     draft = drafter.draft([sequence], [WIDE])[0]
-    assert len(draft) - draft.candidates == 5 * 3 - 1
+    assert len(draft) - draft.num_candidates == 5 * 3 - 1
     assert drafter._notes[sequence].window.pool.most == 5
 
 
@@ -329,12 +314,12 @@ def test_candidates_that_do_not_pay_are_left_out_but_still_judged() -> None:
     feed(drafter.sizes, 40, 9.0, 0.001)
     sequence = opened([1, 2, 3, 4, 1, 5, 6, 7, 1])
     (whole,) = drafter.draft([sequence], [WIDE])
-    assert set(whole.tokens[: whole.candidates]) == {2, 3, 4, 5, 6, 7}
+    assert set(whole.tokens[: whole.num_candidates]) == {2, 3, 4, 5, 6, 7}
     kind = next(node.kind for node in drafter._notes[sequence].nodes if node.token == 5)
     for _ in range(300):
         drafter.sizes.acceptance.observe(kind, False)
     (less,) = drafter.draft([sequence], [WIDE])
-    assert set(less.tokens[: less.candidates]) == {2, 3, 4}, "5 hardly ever came, so nothing below it pays"
+    assert set(less.tokens[: less.num_candidates]) == {2, 3, 4}, "5 hardly ever came, so nothing below it pays"
     assert drafter.sizes.acceptance.rate(kind) < 0.05
     sequence.tokens.append(5)
     result = Result(less, (), (5,), tuple(range(1 + len(less))), proposed=less, nodes=tuple(range(len(less))))
@@ -409,7 +394,7 @@ def test_no_guess_goes_on_behind_an_end() -> None:
     drafter = Lookahead(tiny_target(), adaptive=False)
     sequence = opened([1, 2, 3, 4, 1], eos=frozenset({3}))
     (draft,) = drafter.draft([sequence], [WIDE])
-    assert draft.tokens[: draft.candidates] == (2, 3)
+    assert draft.tokens[: draft.num_candidates] == (2, 3)
 
 
 def test_equal_prefixes_are_one_node_and_belong_to_who_needs_no_window() -> None:
@@ -470,7 +455,7 @@ def test_statistics_of_one_request() -> None:
     sequence, other = opened(MOTIF * 4), opened(MOTIF)
     engine = Engine(target, drafter)
     engine.submit(sequence)
-    while sequence.written < 20:
+    while sequence.num_output_tokens < 20:
         engine.advance()
     mine = drafter.statistics(sequence)
     assert sum(mine.accepted.values()) == sequence.stats.num_accepted_draft_tokens
@@ -486,7 +471,7 @@ def test_verification_begins_with_the_first_step() -> None:
     drafter = Lookahead(tiny_target(), ngram_size=6, adaptive=False)
     sequence = opened(MOTIF * 2)
     (draft,) = drafter.draft([sequence], [WIDE])
-    assert draft.tokens[: draft.candidates] == tuple(MOTIF[:5])
+    assert draft.tokens[: draft.num_candidates] == tuple(MOTIF[:5])
 
 
 def test_the_pool_learns_every_token_of_a_step_that_accepted_many() -> None:
@@ -496,7 +481,7 @@ def test_the_pool_learns_every_token_of_a_step_that_accepted_many() -> None:
     sequence = opened(MOTIF * 8)
     engine = Engine(target, drafter)
     engine.submit(sequence)
-    while sequence.written < 40:
+    while sequence.num_output_tokens < 40:
         engine.advance()
     assert max(sequence.stats.acceptance_histogram) > 1
     (pool,) = (note.window.pool for note in drafter._notes.values())

@@ -63,7 +63,7 @@ def known(target: HFTarget, tokens: list[int], slot: int = 0) -> Sequence:
     if len(tokens) > 1:
         target.forward(pack([(sequence, len(tokens) - 1, EMPTY)]))
         target.keep(slot, 0, range(len(tokens) - 1))
-        sequence.cached = len(tokens) - 1
+        sequence.num_cached = len(tokens) - 1
     return sequence
 
 
@@ -254,7 +254,7 @@ def test_the_trained_adapters_of_pocket(name: str) -> None:
         for slots in (1, 3):
             drafted = run(llm.target, name, texts, sampling, slots=slots)
             assert [s.output for s in drafted] == [s.output for s in plain]
-        assert sum(s.written for s in drafted) / sum(s.stats.num_steps for s in drafted) > 1.3
+        assert sum(s.num_output_tokens for s in drafted) / sum(s.stats.num_steps for s in drafted) > 1.3
 
 
 @cache
@@ -306,7 +306,7 @@ def lesson(skip: Skip | None) -> Batch:
 def decoded(target: HFTarget, text: list[int], anchor: int, settings: Settings, skip: Skip | None) -> Tensor:
     """What the rows of a group under `anchor` say when decoding, [size, vocab], the link's shift for `text` added."""
     sequence = known(target, text[: anchor + 1])
-    masks = target.masks_of(settings.recipe)
+    masks = target.extras.masks_for(settings.recipe).ids
     assert len(masks) == settings.masks
     if settings.recipe == "s3d":
         said = target.forward(group_rows([(0, anchor, text[anchor], masks)], "x"), skip)
@@ -317,7 +317,7 @@ def decoded(target: HFTarget, text: list[int], anchor: int, settings: Settings, 
         before = range(anchor + 1, anchor + len(masks) + 1)
     rows = []
     for row, place in zip(said, before, strict=True):
-        shift = target.link(settings.recipe, text[min(place, len(text) - 1)], torch.arange(VOCAB))
+        shift = target.extras.masks_for(settings.recipe).shift(text[min(place, len(text) - 1)], torch.arange(VOCAB))
         rows.append(row if shift is None else row + shift)
     return torch.stack(rows)
 

@@ -20,7 +20,7 @@ from selfdraft.drafting.alignment import PATIENCE, Aligned, realign
 from selfdraft.drafting.context_tree import BREAK, ORDER, ContextTree, Node
 from selfdraft.drafting.mixing import CLASSES, LEVELS, MIDDLES, STEPS, Credit, Merger, Paths
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import Drafting
+from selfdraft.drafting.source_tree import SourceTreeDrafter
 from selfdraft.drafting.sources import ANCHOR, Copies, Reader
 from selfdraft.drafting.successors import topk
 from selfdraft.errors import OptionError, RequestError
@@ -33,7 +33,7 @@ from tests.models import run, tiny_target
 from tests.test_replay import call, traces
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
-WIDE = Budget(nodes=64, depth=64, reach=256)
+WIDE = Budget(max_nodes=64, max_depth=64, max_probe_depth=256)
 MOTIF = [17, 4, 33, 8, 51, 22, 9]
 FREE = {"min_probability": 0.0}
 """No row has a price: trees do not depend on a clock."""
@@ -188,7 +188,7 @@ def scores_by_path(draft: Draft) -> dict[tuple[int, ...], float]:
     found: dict[int, tuple[tuple[int, ...], float]] = {ROOT: ((), 1.0)}
     for node, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
         path, chance = found[parent]
-        found[node] = ((*path, token), chance * draft.scores[node])
+        found[node] = ((*path, token), chance * draft.probabilities[node])
     return dict(list(found.values())[1:])
 
 
@@ -199,7 +199,7 @@ def test_levels_cover_all_chances() -> None:
 
 def test_duplicates_are_one_node_that_keeps_all_its_sources() -> None:
     drafter = build("merged", tiny_target(), {**FREE, "memory": 1000})
-    assert isinstance(drafter, Drafting)
+    assert isinstance(drafter, SourceTreeDrafter)
     assert drafter.memory is not None
     drafter.memory.add(MOTIF * 2)
     sequence = opened([*MOTIF, *MOTIF, *MOTIF[:3]], prediction=tuple(MOTIF[3:]))
@@ -216,11 +216,11 @@ def test_the_tree_is_best_first_and_within_the_budget() -> None:
     whole = scores_by_path(one(drafter, sequence))
     values = list(whole.values())
     assert values == sorted(values, reverse=True)
-    small = one(drafter, sequence, Budget(nodes=3, depth=64, reach=64))
+    small = one(drafter, sequence, Budget(max_nodes=3, max_depth=64, max_probe_depth=64))
     assert scores_by_path(small) == dict(list(whole.items())[:3])
-    assert max(one(drafter, sequence, Budget(nodes=64, depth=2, reach=64)).depths) == 2
-    assert len(one(drafter, sequence, Budget(nodes=0, depth=9, reach=64))) == 0
-    assert len(one(drafter, sequence, Budget(nodes=9, depth=0, reach=64))) == 0
+    assert max(one(drafter, sequence, Budget(max_nodes=64, max_depth=2, max_probe_depth=64)).depths) == 2
+    assert len(one(drafter, sequence, Budget(max_nodes=0, max_depth=9, max_probe_depth=64))) == 0
+    assert len(one(drafter, sequence, Budget(max_nodes=9, max_depth=0, max_probe_depth=64))) == 0
 
 
 def test_a_node_must_be_worth_its_price() -> None:
@@ -259,9 +259,9 @@ def test_what_paths_are_worth_moves_the_chances_of_the_tree() -> None:
     """Behind many trees that were accepted less deep than foretold, deep nodes are thought less likely."""
     sequence = opened([*MOTIF, *MOTIF, *MOTIF[:3]])
     drafter = build("context", tiny_target(), FREE)
-    assert isinstance(drafter, Drafting)
+    assert isinstance(drafter, SourceTreeDrafter)
     before = scores_by_path(one(drafter, sequence))
-    ratios = drafter.credit.paths.ratios
+    ratios = drafter.tree.credit.paths.ratios
     ratios[:] = [1.0 if depth < 3 else 0.25 for depth in range(CLASSES)]
     after = scores_by_path(one(drafter, sequence))
     deep = tuple([*MOTIF[3:], *MOTIF][:3])
@@ -279,7 +279,7 @@ def test_credit_learns_which_source_is_right() -> None:
         go_on(drafter, sequence, [5, 10 + turn % 2, 6], one(drafter, sequence))
     (best, *_), draft = [10 + 60 % 2], one(drafter, opened([*sequence.tokens, 5]))
     assert draft.tokens[0] == best
-    assert draft.scores[0] > 0.5
+    assert draft.probabilities[0] > 0.5
 
 
 def test_learning_while_nothing_was_drafted_changes_nothing_else() -> None:
@@ -294,16 +294,16 @@ def test_notes_die_with_the_sequence(name: str) -> None:
     drafter = build(name, tiny_target())
     sequence = opened(MOTIF * 2)
     one(drafter, sequence)
-    assert isinstance(drafter, Drafting)
-    assert len(drafter._notes) == 1
+    assert isinstance(drafter, SourceTreeDrafter)
+    assert len(drafter.tree) == 1
     del sequence
     gc.collect()
-    assert len(drafter._notes) == 0
+    assert len(drafter.tree) == 0
 
 
 def test_trees_start_small_until_the_price_of_a_row_is_known() -> None:
     drafter = build("context", tiny_target())
-    assert isinstance(drafter, Drafting)
+    assert isinstance(drafter, SourceTreeDrafter)
     now = [0.0]
     drafter.clock = lambda: now[0]
     sequence, sizes = opened(MOTIF * 20), []
@@ -313,8 +313,8 @@ def test_trees_start_small_until_the_price_of_a_row_is_known() -> None:
         now[0] += 0.1 + 0.2 * (1 + len(draft))
         go_on(drafter, sequence, [MOTIF[(len(sequence.tokens)) % 7]], draft)
     assert sizes[:6] == [1, 2, 4, 8, 16, 32]
-    assert drafter.pace.time.per_row == pytest.approx(0.2, rel=0.01)
-    assert drafter.pace.price > 0
+    assert drafter.row_cost.time.per_row == pytest.approx(0.2, rel=0.01)
+    assert drafter.row_cost.tokens > 0
 
 
 # recycling
@@ -391,7 +391,7 @@ def test_outputs_are_remembered_by_this_drafter_only_and_only_if_asked() -> None
     assert again.output == first.output
     assert again.stats.num_steps < first.stats.num_steps / 2
     for other in (build("merged", target, {**FREE, "memory": 100}), build("merged", target, FREE)):
-        assert isinstance(other, Drafting)
+        assert isinstance(other, SourceTreeDrafter)
         assert "memory" not in "".join(one(other, opened([5, 6, *first.output])).sources)
 
 
@@ -540,7 +540,7 @@ class Gauge:
 def scores_of_nodes(draft: Draft) -> list[float]:
     found = [1.0] * (len(draft) + 1)  # the last one is ROOT
     for node, parent in enumerate(draft.parents):
-        found[node] = found[parent] * draft.scores[node]
+        found[node] = found[parent] * draft.probabilities[node]
     return found[:-1]
 
 

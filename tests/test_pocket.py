@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from selfdraft import LLM, SamplingParams
@@ -15,15 +17,17 @@ def pocket() -> LLM:
     return LLM("pocket", drafter="none", max_num_seqs=4)
 
 
-def test_it_is_small_and_described() -> None:
-    files = [file for file in POCKET.iterdir() if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 40 * 2**20
-    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= {
-        file.name for file in files
-    }
+def test_its_card_says_what_it_is(pocket: LLM) -> None:
+    """Blocks, width, parameters, vocabulary and masks are those of the files; the package stays small."""
     card = (POCKET / "README.md").read_text()
-    for word in ("tokens seen", "held-out bits per byte", "Data", "cannot do"):
-        assert word in card
+    config, parameters = pocket.model.config, sum(p.numel() for p in pocket.model.parameters())
+    assert f"{config.num_hidden_layers} blocks, width {config.hidden_size}, {parameters:,} parameters" in card
+    assert f"BPE vocabulary of {config.vocab_size:,}, bfloat16" in card
+    masks = {adapter.method: len(adapter.embeddings) for adapter in pocket.target.adapters}
+    assert masks == {"s3d": 4, "space": 5}
+    for method, count in masks.items():
+        assert re.search(rf"`selfdraft_{method}`\s+\({count} masks", card)
+    assert sum(file.stat().st_size for file in POCKET.rglob("*") if file.suffix != ".pyc") < 24 * 2**20
 
 
 def test_it_is_deep_enough_to_skip_layers(pocket: LLM) -> None:

@@ -1,4 +1,4 @@
-"""The README does not rot: its Python runs as written, its commands name verbs and options that exist."""
+"""README and docs do not rot: their Python runs as written, their commands name verbs and options that exist."""
 
 from __future__ import annotations
 
@@ -13,29 +13,56 @@ from selfdraft.models.checkpoint.embedded import installed
 from tests.terminal import command_of
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/methods/*.md"))]
+RUN = [README, ROOT / "docs" / "usage.md", ROOT / "docs" / "drafters.md"]
+"""Pages whose Python is run."""
 
 
 @pytest.mark.skipif(installed("smollm2") is None, reason="smollm2 is not installed: run 'selfdraft pull smollm2'")
-def test_the_python_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_the_python_runs_as_written(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
         exec(block, names)
-    assert capsys.readouterr().out
+    assert "print(" not in "".join(blocks) or capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tune.md", "docs/bench.md", "docs/training.md"])
-def test_the_commands_exist(page: str) -> None:
-    lines = re.findall(r"^selfdraft ([^#\n]*)", (ROOT / page).read_text(), re.MULTILINE)
-    assert lines
-    for line in lines:
-        words = shlex.split(line)
+def commands(page: Path) -> list[str]:
+    """Lines of a page that call selfdraft; a line that ends in a backslash goes on with the next."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = [text for language, text in fenced if language in ("", "sh", "bash", "console")]
+    return re.findall(r"^(?:\$ )?selfdraft (.*)$", "\n".join(blocks).replace("\\\n", " "), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_exist(page: Path) -> None:
+    for line in commands(page):
+        words = shlex.split(line, comments=True)
         command = command_of(words)
-        known = {option for parameter in command.params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known, line
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, line
+
+
+def test_there_are_commands_to_look_at() -> None:
+    assert len(commands(README)) >= 4
+    assert sum(len(commands(page)) for page in PAGES) > 20
 
 
 def test_the_table_lists_every_drafter_and_option() -> None:
+    text = (ROOT / "docs" / "drafters.md").read_text()
     for name, factory in NAMES.items():
-        (row,) = re.findall(rf"^\| `{name}` \|.*$", TEXT, re.MULTILINE)
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
         assert [option for option in options_of(factory) if f"`{option}`" not in row] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert "://" in link or (page.parent / link).exists(), link

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from selfdraft import cli
+from selfdraft.core.rows import chain_rows
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.core.tree import Draft
+from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
@@ -20,7 +20,7 @@ from selfdraft.files.token_log import Logged, append, check_log, entry, read_log
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.replay.reliability import EDGES, Reliability
 from selfdraft.replay.replay import LogTarget, Replayed, open_drafter, replay, time_of
-from selfdraft.types import Budget, SamplingParams
+from selfdraft.types import Budget, Clock, SamplingParams
 from tests.models import tiny_target
 from tests.outside import outside
 
@@ -85,15 +85,15 @@ def live(
     engine = Engine(target, build(name, target, options), chunk=chunk, nodes=12)
     counts = []
     for seed, prompt in enumerate(PROMPTS):
-        sequence = open_sequence(prompt, sampling, seed=seed, eos=frozenset({7}), context=target.context)
+        sequence = open_sequence(prompt, sampling, seed=seed, eos=frozenset({7}), context=target.max_length)
         steps, written = [], 0
         for _, result in engine.generate([sequence]):
-            if sequence.written > written:
-                steps.append(min(sequence.written - written, len(result.path)))
-                written = sequence.written
+            if sequence.num_output_tokens > written:
+                steps.append(min(sequence.num_output_tokens - written, len(result.path)))
+                written = sequence.num_output_tokens
         counts.append(steps)
-        ends = sequence.ends
-        append(path, entry(prompt, sequence.output, target, limit=sequence.limit, ends=ends, chunk=chunk))
+        ends = sequence.stop_ids
+        append(path, entry(prompt, sequence.output, target, limit=sequence.max_length, ends=ends, chunk=chunk))
     return counts
 
 
@@ -173,10 +173,10 @@ def test_time_of_goes_on_as_a_straight_line() -> None:
     assert time_of({2: 2.0, 4: 4.0}, 1) == 1.0
 
 
-def test_a_drafter_with_a_clock_sees_the_made_up_one() -> None:
+def test_the_clock_of_a_log_goes_on_with_its_passes() -> None:
     class Timed:
-        clock: Any = None
-        seen: list[float] = []  # noqa: RUF012
+        def __init__(self, clock: Clock) -> None:
+            self.clock, self.seen = clock, list[float]()
 
         def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
             return [Draft.chain([1, 2], "timed")]
@@ -184,20 +184,35 @@ def test_a_drafter_with_a_clock_sees_the_made_up_one() -> None:
         def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
             self.seen.append(self.clock())
 
-    drafter = Timed()
-    replay([Logged((1, 2, 3), (4, 5, 6, 7, 8), 8)], drafter, 4, times={1: 0.5, 3: 2.0})
+    target = LogTarget({1: 0.5, 3: 2.0})
+    drafter = Timed(target.extras.clock)
+    replay([Logged((1, 2, 3), (4, 5, 6, 7, 8), 8)], drafter, 4, target=target)
     assert drafter.seen == [0.0, 2.0, 4.0, 5.25, 5.75]
 
 
 # what is refused
 
 
+def test_a_drafter_that_runs_the_model_is_refused() -> None:
+    class Passing:
+        def __init__(self, target: LogTarget) -> None:
+            self.target = target
+
+        def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+            self.target.forward(chain_rows([(0, 0, 1)]))
+            return [EMPTY]
+
+        def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None: ...
+
+    target = LogTarget()
+    with pytest.raises(OptionError, match="runs the model"):
+        replay([Logged((1,), (2, 3), 3)], Passing(target), 4, target=target)
+
+
 @pytest.mark.parametrize("name", ["lookahead", "layer_skip", "s3d", "space"])
 def test_drafters_that_need_the_model_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match=f"{name}.*a log holds tokens only"):
         open_drafter(name)
-    with pytest.raises(OptionError, match="runs the model"):
-        LogTarget().forward(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("nodes", [0, -1, 2**16 + 1])

@@ -21,8 +21,8 @@ from selfdraft.models.runner.trace import Traced
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Rounded, SamplingParams, Skip, Stats
 from tests.clocks import Ticking
-from tests.models import random_adapters, run, tiny_llama, tiny_target
-from tests.test_runner import TYPES, fast_target, unavailable
+from tests.models import random_adapters, run, tiny_llama, tiny_target, unavailable
+from tests.test_runner import TYPES, fast_target
 
 compiled = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 SIZES = [(16, 128), (5, 1), (1, 64), (33, 127), (17, 129), (48, 200), (3, 513), (61, 48)]
@@ -148,9 +148,9 @@ def passes(target: HFTarget, bits: int) -> list[Tensor]:
     sequence = Sequence([3, 1, 4, 1, 5, 9, 2], 7, SamplingParams(), slot=0)
     target.forward(pack([(sequence, 7, EMPTY)]))
     target.keep(0, 0, range(7))
-    sequence.cached, sequence.tokens = 7, [*sequence.tokens, 6]
+    sequence.num_cached, sequence.tokens = 7, [*sequence.tokens, 6]
     tree = Draft((5, 6, 7, 8, 9), (-1, -1, 1, 0, 2), ("",) * 5, 5)
-    masked = tree.with_probes(list(target.masks_of("space")), [-4, 0, 1, -1], "space")
+    masked = tree.with_probes(list(target.extras.masks_for("space").ids), [-4, 0, 1, -1], "space")
     return [
         target.forward(pack([(sequence, 1, draft)]), Rounded(bits)) for draft in (Draft.chain([5, 6], ""), tree, masked)
     ]
@@ -186,7 +186,7 @@ def test_verification_takes_nothing_from_a_rounded_pass() -> None:
         sequence = Sequence([3, 1, 4], 3, SamplingParams(), slot=0)
         target.forward(pack([(sequence, 3, EMPTY)]))
         target.keep(0, 0, range(3))
-        sequence.cached, sequence.tokens = 3, [3, 1, 4, 9]
+        sequence.num_cached, sequence.tokens = 3, [3, 1, 4, 9]
         rows = pack([(sequence, 1, Draft.chain([2, 6, 7], "x"))])
         if drafted:
             target.forward(rows, Skip(frozenset({2})))

@@ -63,7 +63,7 @@ class Oracle:
         assert all(result.tokens for result in results), "these prompts are prefilled in one step"
 
     def _one(self, sequence: Sequence) -> Draft:
-        right = self.texts[sequence][sequence.written :][: self.block]
+        right = self.texts[sequence][sequence.num_output_tokens :][: self.block]
         wrong = [[(right[0] + 1) % VOCAB, right[0]], [right[0], *[(t + 2) % VOCAB for t in right[1:3]]]]
         return Draft.branches([*wrong, right] if self.decoys and right else [right], "oracle")
 
@@ -144,7 +144,7 @@ def check(sequence: Sequence, case: Case, said: Ending) -> None:
     assert sequence.output == said.tokens, case
     assert sequence.stream.text == said.text, case
     assert (sequence.finish_reason, sequence.stop_reason) == (said.finish_reason, said.stop_reason), case
-    written, stats = sequence.written, sequence.stats
+    written, stats = sequence.num_output_tokens, sequence.stats
     assert written == len(sequence.output) == len(sequence.sources) == len(sequence.logprobs)
     assert [entry.token for entry in sequence.logprobs] == sequence.output
     assert stats.num_output_tokens == written
@@ -152,7 +152,7 @@ def check(sequence: Sequence, case: Case, said: Ending) -> None:
     assert stats.num_accepted_draft_tokens + sequence.sources.count("target") == written
     assert sum(k * steps for k, steps in stats.acceptance_histogram.items()) == stats.num_accepted_draft_tokens
     assert sum(stats.acceptance_histogram.values()) == stats.num_spec_steps <= stats.num_steps
-    assert sequence.cached == len(sequence.tokens) - 1, "the newest token is pending, nothing behind it is remembered"
+    assert sequence.num_cached == len(sequence.tokens) - 1, "the newest token is pending, nothing is cached behind it"
 
 
 @cache
@@ -199,8 +199,10 @@ def stops(*texts: str, **options: object) -> Case:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_one_eos_id_at_every_offset(block: int, decoys: bool) -> None:
     sequences = same([(WARM, frozenset({token})) for token in full()[:12]], block, decoys=decoys)
-    assert [sequence.written for sequence in sequences] == list(range(1, 13))
-    assert all(s.stats.num_steps == 1 + -(-(s.written - 1) // (block + 1)) for s in sequences), "drafts were accepted"
+    assert [sequence.num_output_tokens for sequence in sequences] == list(range(1, 13))
+    assert all(s.stats.num_steps == 1 + -(-(s.num_output_tokens - 1) // (block + 1)) for s in sequences), (
+        "drafts were accepted"
+    )
 
 
 @pytest.mark.parametrize("block", [2, 5, 8])
@@ -209,7 +211,7 @@ def test_several_eos_ids(block: int) -> None:
     absent = next(token for token in range(VOCAB) if token not in text)
     pairs = [frozenset({a, b, absent}) for a, b in combinations(text[:9], 2)]
     for sequence, ends in zip(same([(WARM, e) for e in pairs], block), pairs, strict=True):
-        assert sequence.written == min(text.index(token) for token in ends - {absent}) + 1
+        assert sequence.num_output_tokens == min(text.index(token) for token in ends - {absent}) + 1
 
 
 @pytest.mark.parametrize("block", [1, 4, 8])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from selfdraft.core.detokenizer import Decode, TextStream
+from selfdraft.core.sequence import Sequence
+from selfdraft.outputs import PieceReader
+from selfdraft.types import SamplingParams
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 SAMPLES = (
@@ -279,8 +283,20 @@ def test_settled_looks_at_the_end_only() -> None:
     assert stream.text == "ababc"
     assert stream.settled(()) == 5
     assert stream.settled(("x",)) == 5
+    assert stream.settled(("cx",)) == 4
     assert stream.settled(("cx", "abcabc")) == 2
     assert stream.settled(("abc", "xxxxxx")) == 5, "a whole stop string that was let pass is not held"
+
+
+@pytest.mark.parametrize("size", range(6))
+def test_a_cut_goes_through_a_piece_and_drops_what_waits(size: int) -> None:
+    decode = Pieces(byte_level)
+    stream = TextStream(decode)
+    for token in decode.add([b"ab", b"cde", b"\xf0\x9f"]):
+        stream.push(token)
+    stream.cut(size)
+    stream.flush()
+    assert (stream.text, stream.size) == ("abcde"[:size], size)
 
 
 @settings(max_examples=200, deadline=None)
@@ -297,3 +313,44 @@ def test_cut_and_since_are_slices(text: str, cuts: list[int], size: int) -> None
     stream.flush()
     assert stream.text == whole[:size], "nothing that waited comes out behind the cut"
     assert stream.size == len(stream.text)
+
+
+class Counted(list[int]):
+    """A list that notes how many of its items are copied."""
+
+    copied = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        self.copied += len(found) if isinstance(found, list) else 0
+        return found
+
+
+@pytest.mark.parametrize("length", [100, 1000])
+def test_a_streamed_piece_costs_what_is_new_in_it(length: int) -> None:
+    """Not what came before: nobody copies the whole answer for one more token."""
+    decoded = list[int]()
+
+    def decode(tokens: SequenceOf[int]) -> str:
+        decoded.append(len(tokens))
+        return "".join(chr(97 + token) for token in tokens)
+
+    tokens = Counted([1, 2, 3])
+    stream = TextStream(decode)
+    sequence = Sequence(
+        tokens, 3, SamplingParams(max_tokens=length, stop=("&&",)), max_length=3 + length, stream=stream
+    )
+    reader, text = PieceReader(sequence), ""
+    for place in range(length):
+        tokens.append(place % 20)
+        sequence.sources.append("target")
+        stream.push(place % 20)
+        assert reader.moved
+        piece = reader.read()
+        assert (piece.num_output_tokens, piece.token_ids) == (place + 1, (place % 20,))
+        text += piece.text
+    assert not reader.moved
+    assert tokens.copied == length
+    assert text == stream.text == piece.output.text
+    assert piece.output.token_ids == tuple(sequence.output)
+    assert max(decoded) <= 16

@@ -326,7 +326,7 @@ def test_tuning_the_model_itself(selfdraft: Any, folder: Path, data: Path, tmp_p
     ]
     for adapters in ([], [tmp_path]):
         llm = LLM(made, drafter="space", adapters=adapters)
-        assert llm.target.masks_of("space")
+        assert llm.target.extras.masks_for("space").ids
         (answer,) = llm.generate(TEXTS[0], SamplingParams(max_tokens=16, ignore_eos=True))
         assert list(answer.outputs[0].token_ids) == wanted.tolist()
 

@@ -77,7 +77,7 @@ def test_acceptance_is_what_the_engine_counts() -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=40)
 
     def request() -> object:
-        return open_sequence([1, 2, 3], sampling, seed=0, eos=frozenset(), context=target.context)
+        return open_sequence([1, 2, 3], sampling, seed=0, eos=frozenset(), context=target.max_length)
 
     rates, tried = s3d.acceptance(target, [request], 2)  # type: ignore[list-item]
     sequence = request()

@@ -45,3 +45,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'selfdraft' has no attribute {name!r}")
     module, attribute = _LATE[name]
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """The public names, those that are not imported yet among them."""
+    return sorted(__all__)

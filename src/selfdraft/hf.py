@@ -78,7 +78,7 @@ def generate(
         for i, row in enumerate(input_ids):
             prompt = row[mask[i].bool()] if mask is not None else row
             sampling = _sampling(config, processors, criteria, input_ids, i, len(prompt))
-            sequences.append(_open(prompt.tolist(), input_ids.shape[1], sampling, criteria, config, target.context))
+            sequences.append(_open(prompt.tolist(), input_ids.shape[1], sampling, criteria, config, target.max_length))
         _run(engine, sequences, input_ids, token_streamer)
     ids = _padded(input_ids, sequences, config)
     return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids
@@ -147,7 +147,7 @@ def _run(engine: Engine, sequences: list[Sequence], input_ids: Tensor, streamer:
             if streamer is not None:
                 for token in sequences[0].output[sent:]:
                     streamer.put(torch.tensor([token]))
-                sent = sequences[0].written
+                sent = sequences[0].num_output_tokens
     except EngineError as error:
         raise error.__cause__ or error from error  # what a processor raised, as transformers lets it through
     finally:
@@ -243,17 +243,17 @@ def _open(
     if len(prompt) >= context:
         raise RequestError(f"a prompt of {len(prompt)} tokens leaves no room in the context of {context}")
     sequence = open_sequence(prompt, sampling, seed=seed, eos=frozenset(eos), context=context)
-    sequence.limit = min(context, len(prompt) + longest - padded)
+    sequence.max_length = min(context, len(prompt) + longest - padded)
     return sequence
 
 
 def _padded(input_ids: Tensor, sequences: list[Sequence], config: GenerationConfig) -> Tensor:
     """Prompts and outputs [batch, longest]; short rows end in padding."""
-    longest = max(sequence.written for sequence in sequences)
+    longest = max(sequence.num_output_tokens for sequence in sequences)
     ends = config.eos_token_id
     fill = config.pad_token_id
     if fill is None:
         fill = (ends if isinstance(ends, int) else ends[0]) if ends else 0
-    rows = [sequence.output + [fill] * (longest - sequence.written) for sequence in sequences]
+    rows = [sequence.output + [fill] * (longest - sequence.num_output_tokens) for sequence in sequences]
     new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
     return torch.cat([input_ids, new], dim=1)

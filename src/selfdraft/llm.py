@@ -23,7 +23,7 @@ import torch
 
 from selfdraft.core.detokenizer import TextStream
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.drafters import build, find, memory_of, table
+from selfdraft.drafters import build, find, memory_of, needs_of, table
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.shared import SharedEngine
 from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError, shown
@@ -38,7 +38,8 @@ from selfdraft.models.checkpoint.end_ids import eos_ids
 from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.proof.kept import ProofStore
 from selfdraft.models.reference import Model, Tokenizer
-from selfdraft.outputs import CompletionOutput, Job, Piece, RequestOutput, completion
+from selfdraft.outputs import CompletionOutput as CompletionOutput
+from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
 from selfdraft.prompts import (
     Message,
     ParsedPrompt,
@@ -127,7 +128,7 @@ class LLM:
             clock=clock,
         )
         if folder is not None and (searched := folder / SKIP_FILE).is_file():
-            self.target.skip_default = read_skip(searched, self.target.layers)
+            self.target.tuned["layer_skip"] = {"skip_set": read_skip(searched, self.target.layers)}
         self.exactness = self.target.exactness
         self.eos = eos_ids(self.model, self.tokenizer)
         self._defaults = generation_defaults(settings, self.model)
@@ -141,7 +142,7 @@ class LLM:
         self.shared = SharedEngine(self.engine)
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
-        if getattr(find(drafter, options), "profiled", False) and self.target.profile is None:
+        if needs_of(find(drafter, options)).pass_cost and self.target.profile is None:
             self._measure()
         return Engine(self.target, build(drafter, self.target, options), **self._sizes)
 
@@ -272,23 +273,16 @@ class LLM:
 
     def pieces(self, sequence: Sequence) -> Iterator[Piece]:
         """The answer of one request piece by piece; see `stream`."""
-        shown = written = 0
-
-        def read() -> tuple[str, CompletionOutput]:
-            return self._shown(sequence), completion(0, sequence)
-
+        reader = PieceReader(sequence)
         self.shared.submit([sequence])
         try:
             while True:
-                text, output = self.shared.until(partial(_moved, sequence, written), read)
+                piece = self.shared.until(lambda: reader.moved, reader.read)
                 if (error := self.shared.errors.get(sequence)) is not None:
                     raise EngineError(str(error), sequence) from error
-                yield Piece(
-                    text[shown:], output.token_ids[written:], output.sources[written:], output.finish_reason, output
-                )
-                if output.finish_reason is not None:
+                yield piece
+                if piece.finish_reason is not None:
                     return
-                shown, written = len(text), len(output.token_ids)
         finally:
             self.shared.abort([sequence])
             self._count([sequence])
@@ -355,10 +349,10 @@ class LLM:
         tokens = self._encode(prompt)
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
-        if len(tokens) >= self.target.context:
+        if len(tokens) >= self.target.max_length:
             raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens; the context of {self.target.context} leaves room for "
-                f"{self.target.context - 1} and an answer: shorten the prompt"
+                f"the prompt has {len(tokens)} tokens; the context of {self.target.max_length} leaves room for "
+                f"{self.target.max_length - 1} and an answer: shorten the prompt"
             )
         sampling, stops = self._readied(sampling)
         decode = partial(self.decode, skip_special_tokens=sampling.skip_special_tokens)
@@ -369,7 +363,7 @@ class LLM:
                 replace(sampling, n=1),
                 seed=seed + i,
                 eos=self.eos,
-                context=self.target.context,
+                context=self.target.max_length,
                 stream=TextStream(decode) if self.tokenizer is not None else None,
                 stop_tokens=stops,
             )
@@ -412,8 +406,8 @@ class LLM:
             prompt,
             output,
             self.target,
-            limit=sequence.limit,
-            ends=sequence.ends,
+            limit=sequence.max_length,
+            ends=sequence.stop_ids,
             chunk=self.engine.chunk,
             tokenizer=self.fingerprint,
         )
@@ -433,8 +427,8 @@ class LLM:
 
     def _prediction(self, sampling: SamplingParams) -> tuple[int, ...]:
         """Token ids of a prediction. Errors: RequestError, also when the drafter reads none."""
-        if not getattr(self.engine.drafter, "predicts", False):
-            able = ", ".join(name for name, factory in table().items() if getattr(factory, "predicts", False))
+        if not needs_of(self.engine.drafter).prediction:
+            able = ", ".join(name for name, factory in table().items() if needs_of(factory).prediction)
             raise RequestError(f"drafter {self.drafter_name!r} reads no prediction; these do: {able}")
         if isinstance(sampling.prediction, str):
             return tuple(self._ids(sampling.prediction, "a prediction as text", add_special_tokens=False))
@@ -442,13 +436,6 @@ class LLM:
         if outside is not None:
             raise RequestError(f"token id {outside} in the prediction is outside {self.target.vocab} tokens")
         return sampling.prediction
-
-    def _shown(self, sequence: Sequence) -> str:
-        """The text that no later token can take back."""
-        if sequence.stream is None:
-            return ""
-        settled = None if sequence.finished else sequence.stream.settled(sequence.sampling.stop)
-        return sequence.stream.text[:settled]
 
     def _known(self, token: int) -> bool:
         return 0 <= token < self.target.vocab
@@ -471,8 +458,3 @@ def pick_dtype(name: str) -> torch.dtype | None:
     check_dtype(name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _moved(sequence: Sequence, written: int) -> bool:
-    """Whether it has ended, or has more than so many output tokens."""
-    return sequence.finished or sequence.written > written

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from selfdraft.errors import OptionError
 
@@ -76,6 +77,7 @@ def check_early(drafter: str | None, config: Mapping[str, object] | None) -> Non
         check(name, options, OPTIONS)
 
 
-def offered() -> bool:
-    """Whether other packages offer drafters."""
-    return bool(entry_points(group=GROUP))
+@cache
+def offered() -> tuple[EntryPoint, ...]:
+    """Drafters of other packages. Looked up once: the search reads the files of every installed package."""
+    return tuple(entry_points(group=GROUP))

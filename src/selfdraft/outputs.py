@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.errors import SelfdraftError
@@ -39,15 +39,74 @@ class RequestOutput:
 class Piece:
     """What a stream has got since its last piece: tokens with their sources, and the text that is certain by now.
 
-    Texts of all pieces add up to the text of the answer; a piece may have tokens and no text yet.
+    Texts of all pieces add up to the text of the answer; a piece may have tokens and no text yet. A piece costs what is
+    new in it, however long the answer is; `output` is made when it is asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     sources: tuple[str, ...]
+    logprobs: tuple[Logprob, ...]
     finish_reason: FinishReason | None
-    output: CompletionOutput
-    """The answer so far."""
+    stop_reason: int | str | None
+    num_output_tokens: int
+    """Tokens of the answer so far."""
+    stats: Stats
+    """Counts so far."""
+    _sequence: Sequence = field(repr=False, compare=False)
+    _size: int = field(repr=False, compare=False)
+    """Characters of the answer so far."""
+
+    @property
+    def output(self) -> CompletionOutput:
+        """The answer up to this piece; costs its length."""
+        sequence, count = self._sequence, self.num_output_tokens
+        first = sequence.prompt_length
+        return CompletionOutput(
+            0,
+            sequence.stream.text[: self._size] if sequence.stream is not None else "",
+            tuple(sequence.tokens[first : first + count]),
+            tuple(sequence.sources[:count]),
+            tuple(sequence.logprobs[:count]),
+            self.finish_reason,
+            self.stop_reason,
+            self.stats,
+        )
+
+
+class PieceReader:
+    """Reads a sequence piece by piece, each one once."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.written = self._shown = 0
+
+    @property
+    def moved(self) -> bool:
+        """Whether there is something new."""
+        return self.sequence.num_output_tokens > self.written or self.sequence.finished
+
+    def read(self) -> Piece:
+        """What has come since the last time; to be called while no step runs."""
+        sequence, written, shown = self.sequence, self.written, self._shown
+        stream, first = sequence.stream, sequence.prompt_length + written
+        size, text = 0, ""
+        if stream is not None:
+            self._shown = stream.size if sequence.finished else stream.settled(sequence.sampling.stop)
+            size, text = stream.size, stream.since(shown)[: max(self._shown - shown, 0)]
+        self.written = sequence.num_output_tokens
+        return Piece(
+            text,
+            tuple(sequence.tokens[first:]),
+            tuple(sequence.sources[written:]),
+            tuple(sequence.logprobs[written:]),
+            sequence.finish_reason,
+            sequence.stop_reason,
+            self.written,
+            replace(sequence.stats, acceptance_histogram=dict(sequence.stats.acceptance_histogram)),
+            sequence,
+            size,
+        )
 
 
 @dataclass(frozen=True, slots=True)

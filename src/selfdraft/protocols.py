@@ -1,9 +1,10 @@
-"""The two seams of the house: the model whose words count, and whoever guesses them."""
+"""The two seams of the house: `Target`, the model that decides, and `Drafter`, which proposes tokens to it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -12,71 +13,118 @@ from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.pass_cost import Profile
-from selfdraft.types import Budget, Clock, Short
+from selfdraft.drafting.cost_model import Profile
+from selfdraft.errors import MissingMasks
+from selfdraft.types import Budget, Clock, PassVariant
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTokens:
+    """Learned placeholder tokens of one method: input only, never chosen."""
+
+    ids: range
+    """vocab <= id < vocab + masks, the one that stands nearest to the text first."""
+    shift: Callable[[int, Tensor], Tensor | None] = lambda token, ids: None
+    """(token, ids [k]) -> what to add to the logits of `ids` when `token` stands before them; None: nothing."""
+
+
+def standstill() -> float:
+    """A clock that stands still."""
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DraftExtras:
+    """What only some drafters ask of a target; the defaults are those of a target that has none of it."""
+
+    clock: Clock = standstill
+    """Seconds on the machine that runs the passes: what drafters time passes and their own work with."""
+    pass_cost: Profile | None = None
+    """What a pass costs by its rows on this machine; None when it was not measured."""
+    num_layers: int = 1
+    """Blocks of the model, each with two sublayers that can be skipped."""
+    mask_tokens: Mapping[str, MaskTokens] = field(default_factory=dict)
+    """By the method that they were trained for."""
+    tuned_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """By method, options found best on this model; they came with the checkpoint."""
+
+    def num_masks(self, method: str) -> int:
+        """How many mask tokens a method has here."""
+        found = self.mask_tokens.get(method)
+        return len(found.ids) if found else 0
+
+    def masks_for(self, method: str) -> MaskTokens:
+        """The mask tokens of a method. Errors: MissingMasks says how they are trained."""
+        found = self.mask_tokens.get(method)
+        if found is None:
+            raise MissingMasks(
+                f"{method} needs mask tokens trained for this model: selfdraft train --recipe {method} --model MODEL "
+                "--data FILE --output DIR, then give that folder as adapter"
+            )
+        return found
 
 
 class Target(Protocol):
-    """The model whose words count, together with its memory of every slot.
+    """The model that decides, together with its KV cache of every slot.
 
-    It keeps no length of its own: every span of `rows` says how many tokens of its slot are remembered, so a
-    drafter may scribble behind that and need not clean up, even when it raises.
+    It keeps no length of its own: every span of `rows` says how many tokens of its slot are cached, so a
+    drafter may write behind that and need not clean up, even when it raises.
     """
 
     @property
     def vocab(self) -> int:
-        """Token ids it can say are 0 <= id < vocab."""
+        """Token ids it can choose are 0 <= id < vocab."""
 
     @property
-    def masks(self) -> int:
+    def num_mask_ids(self) -> int:
         """Learned placeholder ids vocab <= id < vocab + masks: input only; 0 for a stock model."""
 
-    def masks_of(self, method: str) -> range:
-        """Those mask ids that were trained for a method, nearest first; an empty range when there are none."""
-
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        """What to add to a method's logits of `ids` [k] when `token` stands before them; None when nothing is known."""
-
-    def advice(self, method: str) -> Mapping[str, object]:
-        """Options found best for a method on this model; they came with the checkpoint. Empty when unknown."""
-
     @property
-    def profile(self) -> Profile | None:
-        """What a pass costs by its rows on this machine; None when it was not measured."""
-
-    @property
-    def clock(self) -> Clock:
-        """Seconds on the machine that runs the passes: what drafters measure passes and their own work with."""
-
-    @property
-    def layers(self) -> int:
-        """Number of blocks, each with two sublayers that can be skipped."""
-
-    @property
-    def context(self) -> int:
+    def max_length(self) -> int:
         """Most tokens of a slot."""
 
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
-        """Logits [len(rows.answers), vocab]. Rows are tentative: nothing is remembered until `keep`.
+    @property
+    def extras(self) -> DraftExtras:
+        """What only some drafters ask for. Read when a drafter is made."""
+
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
+        """Logits [len(rows.answers), vocab]. Rows are tentative: nothing is cached until `keep`.
 
         `short`: how a drafting pass is made cheaper; None is the whole model.
         """
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
-        """Of the last forward's rows of this slot, remember these (in order) behind the first `base` tokens."""
+        """Of the last forward's rows of this slot, cache these (in order) behind the first `base` tokens."""
 
-    def edge(self, position: int) -> int:
+    def next_boundary(self, position: int) -> int:
         """First position behind `position` where the shape of attention changes; drafts end before it.
 
         A target without canonical shapes returns its context.
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a drafter reads beside tokens; a class says so in `needs`, and by default it reads what it likes."""
+
+    tokens_only: bool = False
+    """It looks at tokens alone, so `selfdraft replay` can run it over recorded answers."""
+    logits_options: tuple[str, ...] = ()
+    """Options that break that promise when they are on."""
+    prediction: bool = False
+    """It reads `sequence.sampling.prediction`."""
+    pass_cost: bool = False
+    """It asks for `extras.pass_cost`: a start measures the machine for it."""
+
+
 class Drafter(Protocol):
-    """Whoever guesses. Notes about a sequence live with the drafter and die with the sequence."""
+    """Proposes a token tree for each sequence. Notes about a sequence live with the drafter and die with the sequence.
+
+    A class may declare `needs: ClassVar[Needs]`; without it the defaults of `Needs` hold.
+    """
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         """A tree for each sequence; each has exactly one pending token."""
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        """What the target said at every row: learn from all of it. Called after the tokens were committed."""
+        """Learn from what the target answered at every row. Called after the tokens were committed."""

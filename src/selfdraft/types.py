@@ -292,7 +292,7 @@ class Rounded:
             raise OptionError(f"bits={self.bits!r}: weights are rounded to 4 or 8 bits")
 
 
-Short = Skip | Rounded
+PassVariant = Skip | Rounded
 """How a drafting pass is made cheaper than a whole one."""
 
 
@@ -314,11 +314,11 @@ Clock = Callable[[], float]
 class Budget:
     """How large one sequence's draft may be in this step."""
 
-    nodes: int
+    max_nodes: int
     """Most candidate nodes."""
-    depth: int
+    max_depth: int
     """Deepest candidate (1 = directly under the last token); deeper ones could not be accepted."""
-    reach: int
+    max_probe_depth: int
     """Deepest probe: positions the model has."""
 
 

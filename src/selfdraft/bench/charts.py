@@ -5,12 +5,12 @@ And one of a replay: predicted against actual acceptance.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.files.atomic import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -299,12 +299,10 @@ def _foot(figure: Figure, records: SequenceOf[Record]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(beside, format="png")
-        os.replace(beside, path)
+        with whole_file(path) as part:
+            figure.savefig(part, format="png")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise RequestError(f"{path} cannot be written: {error.strerror}") from error
     return path
 

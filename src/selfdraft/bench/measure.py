@@ -156,7 +156,7 @@ def take(
     settle()
     began, first = time.perf_counter(), 0.0
     for _ in engine.generate([sequence]):
-        if not first and sequence.written:
+        if not first and sequence.num_output_tokens:
             settle()
             first = time.perf_counter() - began
             if notice is not None:

@@ -153,7 +153,7 @@ def measured(
         setting = set_up(llm, subject, plan, log)
         with running_peers(setting, subject.found_peers, llm, subject.model, items, subject.timeout):
             rows = measure_all(setting, items, ledger, quiet=quiet)
-    return reported(setting, rows, llm.target.context)
+    return reported(setting, rows, llm.target.max_length)
 
 
 def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[Record]:

@@ -284,7 +284,7 @@ def running_peers(
     """
     running: dict[str, Peer] = {}
     try:
-        context = _longest(setting, items, llm.target.context) if found_peers else 0
+        context = _longest(setting, items, llm.target.max_length) if found_peers else 0
         for found_peer in found_peers:
             label = found_peer.contender.label
             try:

@@ -44,20 +44,21 @@ def replay(
     from selfdraft.drafters import memory_of, with_memory
     from selfdraft.files.memory_file import check_memory, load_memory, save_memory
     from selfdraft.methods import drafter_of
-    from selfdraft.replay.replay import open_drafter
+    from selfdraft.replay.replay import LogTarget, open_drafter
     from selfdraft.replay.replay import replay as run
 
     name, options = drafter_of(drafter, parse_config(speculative_config))
     times = parse_times(step_times)
     picture = drawing_to(reliability)
-    guesser = open_drafter(name, with_memory(name, options) if memory is not None else options)
+    target = LogTarget(times)
+    guesser = open_drafter(name, with_memory(name, options) if memory is not None else options, target)
     if memory is not None:
         check_memory(memory)
     requests, tokenizer = read_requests(traces, limit)
     if memory is not None and memory.exists():
         tokenizer = load_memory(memory, memory_of(guesser), tokenizer)
     with terminal.progress(len(requests), quiet=as_json, what="replaying") as done:
-        found = run(requests, guesser, max_nodes, times=times, done=done)
+        found = run(requests, guesser, max_nodes, target=target, done=done)
     if memory is not None:
         save_memory(memory, memory_of(guesser), tokenizer)
     picture(found.reliability, f"{', '.join(path.stem for path in traces)}: {name} {json.dumps(options)}")

@@ -164,11 +164,11 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
     from selfdraft.train.texts import read_texts
 
     settings.skips(llm.target.layers)
-    room = llm.target.context - settings.masks - 1
+    room = llm.target.max_length - settings.masks - 1
     if settings.max_length > room:
         raise OptionError(
             f"max_length={settings.max_length} with {settings.masks} masks does not fit into the context of "
-            f"{llm.target.context}; give --max-length {room}"
+            f"{llm.target.max_length}; give --max-length {room}"
         )
     accelerator = accelerator_for(llm.model)
     if own is not None:

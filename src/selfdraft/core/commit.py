@@ -25,7 +25,7 @@ def commit(sequence: Sequence, result: Result) -> int:
         sequence.stream.flush()
     if emitted:
         accepted = min(emitted, len(result.path))
-        sequence.stats.count(result.draft.candidates, accepted, emitted)
+        sequence.stats.count(result.draft.num_candidates, accepted, emitted)
     return emitted
 
 
@@ -43,8 +43,8 @@ def _finish(sequence: Sequence, token: int) -> None:
     Stops come before limits, so a stop at the very limit is still reported as a stop. A token that ends the output
     has no text, but for a stop string that is this token and wanted in the output.
     """
-    may_stop = sequence.written >= sequence.sampling.min_tokens
-    if may_stop and token in sequence.ends:
+    may_stop = sequence.num_output_tokens >= sequence.sampling.min_tokens
+    if may_stop and token in sequence.stop_ids:
         name = sequence.stop_tokens.get(token)
         sequence.finish_reason, sequence.stop_reason = "stop", token if name is None else name
         if name is not None and sequence.sampling.include_stop_str_in_output and sequence.stream is not None:
@@ -57,7 +57,7 @@ def _finish(sequence: Sequence, token: int) -> None:
             return
     if may_stop and any(stops(sequence.tokens) for stops in sequence.sampling.stopping_criteria):
         sequence.finish_reason = "stop"
-    elif sequence.room <= 0:
+    elif sequence.remaining <= 0:
         sequence.finish_reason = "length"
 
 

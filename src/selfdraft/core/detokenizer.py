@@ -30,9 +30,8 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All of it; costs its length. To follow a growing text use `since`."""
-        self._pieces = ["".join(self._pieces)]
-        return self._pieces[0]
+        """All of it; costs its length. To follow a growing text use `since`. Changes nothing: a step may be running."""
+        return "".join(self._pieces)
 
     def since(self, start: int) -> str:
         """The text from character `start` on; costs what is returned."""

@@ -25,7 +25,7 @@ class Span:
     """Index of its first row among all rows."""
     pending: int
     draft: Draft
-    answers: int
+    num_logits: int
     """How many of its last rows the target shall answer with logits."""
 
     @property
@@ -50,7 +50,7 @@ class Rows:
     tokens: Tensor
     positions: Tensor
     spans: tuple[Span, ...]
-    answers: tuple[int, ...]
+    logit_rows: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.tokens.numel()
@@ -58,7 +58,7 @@ class Rows:
     @property
     def probing(self) -> bool:
         """Whether there are probes among them: only these may be mask ids."""
-        return any(len(span.draft) > span.draft.candidates for span in self.spans)
+        return any(len(span.draft) > span.draft.num_candidates for span in self.spans)
 
 
 def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
@@ -71,11 +71,11 @@ def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
     tokens: list[int] = []
     answers: list[int] = []
     for sequence, share, draft in work:
-        whole = share == len(sequence.tokens) - sequence.cached
+        whole = share == len(sequence.tokens) - sequence.num_cached
         assert whole or not len(draft), "a draft hangs under the last known token"
         asked = 1 + len(draft) if whole else 0
-        span = Span(sequence.slot, sequence.cached, len(tokens), share, draft, asked)
-        tokens += sequence.tokens[sequence.cached : sequence.cached + share]
+        span = Span(sequence.slot, sequence.num_cached, len(tokens), share, draft, asked)
+        tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + share]
         tokens += draft.tokens
         answers += range(len(tokens) - asked, len(tokens))
         spans.append(span)

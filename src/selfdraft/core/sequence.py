@@ -22,13 +22,13 @@ class Sequence:
     prompt_length: int
     sampling: SamplingParams
     seed: int = 0
-    ends: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
     """Token ids that end the output: end-of-sequence ids unless ignored, the request's stop ids and `stop_tokens`."""
-    limit: int = 0
+    max_length: int = 0
     """Most tokens, prompt and output together: what the request and the context allow."""
     stream: TextStream | None = None
     slot: int = -1
-    cached: int = 0
+    num_cached: int = 0
     """How many of `tokens` the target remembers; the only truth about it."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -42,21 +42,21 @@ class Sequence:
 
     @property
     def pending(self) -> list[int]:
-        return self.tokens[self.cached :]
+        return self.tokens[self.num_cached :]
 
     @property
     def output(self) -> list[int]:
         return self.tokens[self.prompt_length :]
 
     @property
-    def written(self) -> int:
+    def num_output_tokens(self) -> int:
         """Number of output tokens."""
         return len(self.tokens) - self.prompt_length
 
     @property
-    def room(self) -> int:
+    def remaining(self) -> int:
         """How many more tokens may be written."""
-        return self.limit - len(self.tokens)
+        return self.max_length - len(self.tokens)
 
     @property
     def finished(self) -> bool:

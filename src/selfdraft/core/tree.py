@@ -23,8 +23,8 @@ class Draft:
     parents: tuple[int, ...] = ()
     sources: tuple[str, ...] = ()
     """Which drafter proposed each node; several are joined by '+'."""
-    candidates: int = 0
-    scores: tuple[float, ...] = ()
+    num_candidates: int = 0
+    probabilities: tuple[float, ...] = ()
     """Estimated acceptance of each node given its parent; empty when the drafter has none."""
     depths: tuple[int, ...] = field(init=False, compare=False, repr=False)
     """Depth of each node; 1 is directly under the last known token."""
@@ -69,36 +69,36 @@ class Draft:
         A probe's parent p >= 0 is the p-th probe; ROOT (-1) is the last known token; -2 - c is candidate c.
         """
         shift = len(self.tokens)
-        assert shift == self.candidates, "probes are added once"
+        assert shift == self.num_candidates, "probes are added once"
         absolute = [shift + p if p >= 0 else ROOT if p == ROOT else -2 - p for p in parents]
         return Draft(
             self.tokens + tuple(tokens),
             self.parents + tuple(absolute),
             self.sources + (source,) * len(tokens),
-            self.candidates,
-            self.scores + (0.0,) * len(tokens) if self.scores else (),
+            self.num_candidates,
+            self.probabilities + (0.0,) * len(tokens) if self.probabilities else (),
         )
 
     def first(self, count: int) -> Draft:
         """The first `count` candidates alone; parents come before their children, so it is a tree."""
         if count >= len(self):
             return self
-        count = min(count, self.candidates)
+        count = min(count, self.num_candidates)
         parts = (self.tokens[:count], self.parents[:count], self.sources[:count])
-        return Draft(*parts, count, self.scores[:count])
+        return Draft(*parts, count, self.probabilities[:count])
 
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) -> candidate node; of equal siblings the first one stands."""
         found: dict[tuple[int, int], int] = {}
-        for node in range(self.candidates):
+        for node in range(self.num_candidates):
             found.setdefault((self.parents[node], self.tokens[node]), node)
         return found
 
     def leaves(self) -> list[list[int]]:
         """Every root-to-leaf path of the candidates, as node indices; they cover all candidates."""
-        inner = set(self.parents[: self.candidates])
+        inner = set(self.parents[: self.num_candidates])
         paths = []
-        for leaf in range(self.candidates):
+        for leaf in range(self.num_candidates):
             if leaf in inner:
                 continue
             path = [leaf]
@@ -117,9 +117,9 @@ class Draft:
         kept: list[int] = []
         candidates = 0
         for node, (token, parent, depth) in enumerate(zip(self.tokens, self.parents, self.depths, strict=True)):
-            probe = node >= self.candidates
-            ids, deepest = (vocab + masks, budget.reach) if probe else (vocab, budget.depth)
-            full = not probe and candidates >= budget.nodes
+            probe = node >= self.num_candidates
+            ids, deepest = (vocab + masks, budget.max_probe_depth) if probe else (vocab, budget.max_depth)
+            full = not probe and candidates >= budget.max_nodes
             if parent not in place or full or depth > deepest or not 0 <= token < ids:
                 continue
             place[node] = len(kept)
@@ -132,7 +132,7 @@ class Draft:
             tuple(place[self.parents[node]] for node in kept),
             tuple(self.sources[node] for node in kept),
             candidates,
-            tuple(self.scores[node] for node in kept) if self.scores else (),
+            tuple(self.probabilities[node] for node in kept) if self.probabilities else (),
         )
         return clipped, tuple(kept)
 
@@ -143,7 +143,7 @@ EMPTY = Draft()
 def chances_of(draft: Draft) -> list[float]:
     """The chance of every node's whole path, out of the chances of each node behind its parent."""
     reached: list[float] = []
-    for parent, own in zip(draft.parents[: draft.candidates], draft.scores, strict=False):
+    for parent, own in zip(draft.parents[: draft.num_candidates], draft.probabilities, strict=False):
         reached.append(own * (reached[parent] if parent != ROOT else 1.0))
     return reached
 
@@ -157,7 +157,7 @@ def merge(drafts: Sequence[Draft]) -> Draft:
     places: list[dict[int, int]] = []
     for draft in drafts:
         place = {ROOT: ROOT}
-        for node in range(draft.candidates):
+        for node in range(draft.num_candidates):
             key = (place[draft.parents[node]], draft.tokens[node])
             if key not in known:
                 known[key] = len(tokens)
@@ -170,7 +170,7 @@ def merge(drafts: Sequence[Draft]) -> Draft:
         places.append(place)
     candidates = len(tokens)
     for draft, place in zip(drafts, places, strict=True):
-        for node in range(draft.candidates, len(draft)):
+        for node in range(draft.num_candidates, len(draft)):
             place[node] = len(tokens)
             tokens.append(draft.tokens[node])
             parents.append(place[draft.parents[node]])

@@ -31,7 +31,7 @@ class Result:
     """Accepted nodes of `draft`, from the root down."""
     tokens: tuple[int, ...] = ()
     """What the target chose along the path: one more than `path` (the bonus token). Empty while prefilling."""
-    answers: tuple[int, ...] = ()
+    argmax: tuple[int, ...] = ()
     """Argmax of the raw logits at the last known token and at every node of `draft`: what drafters learn from."""
     logits: Tensor | None = None
     """Raw logits of the same rows [1 + len(draft), vocab]; valid until the next forward pass."""
@@ -69,10 +69,10 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[
     says = likeliest(logits) if len(logits) else []
     results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
-        start, stop = stop, stop + span.answers
+        start, stop = stop, stop + span.num_logits
         if NAN in says[start:stop]:
             raise EngineError("the model answered NaN; try a wider dtype, or check the checkpoint", sequence)
-        if not span.answers:
+        if not span.num_logits:
             results.append(Result(span.draft))
             continue
         try:
@@ -96,7 +96,7 @@ def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int]
         if sampling.plain:
             token = answers[node + 1]
         else:
-            scores = process(logits[node + 1], sampling, path_tokens, sequence.prompt_length, sequence.ends)
+            scores = process(logits[node + 1], sampling, path_tokens, sequence.prompt_length, sequence.stop_ids)
             token = choose(scores, sampling, sequence.seed, len(path_tokens))
         if sampling.logprobs is not None:
             logprobs.append(logprob(logits[node + 1], token, sampling.logprobs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 
 from selfdraft import methods
 from selfdraft.drafters.auto import Auto
@@ -23,7 +22,7 @@ from selfdraft.drafters.space import Space
 from selfdraft.drafters.suffix import Suffix
 from selfdraft.drafting.output_memory import MOST, Memory
 from selfdraft.errors import OptionError
-from selfdraft.protocols import Drafter, Target
+from selfdraft.protocols import Drafter, Needs, Target
 
 Factory = Callable[..., Drafter]
 
@@ -48,7 +47,7 @@ NAMES: dict[str, Factory] = {
 def table() -> dict[str, Factory]:
     """All drafters by name: our own and those that installed packages offer under `selfdraft.drafters`."""
     found = dict(NAMES)
-    for point in entry_points(group=methods.GROUP):
+    for point in methods.offered():
         found.setdefault(point.name, point.load())
     return found
 
@@ -56,6 +55,12 @@ def table() -> dict[str, Factory]:
 def options_of(factory: Factory) -> list[str]:
     """Names of the options a drafter takes."""
     return [name for name, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
+def needs_of(drafter: Drafter | Factory) -> Needs:
+    """What a drafter, or its class, declares to read; the defaults where it declares nothing."""
+    needs = getattr(drafter, "needs", None)
+    return needs if isinstance(needs, Needs) else Needs()
 
 
 def find(name: str, options: Mapping[str, object]) -> Factory:

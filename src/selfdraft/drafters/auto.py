@@ -1,58 +1,74 @@
-"""The default: one tree from everything that costs no pass, as large as this machine's passes make worth while.
+"""The default: one tree of everything that costs no pass, as large as this machine's passes make worth while.
 
-What pays is measured, before and while decoding (`drafting/cost_guard.py`);
-what else there is, `selfdraft tune` explains.
+What pays is measured, before and while decoding (`drafting/cost_guard.py`); `docs/cost-model.md` explains the rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import ClassVar
 
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import Draft
+from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.cost_guard import Guarded
-from selfdraft.drafting.suffix_copy import AHEAD, Copying
-from selfdraft.protocols import Target
+from selfdraft.drafting.cost_guard import CostGuard
+from selfdraft.drafting.output_memory import Memory
+from selfdraft.drafting.source_tree import SourceTree, every_source
+from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
+from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
 
 TREE_FROM = 0.004
 """Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
 
 
-class Auto(Guarded):
-    """`merged`, with trees cut where the measured cost of the pass says so, and plain decoding where that is best.
+class Auto:
+    """`merged` under a cost guard: trees are cut where a row does not pay, and steps are plain where nothing pays.
 
     Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
+    Errors: OptionError for values out of range.
     """
 
-    reads = "tokens"
+    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling",), prediction=True, pass_cost=True)
 
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, memory: int = 0, recycling: bool = True
     ) -> None:
-        super().__init__(target.profile, num_speculative_tokens, memory, recycling, target.clock)
-        self.copying = Copying()
-        self._trees = True
-        """Whether the tree of all sources is made, or copies."""
+        self.memory = Memory(memory) if memory else None
+        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.extras.clock, self.memory)
+        self.copies = SuffixCopy()
+        self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)
+        self.uses_tree = True
 
-    def _make(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        if any(not self.copying.knows(s) and s not in self._notes for s in sequences):
-            # by the clock, when a request begins: the profile may have been measured on a busier machine
-            self._trees = self.cost is None or self.memory is not None or self.cost.at(1, 1, 0) >= TREE_FROM
-        if self._trees:
-            return super()._make(sequences, budgets)
-        began = self.clock()
-        drafts = self.copying.draft(sequences, budgets, self._prices(sequences, min(self.most, AHEAD)))
-        self.node_time.observe(sum(map(len, drafts)), self.clock() - began)
-        return drafts
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        if not self.guard.drafts(sequences):
+            return [EMPTY] * len(sequences)
+        with self.guard.timed():
+            self._choose(sequences)
+            began = self.guard.clock()
+            if self.uses_tree:
+                row_costs = self.guard.row_costs(sequences, self.tree.most)
+                drafts = self.tree.draft(sequences, budgets, row_costs)
+            else:
+                row_costs = self.guard.row_costs(sequences, min(self.tree.most, AHEAD))
+                drafts = self.copies.draft(sequences, budgets, row_costs)
+            self.guard.node_time.observe(sum(map(len, drafts)), self.guard.clock() - began)
+            return self.guard.cut(sequences, drafts)
 
-    def _learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        if self._trees:
-            super()._learn(sequences, results)
-            return
-        self.copying.observe(sequences)
-        if len(sequences) == self._drafted and all(result.tokens for result in results):
-            self.pace.tokens.observe(sum(len(result.tokens) for result in results))
-        self._drafted = 0
-        self._forget(sequences)
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        if self.guard.drafting:
+            with self.guard.timed():
+                if self.uses_tree:
+                    self.tree.learn(sequences, results)
+                else:
+                    self.copies.observe(sequences)
+        plain = self.guard.book(sequences, results)
+        if plain:
+            self.tree.book(results, plain)
+        self.tree.forget(sequences)
+
+    def _choose(self, sequences: SequenceOf[Sequence]) -> None:
+        """Tree or copies: by the clock, when a request begins, as the profile may be of a busier machine."""
+        if any(sequence not in self.copies and sequence not in self.tree for sequence in sequences):
+            seconds = self.guard.cost.at(1, 1, 0)
+            self.uses_tree = not self.guard.measured or self.memory is not None or seconds >= TREE_FROM

@@ -7,16 +7,18 @@ worth what its kind was worth so far (`drafting/mixing.py`).
 
 from __future__ import annotations
 
-from selfdraft.drafting.source_tree import Drafting, Sources
-from selfdraft.protocols import Target
+from typing import ClassVar
+
+from selfdraft.drafting.source_tree import Sources, SourceTreeDrafter
+from selfdraft.protocols import Needs, Target
 
 
-class Context(Drafting):
+class Context(SourceTreeDrafter):
     """Candidates: the likeliest continuations out of the request's own text, best first."""
 
-    reads = "tokens"
+    needs: ClassVar[Needs] = Needs(tokens_only=True)
 
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, min_probability: float | None = None
     ) -> None:
-        super().__init__(Sources(request=True), num_speculative_tokens, min_probability, target.clock)
+        super().__init__(Sources(request=True), num_speculative_tokens, min_probability, target.extras.clock)

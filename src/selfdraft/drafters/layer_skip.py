@@ -23,7 +23,7 @@ class LayerSkip(Chaining):
     """A chain of up to `num_speculative_tokens`, one short pass of the target per link (`drafting/autoregressive.py`).
 
     `skip_set`: a JSON file of skip sets, 'FILE' or 'FILE#NAME'. Without any set the checkpoint's own is taken
-    (`Target.advice`), else the pattern of the published ones.
+    (`DraftExtras.tuned_options`), else the pattern of the published ones.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class LayerSkip(Chaining):
     ) -> None:
         rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
         super().__init__(
-            lambda rows: target.forward(rows, self.skip), SOURCE, num_speculative_tokens, rule, target.clock
+            lambda rows: target.forward(rows, self.skip), SOURCE, num_speculative_tokens, rule, target.extras.clock
         )
         told = any(option is not None for option in (skip_attention, skip_mlp, exit_layer, skip_set))
-        named = skip_set if told else target.advice(SOURCE).get("skip_set")
-        self.skip = choose_skip(target.layers, skip_attention, skip_mlp, exit_layer, named)
+        named = skip_set if told else target.extras.tuned_options.get(SOURCE, {}).get("skip_set")
+        self.skip = choose_skip(target.extras.num_layers, skip_attention, skip_mlp, exit_layer, named)
 
 
 def choose_skip(

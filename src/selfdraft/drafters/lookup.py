@@ -6,13 +6,14 @@ Source: Saxena, "Prompt Lookup Decoding" (2023); option names as in vLLM's n-gra
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
-from selfdraft.protocols import Target
+from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget, within
 
 SOURCE = "lookup"
@@ -44,7 +45,7 @@ class NgramIndex:
 class Lookup:
     """A chain copied from the request's own text: the longest match wins, of equals the latest."""
 
-    reads = "tokens"
+    needs: ClassVar[Needs] = Needs(tokens_only=True)
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Lookup:
         pass  # everything it needs is in the sequence's tokens
 
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
-        most = min(self.most, budget.depth, budget.nodes)
+        most = min(self.most, budget.max_depth, budget.max_nodes)
         if most <= 0:
             return EMPTY
         index = self._notes.setdefault(sequence, NgramIndex(self.shortest, self.longest))

@@ -6,23 +6,21 @@ Duplicates are one node that keeps all its sources; how likely a node is follows
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import Drafting, Sources
-from selfdraft.errors import OptionError
-from selfdraft.protocols import Target
+from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source
+from selfdraft.protocols import Needs, Target
 
 
-class Merged(Drafting):
+class Merged(SourceTreeDrafter):
     """Candidates: the best tree over everything that is known without a pass.
 
     `memory`: earlier outputs are remembered, at most so many tokens; 0 remembers nothing. It is this drafter's alone.
     `recycling`: the model's runners-up at every row that was run are guesses, too.
     """
 
-    reads = "tokens"
-    predicts = True
-    logit_options = ("recycling",)
-    """Options that make it read logits."""
+    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling",), prediction=True)
 
     def __init__(
         self,
@@ -33,8 +31,5 @@ class Merged(Drafting):
         recycling: bool = True,
         min_probability: float | None = None,
     ) -> None:
-        if not isinstance(recycling, bool):
-            raise OptionError(f"recycling={recycling!r} is neither True nor False")
-        sources = Sources(request=True, prediction=True, recycling=recycling)
         past = Memory(memory) if memory else None
-        super().__init__(sources, num_speculative_tokens, min_probability, target.clock, past)
+        super().__init__(every_source(recycling), num_speculative_tokens, min_probability, target.extras.clock, past)

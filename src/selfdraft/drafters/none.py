@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import ClassVar
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
-from selfdraft.protocols import Target
+from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
 
 
 class NoDrafter:
     """Every step emits one token."""
 
-    reads = "tokens"
+    needs: ClassVar[Needs] = Needs(tokens_only=True)
 
     def __init__(self, target: Target) -> None:
         pass

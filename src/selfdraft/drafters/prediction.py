@@ -6,17 +6,18 @@ Idea: OpenAI's predicted outputs. Here a prediction can cost time, never the tex
 
 from __future__ import annotations
 
-from selfdraft.drafting.source_tree import Drafting, Sources
-from selfdraft.protocols import Target
+from typing import ClassVar
+
+from selfdraft.drafting.source_tree import Sources, SourceTreeDrafter
+from selfdraft.protocols import Needs, Target
 
 
-class Prediction(Drafting):
+class Prediction(SourceTreeDrafter):
     """Candidates: where the prediction goes on, near the last agreement and behind the longest match."""
 
-    reads = "tokens"
-    predicts = True
+    needs: ClassVar[Needs] = Needs(tokens_only=True, prediction=True)
 
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, min_probability: float | None = None
     ) -> None:
-        super().__init__(Sources(prediction=True), num_speculative_tokens, min_probability, target.clock)
+        super().__init__(Sources(prediction=True), num_speculative_tokens, min_probability, target.extras.clock)

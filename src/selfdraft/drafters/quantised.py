@@ -33,5 +33,5 @@ class Quantised(Chaining):
         rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
         self.short = Rounded(bits)
         super().__init__(
-            lambda rows: target.forward(rows, self.short), SOURCE, num_speculative_tokens, rule, target.clock
+            lambda rows: target.forward(rows, self.short), SOURCE, num_speculative_tokens, rule, target.extras.clock
         )

@@ -6,14 +6,14 @@ measured acceptance of each rank and depth, and a sampled request's runners-up a
 
 from __future__ import annotations
 
-from selfdraft.drafting.source_tree import Drafting, Sources
+from selfdraft.drafting.source_tree import Sources, SourceTreeDrafter
 from selfdraft.protocols import Target
 
 
-class Recycling(Drafting):
+class Recycling(SourceTreeDrafter):
     """Candidates: the eight runners-up behind each token, from every row that the target answered."""
 
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, min_probability: float | None = None
     ) -> None:
-        super().__init__(Sources(recycling=True), num_speculative_tokens, min_probability, target.clock)
+        super().__init__(Sources(recycling=True), num_speculative_tokens, min_probability, target.extras.clock)

@@ -8,15 +8,14 @@ text.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from functools import partial
 from typing import Any
 
 from selfdraft.core.rows import group_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.mask_prediction import Guesser, Pace, places
-from selfdraft.errors import MissingMasks
+from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.mask_prediction import Guesser, places
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, middle, within
 
@@ -36,40 +35,36 @@ class S3D:
         branches: int = 3,
         min_probability: float | None = None,
     ) -> None:
-        self.guesser = Guesser(num_speculative_tokens, branches, Pace(min_probability))
+        self.guesser = Guesser(num_speculative_tokens, branches, RowCost(min_probability))
         self.target = target
-        self.masks = target.masks_of(SOURCE)
-        if not self.masks:
-            raise MissingMasks(
-                "s3d needs mask tokens trained for this model: selfdraft train --recipe s3d --model MODEL "
-                "--data FILE --output DIR, then give that folder as adapter"
-            )
-        advice = target.advice(SOURCE)
-        count: Any = num_masks if num_masks is not None else advice.get("num_masks", len(self.masks))
-        width: Any = skip_width if skip_width is not None else advice.get("skip_width", target.layers // 2)
+        masks = target.extras.masks_for(SOURCE)
+        self.masks = masks.ids
+        tuned = target.extras.tuned_options.get(SOURCE, {})
+        count: Any = num_masks if num_masks is not None else tuned.get("num_masks", len(self.masks))
+        width: Any = skip_width if skip_width is not None else tuned.get("skip_width", target.extras.num_layers // 2)
         within("num_masks", count, 1, len(self.masks))
         self.masks = self.masks[:count]
-        self.skip = middle(target.layers, width)
-        self._link = partial(target.link, SOURCE)
-        self.clock = target.clock
+        self.skip = middle(target.extras.num_layers, width)
+        self._shift = masks.shift
+        self.clock = target.extras.clock
         self._began = 0.0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        able = [i for i, budget in enumerate(budgets) if budget.depth > 0 and budget.nodes > 0]
+        able = [i for i, budget in enumerate(budgets) if budget.max_depth > 0 and budget.max_nodes > 0]
         drafts = [EMPTY] * len(sequences)
         if able:
             groups = []
             for i in able:
                 sequence = sequences[i]
-                size = min(len(self.masks), budgets[i].depth - 1, budgets[i].reach)
-                groups.append((sequence.slot, sequence.cached, sequence.tokens[-1], self.masks[:size]))
+                size = min(len(self.masks), budgets[i].max_depth - 1, budgets[i].max_probe_depth)
+                groups.append((sequence.slot, sequence.num_cached, sequence.tokens[-1], self.masks[:size]))
                 sequence.stats.num_draft_passes += 1
             rows = group_rows(groups, SOURCE)
             logits = self.target.forward(rows, self.skip)
             for i, span in zip(able, rows.spans, strict=True):
                 said = logits[span.start : span.start + span.size]
                 last = sequences[i].tokens[-1]
-                drafts[i] = self.guesser.tree(last, places(said, sequences[i]), self._link, budgets[i], SOURCE)
+                drafts[i] = self.guesser.tree(last, places(said, sequences[i]), self._shift, budgets[i], SOURCE)
         self._began = self.clock()
         return drafts
 

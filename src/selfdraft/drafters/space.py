@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from functools import partial
 from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
+from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Guesser, Pace, Place, places
-from selfdraft.errors import MissingMasks
+from selfdraft.drafting.mask_prediction import Guesser, Place, places
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
 
@@ -47,16 +46,12 @@ class Space:
         min_probability: float | None = None,
     ) -> None:
         within("mask_groups", mask_groups, 1, 256)
-        self.guesser = Guesser(num_speculative_tokens, branches, Pace(min_probability))
-        self.masks = target.masks_of(SOURCE)
-        if not self.masks:
-            raise MissingMasks(
-                "space needs mask tokens trained for this model: selfdraft train --recipe space --model MODEL "
-                "--data FILE --output DIR, then give that folder as adapter"
-            )
+        self.guesser = Guesser(num_speculative_tokens, branches, RowCost(min_probability))
+        masks = target.extras.masks_for(SOURCE)
+        self.masks = masks.ids
         self.groups = mask_groups
-        self._link = partial(target.link, SOURCE)
-        self.clock = target.clock
+        self._shift = masks.shift
+        self.clock = target.extras.clock
         self._held = [Mean(0.5, 4.0) for _ in self.masks]
         """For each mask, how often its guess was right when those before it were."""
         self._began = 0.0
@@ -68,10 +63,10 @@ class Space:
         return drafts
 
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
-        if sequence.room <= 1:
+        if sequence.remaining <= 1:
             return EMPTY  # the next token is the last one
         note = self._notes.setdefault(sequence, _Note())
-        tree = self.guesser.tree(sequence.tokens[-1], note.places, self._link, budget, SOURCE)
+        tree = self.guesser.tree(sequence.tokens[-1], note.places, self._shift, budget, SOURCE)
         tokens: list[int] = []
         parents: list[int] = []
         note.groups = {}
@@ -84,7 +79,7 @@ class Space:
 
     def _points(self, tree: Draft) -> list[tuple[int, int]]:
         """(accept point, number of masks): mask j is worth its row if it is likely to be read and to matter."""
-        price = self.guesser.pace.price
+        price = self.guesser.row_cost.tokens
         points = []
         for point, chance in self.guesser.endings(tree)[: self.groups]:
             size = 0

@@ -6,13 +6,14 @@ Sources: SAM-Decoding (arXiv 2411.10666) for the index, SuffixDecoding (arXiv 24
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.suffix_automaton import SuffixAutomaton
-from selfdraft.protocols import Target
+from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget, within
 
 SOURCE = "suffix"
@@ -21,7 +22,7 @@ SOURCE = "suffix"
 class Suffix:
     """A chain of at most `factor` x match length tokens, copied from behind the longest earlier match."""
 
-    reads = "tokens"
+    needs: ClassVar[Needs] = Needs(tokens_only=True)
 
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 32, suffix_min: int = 1, factor: float = 4.0
@@ -39,7 +40,7 @@ class Suffix:
         pass  # everything it needs is in the sequence's tokens
 
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
-        most = min(self.most, budget.depth, budget.nodes)
+        most = min(self.most, budget.max_depth, budget.max_nodes)
         if most <= 0:
             return EMPTY
         return Draft.chain(self._continuation(sequence, most), SOURCE)

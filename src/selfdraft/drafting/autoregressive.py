@@ -56,11 +56,11 @@ class Chaining:
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         began = self.clock()
         chains = [
-            Chain(sequence, min(self.most, budget.depth, budget.nodes))
+            Chain(sequence, min(self.most, budget.max_depth, budget.max_nodes))
             for sequence, budget in zip(sequences, budgets, strict=True)
         ]
         while going := [chain for chain in chains if chain.going]:
-            rows = chain_rows([(c.sequence.slot, c.sequence.cached + len(c.tokens), c.path[-1]) for c in going])
+            rows = chain_rows([(c.sequence.slot, c.sequence.num_cached + len(c.tokens), c.path[-1]) for c in going])
             for chain, logits in zip(going, self.run(rows), strict=True):
                 chain.extend(logits)
                 chain.sequence.stats.num_draft_passes += 1
@@ -70,14 +70,16 @@ class Chaining:
         return [Draft.chain(c.tokens, self.source, c.scores) if c.tokens else EMPTY for c in chains]
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        rows = sum(len(result.answers) for result in results)
+        rows = sum(len(result.argmax) for result in results)
         seconds = StepSeconds(self._seconds, self.clock() - self._ended, rows)
         drafts = [
             Verified(
-                result.draft.scores[: result.draft.candidates], len(result.path), result.draft.candidates == self.most
+                result.draft.probabilities[: result.draft.num_candidates],
+                len(result.path),
+                result.draft.num_candidates == self.most,
             )
             for result in results
-            if result.draft.candidates
+            if result.draft.num_candidates
         ]
         self.exit.observe(drafts, seconds)
 
@@ -106,11 +108,11 @@ class Chain:
         if sampling.plain:
             token = int(logits.argmax())
         else:
-            scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.ends)
+            scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.stop_ids)
             token = choose(scores, sampling, sequence.seed, len(self.path))
         self.tokens.append(token)
         self.scores.append(float(logits.float().softmax(-1)[token]))
         self.path.append(token)
-        ended = token in sequence.ends and not sampling.ignore_eos
+        ended = token in sequence.stop_ids and not sampling.ignore_eos
         self.going = len(self.tokens) < self.most and not ended
         return token

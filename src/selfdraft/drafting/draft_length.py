@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from selfdraft.drafting.cost_model import Throughput
 from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 
 BINS = 10
@@ -112,14 +113,8 @@ class ThroughputExit:
     """Seconds of a drafting link."""
     steps: StepTime = field(default_factory=StepTime)
     """Seconds of verification, by rows."""
-    tokens: Mean = field(default_factory=Mean)
-    seconds: Mean = field(default_factory=Mean)
-    """Tokens and seconds of a step; their ratio is rho."""
+    throughput: Throughput = field(default_factory=Throughput)
     confidence: Confidence = field(default_factory=Confidence)
-
-    def chance(self, confidence: float) -> float:
-        """Calibrated chance that a token of this confidence is accepted, all before it being accepted."""
-        return self.confidence.chance(confidence)
 
     def stops(self, confidences: SequenceOf[float]) -> bool:
         """Whether a draft with tokens of these confidences ends here."""
@@ -135,9 +130,7 @@ class ThroughputExit:
             self.confidence.observe(draft.confidences, draft.accepted)
         self.links.observe(seconds.drafting / count)
         self.steps.observe(seconds.rows, seconds.verifying)
-        self.tokens.observe(sum(draft.accepted + 1 for draft in drafts))
-        self.seconds.observe(seconds.drafting + seconds.verifying)
+        self.throughput.observe(sum(draft.accepted + 1 for draft in drafts), seconds.drafting + seconds.verifying)
         if self.steps.steps >= TRUSTED:
-            speed = self.tokens.value / self.seconds.value
-            price = speed * (self.links.value + self.steps.per_row)
-            self.value = min(1.0, max(0.0, price / self.confidence.acceptance.value))
+            cost = self.throughput.cost(self.links.value + self.steps.per_row)
+            self.value = min(1.0, max(0.0, cost / self.confidence.acceptance.value))

@@ -1,49 +1,49 @@
-"""Lets drafting spend what it earns and a small share of the time beside, so that it can never cost more than that."""
+"""A limit on what drafting may lose: below zero, drafting is paused until a part of the loss has been forgiven."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SHARE = 0.004
-"""Of the time, what may be lost to trials that fail."""
+"""What is forgiven in each step, in plain steps: 0.4 % of the time may be lost to trials that fail."""
 START, MOST = 12.0, 32.0
 """Plain steps that may be lost at first, and after any success."""
 TRIAL = 4.0
-"""Plain steps that must be there again before something is tried again, and what a new request is given for a trial."""
+"""Plain steps that must be there again before drafting is tried again, and what a new request is given for a trial."""
 RAREST = 4
-"""At least one of so many requests is given a trial."""
+"""At least every fourth request is given a trial."""
 
 
 @dataclass(slots=True)
-class Watch:
-    """A purse, counted in steps of plain decoding. Who has emptied it stands aside until it has filled up again.
+class LossBudget:
+    """What drafting may still lose, counted in steps of plain decoding. Below zero it is paused.
 
-    Whatever fails costs at most START steps, and SHARE of the rest; there is no verdict to be wrong about.
+    Each step adds its gain or loss, and SHARE. So what fails costs at most START steps, and SHARE of the rest.
     """
 
     balance: float = START
-    aside: bool = False
+    paused: bool = False
     patience: int = 1
-    """Requests until one is tried again though the purse is empty; doubled each time that fails."""
+    """Requests until one is tried again though the budget is empty; doubled each time that fails."""
     waited: int = 0
 
     def rest(self) -> None:
-        """A step while standing aside."""
+        """Book a step during a pause."""
         self.balance += SHARE
         if self.balance >= TRIAL:
-            self.aside = False
+            self.paused = False
 
     def begin(self) -> None:
-        """A request begins while standing aside: its text may be of another kind."""
+        """Book the begin of a request during a pause: its text may be of another kind."""
         self.waited += 1
         if self.waited >= self.patience:
-            self.aside, self.waited, self.patience = False, 0, min(2 * self.patience, RAREST)
+            self.paused, self.waited, self.patience = False, 0, min(2 * self.patience, RAREST)
             self.balance = max(self.balance, TRIAL)
 
     def book(self, gain: float) -> None:
-        """A step that brought `gain` plain steps more than it took; less than 0 when it lost."""
+        """Book a step that brought `gain` plain steps more than it took; less than 0 when it lost."""
         self.balance = min(self.balance + gain + SHARE, MOST)
         if self.balance < 0:
-            self.aside = True
+            self.paused = True
         elif self.balance > START:
             self.patience = 1

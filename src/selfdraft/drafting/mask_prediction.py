@@ -19,7 +19,8 @@ from selfdraft.core.sampler import process
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.estimators import Mean, StepTime
+from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.estimators import Mean
 from selfdraft.types import Budget, within
 
 CANDIDATES = 128
@@ -58,7 +59,10 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
 
     A sampled request is guessed with the noise that the target will use there: that is what makes them agree.
     """
-    sampling, logits = sequence.sampling, logits[: sequence.room]  # no processor is asked about a place behind the end
+    sampling, logits = (
+        sequence.sampling,
+        logits[: sequence.remaining],
+    )  # no processor is asked about a place behind the end
     if sampling.plain:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         best = wide.topk(min(CANDIDATES, wide.shape[-1]))
@@ -66,7 +70,7 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         return [Place(ids, values, silence, 1.0) for ids, values in zip(best.indices, best.values, strict=True)]
     path, found = list(sequence.tokens), []
     for row in logits:
-        scores = process(row, sampling, path, sequence.prompt_length, sequence.ends)
+        scores = process(row, sampling, path, sequence.prompt_length, sequence.stop_ids)
         alive = torch.isfinite(scores).nonzero().squeeze(1)
         noise = torch.zeros(len(alive), dtype=scores.dtype, device=scores.device)
         if not sampling.greedy:
@@ -115,10 +119,10 @@ def expand(
         scores.append(guess.chances[rank])
         parents.append(parent)
         reached[node] = -likely
-        if len(tokens) == budget.nodes:
+        if len(tokens) == budget.max_nodes:
             break
         push(parent, depth, rank + 1)
-        if depth < budget.depth:
+        if depth < budget.max_depth:
             guesses[node] = after(depth, guess.tokens[rank], node, parent)
             push(node, depth + 1, 0)
     return Draft(tuple(tokens), tuple(parents), (source,) * len(tokens), len(tokens), tuple(scores))
@@ -137,14 +141,14 @@ class Calibration:
     def observe(self, result: Result) -> None:
         """Book every node that was tried: the children of the accepted ones and of the root."""
         draft = result.draft
-        if len(draft.scores) < draft.candidates:
+        if len(draft.probabilities) < draft.num_candidates:
             return
         tried, accepted = {ROOT, *result.path}, set(result.path)
         for node, rank in enumerate(ranks(draft)):
             if draft.parents[node] in tried:
-                kind = self._kind(draft.depths[node], rank, draft.scores[node])
+                kind = self._kind(draft.depths[node], rank, draft.probabilities[node])
                 if kind not in self._means:
-                    self._means[kind] = Mean(draft.scores[node], 6.0, 0.995)
+                    self._means[kind] = Mean(draft.probabilities[node], 6.0, 0.995)
                 self._means[kind].observe(float(node in accepted))
 
     @staticmethod
@@ -153,65 +157,42 @@ class Calibration:
 
 
 @dataclass(slots=True)
-class Pace:
-    """What one more row must bring, in tokens: tokens per second now, times the seconds that a row adds to a step.
-
-    Source: the node rule of renewal-reward. `price` is 0 until rows were seen to cost; a fixed price is never changed.
-    """
-
-    fixed: float | None = None
-    time: StepTime = field(default_factory=StepTime)
-    tokens: Mean = field(default_factory=Mean)
-
-    def observe(self, rows: int, seconds: float, tokens: int) -> None:
-        """Book a step of `rows` rows that took `seconds` and brought `tokens`."""
-        self.time.observe(rows, seconds)
-        self.tokens.observe(tokens)
-
-    @property
-    def price(self) -> float:
-        if self.fixed is not None:
-            return self.fixed
-        return self.tokens.value / self.time.seconds * self.time.per_row if self.time.seconds else 0.0
-
-
-@dataclass(slots=True)
 class Guesser:
     """How a drafter with mask tokens makes trees: at most `nodes` candidates, `branches` of them for each place.
 
-    A node must be as likely as `pace.price`. Errors: OptionError for values out of range.
+    A node must be as likely as `row_cost.tokens`. Errors: OptionError for values out of range.
     """
 
     nodes: int
     branches: int
-    pace: Pace
+    row_cost: RowCost
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         within("num_speculative_tokens", self.nodes, 1, 256)
         within("branches", self.branches, 1, 16)
-        if self.pace.fixed is not None:
-            within("min_probability", self.pace.fixed, 0.0, 1.0)
+        if self.row_cost.fixed is not None:
+            within("min_probability", self.row_cost.fixed, 0.0, 1.0)
 
     def tree(self, known: int, said: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
         """The best tree behind the `known` token over what was `said` of the places behind it, within the budget."""
-        room = Budget(min(budget.nodes, self.nodes), min(budget.depth, len(said)), budget.reach)
-        if room.depth <= 0 or room.nodes <= 0:
+        room = Budget(min(budget.max_nodes, self.nodes), min(budget.max_depth, len(said)), budget.max_probe_depth)
+        if room.max_depth <= 0 or room.max_nodes <= 0:
             return EMPTY
 
         def after(depth: int, token: int, node: int, parent: int) -> Guess:
             return said[depth].after(token, link, self.branches)
 
-        prices = [self.pace.price] * room.nodes
+        prices = [self.row_cost.tokens] * room.max_nodes
         return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, prices, source)
 
     def observe(self, results: SequenceOf[Result], seconds: float) -> None:
         """Learn from a step that took `seconds` from the end of drafting on. Prefills would be counted as dear rows."""
         for result in results:
             self.calibration.observe(result)
-        if all(result.tokens and len(result.answers) == 1 + len(result.draft) for result in results):
-            rows = sum(len(result.answers) for result in results)
-            self.pace.observe(rows, seconds, sum(len(result.tokens) for result in results))
+        if all(result.tokens and len(result.argmax) == 1 + len(result.draft) for result in results):
+            rows = sum(len(result.argmax) for result in results)
+            self.row_cost.observe(rows, seconds, sum(len(result.tokens) for result in results))
 
     def endings(self, draft: Draft) -> list[tuple[int, float]]:
         """ROOT and every candidate with the chance that acceptance ends there, the likeliest first."""
@@ -219,7 +200,7 @@ class Guesser:
         left = {ROOT: 1.0}
         for node, rank in enumerate(ranks(draft)):
             parent = draft.parents[node]
-            own = reached[parent] * self.calibration.chance(draft.depths[node], rank, draft.scores[node])
+            own = reached[parent] * self.calibration.chance(draft.depths[node], rank, draft.probabilities[node])
             reached[node] = left[node] = own
             left[parent] = max(left[parent] - own, 0.0)
         return sorted(left.items(), key=lambda item: -item[1])
@@ -229,7 +210,7 @@ def ranks(draft: Draft) -> list[int]:
     """For every candidate, how many siblings stand before it."""
     counts: dict[int, int] = {}
     found = []
-    for parent in draft.parents[: draft.candidates]:
+    for parent in draft.parents[: draft.num_candidates]:
         counts[parent] = counts.get(parent, -1) + 1
         found.append(counts[parent])
     return found

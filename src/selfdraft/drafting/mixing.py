@@ -222,7 +222,7 @@ class Merger:
         `path`: tokens that are thought to come first; the tree hangs under the last of them.
         """
         self._places, self._draft = {}, EMPTY
-        most = min(budget.nodes, len(prices)) if budget.depth > 0 else 0
+        most = min(budget.max_nodes, len(prices)) if budget.max_depth > 0 else 0
         if most <= 0:
             return EMPTY
         ranked, names, places = self.credit.ranked, self.credit.names, self._places
@@ -235,7 +235,7 @@ class Merger:
         place, node, reached, product, depth = self._behind(path), ROOT, 1.0, 1.0, 0
         while True:
             floor = max(prices[len(tokens)], FLOOR)
-            if depth < budget.depth:
+            if depth < budget.max_depth:
                 places[node] = place
                 pairs = ranked(place.keys)
                 depth += 1
@@ -261,7 +261,7 @@ class Merger:
                 heapreplace(heap, (-likely, parent, rank, depth, above, before, pairs))
             else:
                 heappop(heap)
-            if depth < budget.depth:
+            if depth < budget.max_depth:
                 place = self._after(places[parent], token, len(path) + depth)
         draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
         if path:

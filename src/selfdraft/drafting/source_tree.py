@@ -1,4 +1,8 @@
-"""The two verbs of every drafter whose sources cost no pass: trees of what they say, cut where a row does not pay."""
+"""Token trees out of sources that need no forward pass, and the drafter that is nothing but such a tree.
+
+`SourceTree` keeps what was read of each request, makes its tree, and learns from the verified tokens. It is a part of
+`auto` and `cascade`. `SourceTreeDrafter` is a whole drafter: `context`, `recycling`, `prediction` and `merged`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,16 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.alignment import Aligned
 from selfdraft.drafting.context_tree import ContextTree
-from selfdraft.drafting.estimators import TRUSTED
-from selfdraft.drafting.mask_prediction import Pace
+from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.loss_budget import LossBudget
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
+from selfdraft.errors import OptionError
 from selfdraft.types import Budget, Clock, within
+
+SUCCESSORS = "recycling"
+"""Name of the source that takes the model's own runners-up: its tokens are shown under it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,13 @@ class Sources:
     """The model's runners-up at every row that was run: needs logits."""
 
 
+def every_source(recycling: object) -> Sources:
+    """All sources, the model's runners-up only with `recycling`. Errors: OptionError when that is no bool."""
+    if not isinstance(recycling, bool):
+        raise OptionError(f"recycling={recycling!r} is neither True nor False")
+    return Sources(request=True, prediction=True, recycling=recycling)
+
+
 class Note:
     """What is known about one sequence: its sources, and how far they have read."""
 
@@ -38,7 +53,7 @@ class Note:
         self._readers: list[tuple[Reader, int]] = []
         """With the first place that each one reads."""
         self._read = 0
-        self.successors = Successors("recycling", sequence) if sources.recycling else None
+        self.successors = Successors(SUCCESSORS, sequence) if sources.recycling else None
         found: list[Source] = [self.successors] if self.successors else []
         if sources.request:
             own = self._reader(Reader(ContextTree(), own=True))
@@ -71,66 +86,73 @@ class Note:
         self.catch_up(sequence)
 
 
-class Drafting:
-    """`draft` and `observe` over some sources: at most `nodes` candidates, each as likely as a row is dear.
+class SourceTree:
+    """Trees of at most `nodes` candidates out of `sources`; the notes of each request, and what all requests taught.
 
-    `min_probability` is that price, or None: then it is measured with `clock`, in seconds. Before it is known, trees
-    start small. `memory` gets every output that is finished. What sources are worth outlives a request, what they read
-    does not.
+    `memory` gets every output that is finished. What sources are worth outlives a request, what they read does not.
+    The successor table costs time at every step: it is read as long as what it alone brought is worth that (`book`).
     Errors: OptionError for values out of range.
     """
 
-    def __init__(
-        self,
-        sources: Sources,
-        nodes: int,
-        min_probability: float | None,
-        clock: Clock,
-        memory: Memory | None = None,
-    ) -> None:
+    def __init__(self, sources: Sources, nodes: int, clock: Clock, memory: Memory | None = None) -> None:
         within("num_speculative_tokens", nodes, 1, 256)
-        if min_probability is not None:
-            within("min_probability", min_probability, 0.0, 1.0)
-        self.sources, self.most, self.memory = sources, nodes, memory
-        self.pace = Pace(min_probability)
+        self.sources, self.most, self.memory, self.clock = sources, nodes, memory, clock
         self.credit = Credit()
-        self.clock = clock
-        self._began = 0.0
-        self._drafted = 0
+        self.successors = LossBudget()
+        """What reading the successor table may still lose."""
+        self._reading = 0.0
+        """Seconds that it took in this step."""
         self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()
 
-    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        self._began, self._drafted = self.clock(), len(sequences)
-        most = self._room()
-        prices = self._prices(sequences, most)
-        drafts = []
-        for sequence, budget in zip(sequences, budgets, strict=True):
-            room = Budget(min(budget.nodes, most), budget.depth, budget.reach)
-            drafts.append(self._ready(sequence).merger.tree(room, prices))
-        return drafts
+    def __len__(self) -> int:
+        """Requests that there are notes of."""
+        return len(self._notes)
 
-    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        if len(sequences) == self._drafted and all(result.tokens for result in results):
-            rows = sum(1 + len(result.draft) for result in results)  # a prefill would be counted as dear rows
-            self.pace.observe(rows, self.clock() - self._began, sum(len(result.tokens) for result in results))
-        self._drafted = 0
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._notes
+
+    def draft(
+        self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget], row_costs: SequenceOf[float]
+    ) -> list[Draft]:
+        """A tree for each sequence whose i-th node is at least as likely as `row_costs[i]`."""
+        return [self.tree(one, budget, row_costs) for one, budget in zip(sequences, budgets, strict=True)]
+
+    def tree(
+        self, sequence: Sequence, budget: Budget, row_costs: SequenceOf[float], path: SequenceOf[int] = ()
+    ) -> Draft:
+        """The tree under the end of a sequence, or under tokens (`path`) that are thought to come behind it."""
+        note = self._note(sequence)
+        note.catch_up(sequence)  # what came in steps that drafted nothing
+        if note.successors is not None:
+            note.successors.awake = not self.successors.paused
+        room = Budget(min(budget.max_nodes, self.most, len(row_costs)), budget.max_depth, budget.max_probe_depth)
+        return note.merger.tree(room, row_costs, path)
+
+    def learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        """Score every source by the new tokens, read them, and keep the runners-up of every row that was run."""
         for sequence in sequences:
             if sequence in self._notes:
                 self._notes[sequence].learn(sequence)
-        if self.sources.recycling:
-            self._recycle(sequences, results)
-        self._forget(sequences)
-
-    def _recycle(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        """Keep the runners-up of every row that was run."""
+        if not self.sources.recycling:
+            return
+        if self.successors.paused:
+            self.successors.rest()
+            return
+        began = self.clock()
         for sequence, result in zip(sequences, results, strict=True):
-            if not result.tokens or sequence.finished:
-                continue
-            if (successors := self._note(sequence).successors) is not None:
-                successors.learn(sequence.tokens[-1 - len(result.tokens)], result)
+            if result.tokens and not sequence.finished and (table := self._note(sequence).successors) is not None:
+                table.learn(sequence.tokens[-1 - len(result.tokens)], result)
+        self._reading = self.clock() - began
 
-    def _forget(self, sequences: SequenceOf[Sequence]) -> None:
-        """Drop the notes of those that have ended; the memory keeps what they said."""
+    def book(self, results: SequenceOf[Result], plain: float) -> None:
+        """Book what the successor table brought and took in this step. `plain`: seconds of a plain step."""
+        if self._reading:
+            brought = sum(map(only_successors, results)) / len(results)
+            self.successors.book(brought - self._reading / plain)
+        self._reading = 0.0
+
+    def forget(self, sequences: SequenceOf[Sequence]) -> None:
+        """Drop the notes of those that have ended; the memory keeps their outputs."""
         for sequence in sequences:
             if sequence.finished:
                 self._notes.pop(sequence, None)
@@ -143,15 +165,45 @@ class Drafting:
             note = self._notes[sequence] = Note(sequence, self.sources, self.memory, self.credit)
         return note
 
-    def _ready(self, sequence: Sequence) -> Note:
-        """The note of a sequence that is drafted for now."""
-        return self._note(sequence)
 
-    def _prices(self, sequences: SequenceOf[Sequence], most: int) -> SequenceOf[float]:
-        """What each node of a tree must bring, in tokens."""
-        return [self.pace.price] * most
+def only_successors(result: Result) -> int:
+    """Accepted tokens that would not have been there without the runners-up: from the first of them on."""
+    sources = [result.draft.sources[node] for node in result.path]
+    return len(sources) - sources.index(SUCCESSORS) if SUCCESSORS in sources else 0
 
-    def _room(self) -> int:
-        """Most nodes now. The first steps differ in size: what a row costs is not seen in steps of one size."""
-        steps = self.pace.time.steps
-        return self.most if self.pace.fixed is not None or steps >= TRUSTED else min(self.most, 2**steps)
+
+class SourceTreeDrafter:
+    """A drafter that is one `SourceTree`: a node must be at least as likely as a row is dear.
+
+    `min_probability` fixes the cost of a row in tokens; with None it is measured with `clock`.
+    Errors: OptionError for values out of range.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        nodes: int,
+        min_probability: float | None,
+        clock: Clock,
+        memory: Memory | None = None,
+    ) -> None:
+        if min_probability is not None:
+            within("min_probability", min_probability, 0.0, 1.0)
+        self.tree = SourceTree(sources, nodes, clock, memory)
+        self.memory, self.clock = memory, clock
+        self.row_cost = RowCost(min_probability)
+        self._began = 0.0
+        self._drafted = 0
+
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        self._began, self._drafted = self.clock(), len(sequences)
+        most = min(self.tree.most, self.row_cost.most_rows)
+        return self.tree.draft(sequences, budgets, [self.row_cost.tokens] * most)
+
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        if len(sequences) == self._drafted and all(result.tokens for result in results):
+            rows = sum(1 + len(result.draft) for result in results)  # a prefill would be counted as dear rows
+            self.row_cost.observe(rows, self.clock() - self._began, sum(len(result.tokens) for result in results))
+        self._drafted = 0
+        self.tree.learn(sequences, results)
+        self.tree.forget(sequences)

@@ -188,4 +188,4 @@ class Successors:
             return
         scores, ids = likeliest(result.logits, self._sequence.sampling)
         for row in order:
-            self._answers.learn(tokens[row], scores[row], ids[row], row > draft.candidates)
+            self._answers.learn(tokens[row], scores[row], ids[row], row > draft.num_candidates)

@@ -56,7 +56,7 @@ class Note:
             self.copied = (self.copied * (AHEAD // len(self.copied) + 1))[:AHEAD]
 
 
-class Copying:
+class SuffixCopy:
     """Chains of copied tokens. What a copy is worth outlives a request; what was read does not."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Copying:
         self._chances = [[mean.value for mean in means] for means in self._means]
         """Their values."""
 
-    def knows(self, sequence: Sequence) -> bool:
+    def __contains__(self, sequence: Sequence) -> bool:
         """Whether it has drafted for the sequence."""
         return sequence in self._notes
 
@@ -99,7 +99,7 @@ class Copying:
         if note is None:
             note = self._notes[sequence] = Note(sequence)
         note.look_up(sequence)
-        most = min(len(note.copied), budget.depth, budget.nodes, len(prices))
+        most = min(len(note.copied), budget.max_depth, budget.max_nodes, len(prices))
         chances, reached, scores = self._chances[_mood(note)], 1.0, list[float]()
         for depth in range(most):
             own = chances[kind_of_match(note.length + depth)]

@@ -44,8 +44,8 @@ class Engine:
         """Errors: RequestError for an empty prompt, PromptTooLong for one that leaves no room for an answer."""
         if not sequence.tokens:
             raise RequestError("the prompt is empty: give at least one token")
-        if sequence.room <= 0:
-            raise PromptTooLong(f"a prompt of {sequence.prompt_length} tokens leaves no room in {sequence.limit}")
+        if sequence.remaining <= 0:
+            raise PromptTooLong(f"a prompt of {sequence.prompt_length} tokens leaves no room in {sequence.max_length}")
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; doing so twice, or after its end, changes nothing."""

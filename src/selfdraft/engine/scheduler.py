@@ -23,8 +23,8 @@ def share(sequence: Sequence, chunk: int) -> int:
 
     So the shape of a prefill depends on the prompt alone, and its bits do too.
     """
-    pending = len(sequence.tokens) - sequence.cached
-    return min(pending, chunk - sequence.cached % chunk)
+    pending = len(sequence.tokens) - sequence.num_cached
+    return min(pending, chunk - sequence.num_cached % chunk)
 
 
 def plan(running: SequenceOf[Sequence], chunk: int, rows: int) -> list[tuple[Sequence, int]]:

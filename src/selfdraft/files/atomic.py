@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -86,19 +87,24 @@ def read_record(place: Path, identity: object) -> dict[str, Any] | None:
 
 def write_record(place: Path, identity: object, **values: object) -> None:
     """Keep values, ready for JSON, for an identity; whole or not at all. Errors: OSError."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(place) as part:
         part.write_text(json.dumps({"identity": identity, **values}) + "\n", "utf-8")
 
 
 @contextmanager
-def whole_file(wanted: Path) -> Iterator[Path]:
-    """A path beside `wanted` that becomes `wanted` when the block ends without an error. Errors: OSError."""
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{wanted.name}-", suffix=".part", dir=wanted.parent)
-    os.close(handle)
-    part = Path(name)
+def whole_file(wanted: Path, part: Path | None = None) -> Iterator[Path]:
+    """A path beside `wanted` that becomes `wanted` when the block ends without an error. Errors: OSError.
+
+    The file is as readable as any other that is made here, or as the one that it replaces. `part`: that path, where
+    only one process writes, so that the next run overwrites what a killed one has left; else no other has its name.
+    """
+    if part is None:
+        part = wanted.with_name(f".{wanted.name[:100]}-{secrets.token_hex(6)}.part")
     try:
         yield part
+        if wanted.exists():
+            part.chmod(stat.S_IMODE(wanted.stat().st_mode))
         os.replace(part, wanted)
     finally:
         part.unlink(missing_ok=True)

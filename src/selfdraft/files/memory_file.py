@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.files.atomic import whole_file
 
 FORMAT = 1
 
@@ -66,10 +66,8 @@ def _is_output(value: object) -> bool:
 def save_memory(path: Path, memory: Memory, tokenizer: str | None) -> None:
     """Write a memory, whole or not at all. Errors: RequestError."""
     value = {"selfdraft_memory": FORMAT, "tokenizer": tokenizer, "outputs": [list(one) for one in memory.outputs]}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(value), "utf-8")
-        os.replace(beside, path)
+        with whole_file(path) as part:
+            part.write_text(json.dumps(value), "utf-8")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise RequestError(f"memory {path} cannot be written: {error.strerror}") from error

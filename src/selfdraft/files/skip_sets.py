@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdraft.errors import OptionError
+from selfdraft.files.atomic import whole_file
 from selfdraft.types import Skip
 
 Record = dict[str, Any]
@@ -102,14 +103,11 @@ def save_set(path: Path, name: str, record: Mapping[str, Any]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a document, lists of numbers on one line each. Errors: OptionError; then the old file is as it was."""
     check_writable(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(_pretty(value) + "\n", "utf-8")
-        os.replace(beside, path)
+        with whole_file(path) as part:
+            part.write_text(_pretty(value) + "\n", "utf-8")
     except OSError as error:
         raise OptionError(f"{path} cannot be written: {error.strerror}; give another place") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

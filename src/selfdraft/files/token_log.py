@@ -104,8 +104,8 @@ def entry(
         "generated_token_ids": list(output),
         "limit": limit,
         "ends": sorted(ends),
-        "edge": target.edge(0),
-        "context": target.context,
+        "edge": target.next_boundary(0),
+        "context": target.max_length,
         "chunk": chunk,
         "tokenizer": tokenizer,
     }

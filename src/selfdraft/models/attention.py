@@ -91,7 +91,7 @@ def make_plan(rows: Rows, cache: KVCache, shapes: Shapes, device: torch.device) 
             groups.append(_tree_group(span, range(span.size), 1, device))
             continue
         groups.append(_lane_group(span, shapes, device))
-        probes = range(span.pending + span.draft.candidates, span.size)
+        probes = range(span.pending + span.draft.num_candidates, span.size)
         if len(probes):
             groups.append(_tree_group(span, probes, shapes.width, device))
     if len(groups) == 1 and groups[0].lanes == 1 and groups[0].width >= shapes.round_rows(len(rows)):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows
-from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.models import views
 from selfdraft.models.adapters import Gate, MaskAdapter, gate_rows, gated, linked
@@ -24,7 +25,8 @@ from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.runner import Runner
-from selfdraft.types import Clock, Rounded, Short, Skip
+from selfdraft.protocols import DraftExtras, MaskTokens
+from selfdraft.types import Clock, PassVariant, Rounded, Skip
 
 register(NAME, attend)
 
@@ -47,7 +49,7 @@ class HFTarget:
     `model` is used through a view and never touched. `shapes` sets the exactness level (`shapes.py`).
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
-    `skip_default` is the skip set that came with the checkpoint, if any. `fast` runs passes as tapes (`runner.py`)
+    `fast` runs passes as tapes (`runner.py`)
     instead of through transformers. `clock` is what drafters and measurements read, in seconds.
     Errors: RunnerUnavailable when that cannot be done.
     """
@@ -71,7 +73,8 @@ class HFTarget:
         self.clock = clock
         self.exactness = exactness
         self.last: Plan | None = None
-        self.skip_default: Skip | None = None
+        self.tuned: dict[str, Mapping[str, object]] = {one.method: one.advice for one in adapters}
+        """By method, options found best on this model."""
         self.profile: Profile | None = None
         """Whoever measures one puts it here."""
         self._view = views.clone(model).eval()
@@ -108,44 +111,38 @@ class HFTarget:
         return twin
 
     @property
-    def masks(self) -> int:
+    def num_mask_ids(self) -> int:
         return 0 if self._masks is None else self._masks.shape[0]
 
-    def masks_of(self, method: str) -> range:
-        first = self.vocab
-        for adapter in self.adapters:
-            if adapter.method == method:
-                return range(first, first + len(adapter.embeddings))
-            first += len(adapter.embeddings)
-        return range(0)
+    @property
+    def extras(self) -> DraftExtras:
+        """See `selfdraft.protocols.DraftExtras`."""
+        return DraftExtras(self.clock, self.profile, self.layers, self._mask_tokens(), self.tuned)
 
-    def advice(self, method: str) -> Mapping[str, object]:
-        if method == "layer_skip" and self.skip_default is not None:
-            return {"skip_set": self.skip_default}
-        return next((adapter.advice for adapter in self.adapters if adapter.method == method), {})
+    def _mask_tokens(self) -> dict[str, MaskTokens]:
+        found, first = dict[str, MaskTokens](), self.vocab
+        for adapter in self.adapters:
+            ids = range(first, first := first + len(adapter.embeddings))
+            if adapter.method in self._links:
+                found.setdefault(adapter.method, MaskTokens(ids, partial(self._shift, adapter.method)))
+            else:
+                found.setdefault(adapter.method, MaskTokens(ids))
+        return found
 
     @torch.inference_mode()
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        pair = self._links.get(method)
-        if pair is None:
-            return None
-        down, up = pair
+    def _shift(self, method: str, token: int, ids: Tensor) -> Tensor:
+        down, up = self._links[method]
         return linked(self._view, torch.tensor(token, device=self._device), down, up, ids.to(self._device))
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Memory of mask embeddings and adapters in bytes."""
-        return sum(adapter.bytes for adapter in self.adapters)
 
     @property
     def layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
     @property
-    def context(self) -> int:
+    def max_length(self) -> int:
         return self._context
 
-    def edge(self, position: int) -> int:
+    def next_boundary(self, position: int) -> int:
         return self.shapes.edge(position, self._context)
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
@@ -155,7 +152,7 @@ class HFTarget:
             (self.runner or self.cache).keep(slot, base, order)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         self._make_room(rows)
         skipped = isinstance(short, Skip)
         acting = gate_rows(rows, self.adapters, self.vocab, skipped=skipped) if rows.probing else {}
@@ -170,7 +167,7 @@ class HFTarget:
             self._early.forget(rows)
         return logits
 
-    def _run_gated(self, rows: Rows, short: Short | None, acting: dict[int, slice | Tensor]) -> Tensor:
+    def _run_gated(self, rows: Rows, short: PassVariant | None, acting: dict[int, slice | Tensor]) -> Tensor:
         """A pass in which some rows use their adapter. What it leaves in the cache is nothing to build on."""
         self._early.forget(rows)
         self._gate.rows = acting
@@ -220,7 +217,7 @@ class HFTarget:
         positions = torch.nn.functional.pad(rows.positions, (0, padding))[None].to(self._device)
         if hidden is not None:
             plan.hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))[None]
-        asked = list(rows.answers)
+        asked = list(rows.logit_rows)
         asked += [0] * (self.shapes.round_rows(len(asked)) - len(asked))
         output = model(
             **self._inputs(tokens),
@@ -229,9 +226,9 @@ class HFTarget:
             logits_to_keep=torch.tensor(asked, dtype=torch.int64, device=self._device),
             selfdraft=plan,
         )
-        return output.logits[0, : len(rows.answers)], plan
+        return output.logits[0, : len(rows.logit_rows)], plan
 
-    def view(self, short: Short) -> PreTrainedModel:
+    def view(self, short: PassVariant) -> PreTrainedModel:
         """The model as `short` says. One with sublayers left out notes the states entering the first of them."""
         if short not in self._views:
             if isinstance(short, Rounded):
@@ -244,7 +241,7 @@ class HFTarget:
             self._views[short] = views.noting(made, self.layers, short.first) if short.first else made
         return self._views[short]
 
-    def _gated_view(self, short: Short) -> PreTrainedModel:
+    def _gated_view(self, short: PassVariant) -> PreTrainedModel:
         if ("gated", short) not in self._views:
             if isinstance(short, Rounded):
                 made = gated(self.view(short), self.adapters, self._gate)

@@ -31,7 +31,7 @@ class HalfRight:
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         drafts = []
         for sequence in sequences:
-            done = sequence.written
+            done = sequence.num_output_tokens
             right = list(self.text[done : done + 1 + done % 6])
             wrong = [(token + 7) % self.vocab for token in self.text[done : done + 3]]
             drafts.append(Draft.branches([wrong, [*right, *wrong[:2]]], "half_right"))

@@ -33,7 +33,7 @@ def decode(engine: Engine, sequence: Sequence, *, bits: bool = False) -> Record:
     began = time.perf_counter()
     for _, result in engine.generate([sequence]):
         if bits and result.tokens:
-            new = sequence.written - len(digests)
+            new = sequence.num_output_tokens - len(digests)
             digests += [digest(row) for row in _rows(result, new)]
     seconds = time.perf_counter() - began
     return Record(tuple(sequence.output), tuple(digests), tuple(sequence.sources), sequence.stats, seconds)

@@ -59,7 +59,7 @@ def stock_greedy(model: Model) -> Reference:
     """transformers' own greedy decoding, for sequences whose sampling is plain."""
 
     def refer(sequence: Sequence) -> Record:
-        tokens = greedy(model, sequence.tokens, sequence.room, sequence.ends)
+        tokens = greedy(model, sequence.tokens, sequence.remaining, sequence.stop_ids)
         return Record(tuple(tokens), (), (), sequence.stats, 0.0)
 
     return refer

@@ -35,13 +35,13 @@ class Reliability:
 
     def book(self, draft: Draft, path: SequenceOf[int], emitted: int) -> None:
         """A step that ran `draft`, accepted the nodes of `path` and emitted so many tokens."""
-        counts = self.tokens >= self.behind and len(draft.scores) >= draft.candidates
+        counts = self.tokens >= self.behind and len(draft.probabilities) >= draft.num_candidates
         self.tokens += emitted
         if not counts:
             return
-        accepted, reached = {*path}, [1.0] * (draft.candidates + 1)  # the last one is ROOT
-        for node, parent in enumerate(draft.parents[: draft.candidates]):
-            reached[node] = chance = reached[parent if parent != ROOT else -1] * draft.scores[node]
+        accepted, reached = {*path}, [1.0] * (draft.num_candidates + 1)  # the last one is ROOT
+        for node, parent in enumerate(draft.parents[: draft.num_candidates]):
+            reached[node] = chance = reached[parent if parent != ROOT else -1] * draft.probabilities[node]
             found = self.bins[bisect(EDGES, chance)]
             found.nodes += 1
             found.predicted += chance

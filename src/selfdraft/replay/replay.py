@@ -8,68 +8,117 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from selfdraft.core.commit import commit
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result, walk
-from selfdraft.drafters import build, find, table
+from selfdraft.drafters import build, find, needs_of, table
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.engine.scheduler import share
-from selfdraft.engine.step import budget
+from selfdraft.engine.step import step
 from selfdraft.errors import OptionError
 from selfdraft.files.token_log import FAR, Logged
-from selfdraft.protocols import Drafter
+from selfdraft.protocols import Drafter, DraftExtras
 from selfdraft.replay.reliability import Reliability
-from selfdraft.types import SamplingParams, Short, Stats, within
+from selfdraft.types import Budget, PassVariant, SamplingParams, Stats, within
 
 BEHIND = -1
 """What the log says behind its end: no token."""
 
 
 class LogTarget:
-    """Stands where the model stands. Knows no logits, so a drafter that asks for a pass is refused."""
+    """A log in the place of the model: it knows what comes, but no logits, so a drafter's own pass is refused.
+
+    `times`: seconds of a pass by its rows, on which its clock goes on; without them the clock stands still.
+    Errors: OptionError for times that cannot be those of passes.
+    """
 
     vocab = FAR
-    masks = 0
-    layers = 1
+    num_mask_ids = 0
 
-    def __init__(self, logged: Logged | None = None) -> None:
-        self.context = logged.context if logged else FAR
-        self._edge = logged.edge if logged else FAR
+    def __init__(self, times: Mapping[int, float] | None = None, pass_cost: Profile | None = None) -> None:
+        if times is not None:
+            check_times(times)
+        self.times = times
+        self.now = 0.0
+        """What its clock shows, in seconds."""
+        self.extras = DraftExtras(lambda: self.now, pass_cost)
+        self.max_length = self._edge = FAR
+        self._output: tuple[int, ...] = ()
+        self._drafting = False
 
-    def masks_of(self, method: str) -> range:
-        return range(0)
+    def open(self, logged: Logged) -> Sequence:
+        """The request of a log entry, to be answered as the log says."""
+        self.max_length, self._edge, self._output = logged.context, logged.edge, logged.output
+        sampling = SamplingParams(max_tokens=logged.limit - len(logged.prompt))
+        return Sequence([*logged.prompt], len(logged.prompt), sampling, stop_ids=logged.ends, max_length=logged.limit)
 
-    def link(self, method: str, token: int, ids: Tensor) -> Tensor | None:
-        return None
-
-    @staticmethod
-    def clock() -> float:
-        return 0.0  # no pass is run: `replay` hands its own to a drafter with a clock
-
-    @property
-    def profile(self) -> None:
-        return None
-
-    def advice(self, method: str) -> Mapping[str, object]:
-        return {}
-
-    def forward(self, rows: Rows, short: Short | None = None) -> Tensor:
-        raise OptionError("this drafter runs the model; a log holds tokens only")
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
+        if self._drafting:
+            raise OptionError("this drafter runs the model; a log holds tokens only")
+        if self.times and all(span.pending == 1 for span in rows.spans):  # prefill is left out
+            self.now += time_of(self.times, len(rows))
+        return torch.empty(0)
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         pass
 
-    def edge(self, position: int) -> int:
+    def next_boundary(self, position: int) -> int:
         return (position // self._edge + 1) * self._edge
+
+    def choose(self, rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Result]:
+        """What `verify` is for a model: the walk, with the log's next tokens as what the target says."""
+        results = []
+        for span, sequence in zip(rows.spans, sequences, strict=True):
+            if not span.num_logits:
+                results.append(Result(span.draft))
+                continue
+            rest = self._output[sequence.num_output_tokens :]
+            says = iter([*rest, BEHIND])
+            path, tokens = walk(span.draft, _next_of(says))
+            results.append(Result(span.draft, tuple(path), tuple(tokens[: len(rest)])))
+        return results
+
+    @contextmanager
+    def drafter_at_work(self) -> Iterator[None]:
+        """Inside, a pass would be the drafter's own, and is refused."""
+        self._drafting = True
+        try:
+            yield
+        finally:
+            self._drafting = False
+
+
+class Timed:
+    """A drafter, its work timed with `now`; passes of its own are refused."""
+
+    def __init__(self, drafter: Drafter, target: LogTarget, now: Callable[[], float]) -> None:
+        self.drafter, self.target, self.now = drafter, target, now
+        self.drafting = self.learning = 0.0
+        """Seconds of the last step."""
+
+    def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        began = self.now()
+        with self.target.drafter_at_work():
+            drafts = self.drafter.draft(sequences, budgets)
+        self.drafting = self.now() - began
+        return drafts
+
+    def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        began = self.now()
+        with self.target.drafter_at_work():
+            self.drafter.observe(sequences, results)
+        self.learning = self.now() - began
 
 
 @dataclass(slots=True)
@@ -142,19 +191,19 @@ def time_of(times: Mapping[int, float], rows: int) -> float:
     return max(times[low] + (times[high] - times[low]) * (rows - low) / (high - low), 0.0)
 
 
-def open_drafter(name: str, options: Mapping[str, object] | None = None) -> Drafter:
+def open_drafter(name: str, options: Mapping[str, object] | None = None, target: LogTarget | None = None) -> Drafter:
     """The drafter `name`, without a model; options that make it read logits are off unless they are given.
 
     Errors: OptionError when drafter or options need a model; as `drafters.build`.
     """
     factory, wanted = find(name, options or {}), dict(options or {})
-    if getattr(factory, "reads", None) != "tokens":
-        able = ", ".join(known for known, factory in table().items() if getattr(factory, "reads", None) == "tokens")
+    if not needs_of(factory).tokens_only:
+        able = ", ".join(known for known, factory in table().items() if needs_of(factory).tokens_only)
         raise OptionError(f"drafter {name!r} reads what the model says; a log holds tokens only. Replay takes: {able}")
-    for option in getattr(factory, "logit_options", ()):
+    for option in needs_of(factory).logits_options:
         if wanted.setdefault(option, False):
             raise OptionError(f"{option} of drafter {name!r} reads logits; a log holds tokens only: leave it out")
-    return build(name, LogTarget(), wanted)
+    return build(name, target or LogTarget(), wanted)
 
 
 def check_times(times: Mapping[int, float]) -> None:
@@ -171,73 +220,44 @@ def replay(
     drafter: Drafter,
     nodes: int,
     *,
-    times: Mapping[int, float] | None = None,
+    target: LogTarget | None = None,
     now: Callable[[], float] = time.perf_counter,
     done: Callable[[], None] = lambda: None,
 ) -> Replayed:
     """Run the requests one after the other, drafts of at most `nodes` candidates.
 
-    A drafter with a `clock` sees a made-up one: every pass takes `times`, or nothing when none are given. `done` is
-    called after each request. Errors: OptionError for `nodes` out of range or a drafter that runs the model.
+    `target`: the one that the drafter was made for, if its clock shall go on. `done` is called after each request.
+    Errors: OptionError for `nodes` out of range or a drafter that runs the model.
     """
     within("max_nodes", nodes, 1, 2**16)
-    found, virtual = Replayed(), [0.0]
-    if hasattr(drafter, "clock"):
-        drafter.clock = lambda: virtual[0]
+    found, target = Replayed(), target or LogTarget()
+    timed = Timed(drafter, target, now)
     for logged in requests:
-        sampling = SamplingParams(max_tokens=logged.limit - len(logged.prompt))
-        sequence = Sequence([*logged.prompt], len(logged.prompt), sampling, ends=logged.ends, limit=logged.limit)
-        target = LogTarget(logged)
+        sequence = target.open(logged)
         while not sequence.finished:
-            _step(target, drafter, sequence, logged, nodes, found, times, virtual, now)
+            _step(target, timed, sequence, logged, nodes, found)
         found.stats.add(sequence.stats)
         found.requests += 1
         done()
     return found
 
 
-def _step(
-    target: LogTarget,
-    drafter: Drafter,
-    sequence: Sequence,
-    logged: Logged,
-    nodes: int,
-    found: Replayed,
-    times: Mapping[int, float] | None,
-    virtual: list[float],
-    now: Callable[[], float],
-) -> None:
-    """What `engine.step` does, with the log in the place of the pass."""
-    size, pending = share(sequence, logged.chunk), len(sequence.tokens) - sequence.cached
-    draft = proposed = EMPTY
-    which: tuple[int, ...] = ()
-    began = now()
-    if pending == 1:
-        room = budget(target, sequence, nodes)
-        (proposed,) = drafter.draft([sequence], [room])
-        took = now() - began
-        draft, which = proposed.clip(room, target.vocab, target.masks)
-    result = _verified(draft, logged.output[sequence.written :]) if size == pending else Result(draft)
-    emitted = commit(sequence, result)
-    if sequence.written == len(logged.output):
+def _step(target: LogTarget, timed: Timed, sequence: Sequence, logged: Logged, nodes: int, found: Replayed) -> None:
+    """One decode step of the engine, with the log in the place of the pass, and what is counted of it."""
+    decodes = len(sequence.tokens) - sequence.num_cached == 1
+    written = sequence.num_output_tokens
+    (result,) = step(target, timed, [(sequence, share(sequence, logged.chunk))], nodes, target.choose)
+    emitted = sequence.num_output_tokens - written
+    if sequence.num_output_tokens == len(logged.output):
         sequence.finish_reason = sequence.finish_reason or "stop"  # what ended it is not in the tokens
-    sequence.cached += size + len(result.path[: max(emitted - 1, 0)])
-    if pending == 1:
-        result.proposed, result.nodes = proposed, which
-        found.reliability.book(draft, result.path, emitted)
-        found.rows[1 + len(draft)] += 1
-        virtual[0] += time_of(times, 1 + len(draft)) if times else 0.0
-    began = now()
-    drafter.observe([sequence], [result])
-    if pending == 1:
-        found.host.append(took + now() - began)
-        found.drafting.append(took)
+    if decodes:
+        found.reliability.book(result.draft, result.path, emitted)
+        found.rows[1 + len(result.draft)] += 1
+        found.host.append(timed.drafting + timed.learning)
+        found.drafting.append(timed.drafting)
     if emitted:
         found.accepted.append(min(emitted, len(result.path)))
 
 
-def _verified(draft: Draft, rest: SequenceOf[int]) -> Result:
-    """The walk, with the log's next tokens `rest` as what the target says."""
-    says = iter([*rest, BEHIND])
-    path, tokens = walk(draft, lambda node: next(says))
-    return Result(draft, tuple(path), tuple(tokens[: len(rest)]))
+def _next_of(tokens: Iterator[int]) -> Callable[[int], int]:
+    return lambda node: next(tokens)

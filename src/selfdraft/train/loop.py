@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.errors import OptionError
+from selfdraft.files.atomic import whole_file
 from selfdraft.train.settings import Settings, first_change
 from selfdraft.train.student import Batch, Student
 from selfdraft.train.texts import Text, split
@@ -198,18 +198,16 @@ def digest(texts: SequenceOf[Text]) -> str:
 def save(
     path: Path, student: Student, optimizer: Any, settings: Settings, done: Progress, origin: Mapping[str, str]
 ) -> None:
-    """Write beside, then rename: a kill leaves the old checkpoint whole."""
+    """Write a checkpoint; a kill leaves the old one whole."""
     weights = [p.detach().cpu() for p in student.trainable()]
     state = {"weights": weights, "optimizer": optimizer.state_dict(), "settings": settings.as_dict()}
     state |= {"step": done.step, "loss": done.loss, "origin": dict(origin)}
     if optimizer.scaler is not None:  # float16
         state["scaler"] = optimizer.scaler.state_dict()
-    part = path.with_suffix(".part")
     try:
-        torch.save(state, part)
-        os.replace(part, path)
+        with whole_file(path, path.with_suffix(".part")) as part:
+            torch.save(state, part)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
         what = str(error).partition("\n")[0]
         raise OptionError(f"the checkpoint {path} cannot be written: {what}; the last one, if any, is whole") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from selfdraft.core.sequence import Sequence
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
+from selfdraft.files.atomic import whole_file
 from selfdraft.files.records import FIELDS, Record, read_records, turns_of
 from selfdraft.train.settings import first_change
 
@@ -110,12 +110,8 @@ def _check_origin(path: Path, origin: Mapping[str, object]) -> None:
     odd = first_change(made, origin)
     if odd is not None:
         raise OptionError(f"{path} was made with {odd}; go on with the same options, or choose another --output")
-    part = beside.with_suffix(".part")
-    try:
+    with whole_file(beside, beside.with_suffix(".part")) as part:
         part.write_text(json.dumps(origin) + "\n", "utf-8")
-        os.replace(part, beside)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _append_own(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from selfdraft.core.rows import chain_rows
 from selfdraft.drafters.auto import TREE_FROM
 from selfdraft.drafters.layer_skip import usual_skip
-from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
 from selfdraft.tune.machine import BATCH, settled
+from selfdraft.types import Skip
 
 TYPICAL = 256
 """Remembered tokens at which rows are compared."""
@@ -37,7 +38,7 @@ def explain(target: HFTarget, profile: Profile) -> list[Verdict]:
     plain = profile.step(1, TYPICAL)
     found = [_tree(profile, plain), _window(profile, plain)]
     for method in ("space", "s3d"):
-        masks = len(target.masks_of(method))
+        masks = target.extras.num_masks(method)
         if masks:
             found.append(_masks(profile, plain, method, masks))
     return [*found, _short(target, profile, plain), _batch(profile)]
@@ -85,7 +86,8 @@ def _masks(profile: Profile, plain: float, method: str, masks: int) -> Verdict:
 
 
 def _short(target: HFTarget, profile: Profile, plain: float) -> Verdict:
-    skip = target.skip_default or usual_skip(target.layers)
+    named = target.tuned.get("layer_skip", {}).get("skip_set")
+    skip = named if isinstance(named, Skip) else usual_skip(target.layers)
     rows = chain_rows([(0, 1, 1)])
     settled(target, rows, skip)  # makes the shorter model
     share = (settled(target, rows, skip) + profile.host) / plain

@@ -19,7 +19,7 @@ import torch
 from selfdraft.core.rows import Rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
-from selfdraft.drafting.pass_cost import Profile
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import cache_folder, write_record
 from selfdraft.models.machine import cpu_name
@@ -122,10 +122,10 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
 
     Every round times all of them once, so that another user of the machine disturbs all alike.
     """
-    long = min(LONG, target.context - max(ROWS) - 2)
+    long = min(LONG, target.max_length - max(ROWS) - 2)
     if long < 2 * SHORT:
         least = 2 * SHORT + max(ROWS) + 2
-        raise OptionError(f"a context of {target.context} tokens is too short to measure a pass; it needs {least}")
+        raise OptionError(f"a context of {target.max_length} tokens is too short to measure a pass; it needs {least}")
     benches = [_bench(target, size) for size in (SHORT, long)]
     beside = beside_the_pass(target, lambda: _request(target, benches[0].tokens))
     benches[-1].prefill()  # the short one reads the beginning of the same tokens
@@ -134,7 +134,7 @@ def measure(target: HFTarget, seconds: float = SECONDS) -> Iterator[float | Prof
     began, done = target.clock(), 0
     while done < LEAST + 1 or (done < MOST and target.clock() - began < seconds):
         for number, bench in enumerate(benches):
-            bench.sequence.cached = bench.context
+            bench.sequence.num_cached = bench.context
             for rows in ROWS:
                 found.setdefault((number, rows), []).append(_time(bench, rows))
         several.append(_several(target, benches[0]))
@@ -156,13 +156,13 @@ def measure_briefly(
     Errors: OptionError where the context is too short.
     """
     clock, most = now or clock_of(target), max(rows for _, rows in FIRST)
-    long = min(LONG, target.context - most - 2)
+    long = min(LONG, target.max_length - most - 2)
     if long < 2 * SHORT:
         least = 2 * SHORT + most + 2
-        raise OptionError(f"a context of {target.context} tokens is too short to measure a pass; it needs {least}")
+        raise OptionError(f"a context of {target.max_length} tokens is too short to measure a pass; it needs {least}")
     benches = [_bench(target, size) for size in (SHORT, long)]
     for bench in benches:
-        bench.sequence.cached = bench.context
+        bench.sequence.num_cached = bench.context
     found: dict[tuple[int, int], list[float]] = {}
     began = clock()
     for bench in benches:  # weights come from their file when they are first read
@@ -216,7 +216,7 @@ def _profile(
 
 def _request(target: HFTarget, tokens: list[int]) -> Sequence:
     sampling = SamplingParams(max_tokens=16)
-    return open_sequence(tokens, sampling, seed=0, eos=frozenset(), context=target.context)
+    return open_sequence(tokens, sampling, seed=0, eos=frozenset(), context=target.max_length)
 
 
 def _bench(target: HFTarget, size: int) -> Bench:

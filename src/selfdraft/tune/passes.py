@@ -86,11 +86,11 @@ class Bench:
     def __init__(self, target: HFTarget, tokens: SequenceOf[int], most: int) -> None:
         self.target, self.now = target, clock_of(target)
         size = len(tokens) - 1
-        while size > 1 and target.edge(size) - 1 - size <= most:
+        while size > 1 and target.next_boundary(size) - 1 - size <= most:
             size -= 1  # drafts end before the edge of a bucket
         self.tokens = list(tokens)
         self.sequence = Sequence(list(tokens[: size + 1]), size + 1, SamplingParams(max_tokens=4096), slot=0)
-        self.sequence.limit = target.context
+        self.sequence.max_length = target.max_length
 
     @property
     def context(self) -> int:
@@ -101,7 +101,7 @@ class Bench:
         known = Sequence(self.sequence.tokens[:-1], 1, SamplingParams(), slot=0)
         self.target.forward(pack([(known, self.context, EMPTY)]))
         self.target.keep(0, 0, range(self.context))
-        self.sequence.cached = self.context
+        self.sequence.num_cached = self.context
 
     def time(self, work: Callable[[], object]) -> float:
         began = self.now()

@@ -91,10 +91,9 @@ class Curve:
 
 def default_widths(target: HFTarget) -> list[int]:
     """The widths for which the adapter was trained; narrower ones run blocks without one. Errors: MissingMasks."""
-    masks = target.masks_of("s3d")
-    if not masks:
+    if not target.extras.num_masks("s3d"):
         raise MissingMasks("s3d cannot be tuned without mask tokens: give the folder of 'selfdraft train' as --adapter")
-    trained = target.advice("s3d").get("skip_widths")
+    trained = target.tuned.get("s3d", {}).get("skip_widths")
     if isinstance(trained, list) and trained:
         return sorted(int(width) for width in trained)
     layers = target.layers
@@ -116,12 +115,12 @@ def acceptance(
     A place that could not be drafted (the request or an attention length ends there) counts as not accepted, for it
     brings nothing; so E of these shares is what a step really brings.
     """
-    masks = len(target.masks_of("s3d"))
+    masks = target.extras.num_masks("s3d")
     engine = Engine(target, chain(target, width, masks))
     tried, right = [0] * (masks + 1), [0] * (masks + 1)
     for request in requests:
         for sequence, result in engine.generate([request()]):
-            if sequence.written == len(result.tokens):
+            if sequence.num_output_tokens == len(result.tokens):
                 continue  # the prefill
             for place in range(min(masks, len(result.path)) + 1):
                 tried[place] += 1
@@ -142,10 +141,10 @@ def measure(
     sequence = requests[0]()
     for _ in Engine(target, NoDrafter(target)).generate([sequence]):
         pass
-    bench = Bench(target, sequence.tokens, len(target.masks_of("s3d")) + 1)
+    bench = Bench(target, sequence.tokens, target.extras.num_masks("s3d") + 1)
     bench.prefill()
     beside = beside_the_pass(target, requests[0])
-    drafters = {(w, m): chain(target, w, m) for w in widths for m in range(1, len(target.masks_of("s3d")) + 1)}
+    drafters = {(w, m): chain(target, w, m) for w in widths for m in range(1, target.extras.num_masks("s3d") + 1)}
     seen: dict[object, list[float]] = {}
     for run in range(-2, runs):
         plain = bench.time(bench.step)

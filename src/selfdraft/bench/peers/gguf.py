@@ -7,7 +7,6 @@ vocabulary. It is kept in the user's cache folder under a hash of all that is in
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterator
 from itertools import accumulate
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.errors import PeerError
+from selfdraft.files.atomic import whole_file
 from selfdraft.models.reference import Model
 
 HEAD = b"GGUF" + struct.pack("<I", 3)
@@ -61,14 +61,10 @@ def cached(model: Model, folder: Path) -> Path:
     path = folder / f"{digest.hexdigest()}.gguf"
     if path.is_file():
         return path
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(beside, values, tensors)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(path) as part:
+            _write(part, values, tensors)
     except OSError as error:
         raise PeerError(f"peer llama.cpp: the GGUF file {path} cannot be written: {error.strerror}") from error
     return path

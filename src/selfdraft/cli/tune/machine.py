@@ -27,7 +27,7 @@ from selfdraft.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from selfdraft.drafting.pass_cost import Profile
+    from selfdraft.drafting.cost_model import Profile
     from selfdraft.llm import LLM
 
 
@@ -63,7 +63,7 @@ def tune_machine(
 
 def measured(llm: LLM, *, quiet: bool) -> Profile:
     """The cost of a pass by its rows, timed now."""
-    from selfdraft.drafting.pass_cost import Profile
+    from selfdraft.drafting.cost_model import Profile
     from selfdraft.tune.machine import measure
 
     found: Profile | None = None

@@ -171,6 +171,7 @@ def joined(file: Path, folder: Path | None = None) -> Path:
     place = (folder or cache_folder("gguf")) / f"{match['name']}-{key}.gguf"
     if not place.is_file():
         try:
+            place.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(place) as part:
                 _join(parts, part)
         except OSError as error:

@@ -100,7 +100,7 @@ def _equal(model: PreTrainedModel, shapes: Shapes, *, fast: bool = False) -> boo
     """Whether every logit of a drafted decoding has the bits of the plain one."""
     draw = torch.Generator().manual_seed(11)
     target = HFTarget(model, shapes=shapes, fast=fast)
-    ids = torch.randint(0, target.vocab, (min(TOKENS, target.context - 1),), generator=draw).tolist()
+    ids = torch.randint(0, target.vocab, (min(TOKENS, target.max_length - 1),), generator=draw).tolist()
     plain = torch.cat([*_decode(target, ids, drafts=False)])
     start = 0
     for rows in _decode(HFTarget(model, shapes=shapes, fast=fast), ids, drafts=True):
@@ -115,11 +115,11 @@ def _decode(target: HFTarget, ids: list[int], *, drafts: bool) -> Iterator[Tenso
     sequence = Sequence(ids[:PROMPT], PROMPT, SamplingParams(), slot=0)
     yield target.forward(pack([(sequence, PROMPT, EMPTY)]))
     target.keep(0, 0, range(PROMPT))
-    sequence.cached = PROMPT
-    while sequence.cached < len(ids):
-        at = sequence.cached
+    sequence.num_cached = PROMPT
+    while sequence.num_cached < len(ids):
+        at = sequence.num_cached
         sequence.tokens = ids[: at + 1]
-        size = min(at % 12, target.edge(at) - 1 - at, len(ids) - at - 1) if drafts else 0
+        size = min(at % 12, target.next_boundary(at) - 1 - at, len(ids) - at - 1) if drafts else 0
         right = ids[at + 1 : at + 1 + size]
         wrong = [(token + 1) % target.vocab for token in right[:3]]
         draft = Draft.branches([right, wrong] if at % 2 else [wrong, right], "")
@@ -129,4 +129,4 @@ def _decode(target: HFTarget, ids: list[int], *, drafts: bool) -> Iterator[Tenso
         logits = target.forward(pack([(sequence, 1, draft)]))
         yield logits[[node + 1 for node in path]]
         target.keep(0, at, [node + 1 for node in path])
-        sequence.cached += len(path)
+        sequence.num_cached += len(path)

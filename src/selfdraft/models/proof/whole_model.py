@@ -89,9 +89,9 @@ class Case:
             (size + 5, Draft.chain(list(self._tokens(2)), ""), (0, 1, 2)),
         ):
             sequence.tokens = main[:known]
-            said.append(forward(pack([(sequence, known - sequence.cached, draft)])))
-            keep(0, sequence.cached, [*kept])
-            sequence.cached += len(kept)
+            said.append(forward(pack([(sequence, known - sequence.num_cached, draft)])))
+            keep(0, sequence.num_cached, [*kept])
+            sequence.num_cached += len(kept)
         return torch.cat(said)
 
     def _tokens(self, number: int) -> tuple[int, ...]:
@@ -230,7 +230,7 @@ def _check_calls(target: HFTarget, name: str) -> None:
         raise UnsupportedModel(f"{name} keeps state elsewhere: {what}")
     for layer, window in calls:
         wanted = window_of(target.config, layer)
-        if window != wanted and min(window or target.context, wanted or target.context) < target.context:
+        if window != wanted and min(window or target.max_length, wanted or target.max_length) < target.max_length:
             raise UnsupportedModel(f"{name}: layer {layer} attends with window {window}, its config says {wanted}")
 
 

@@ -82,6 +82,7 @@ def _fingerprint(compiler: str) -> str:
 def _build(compiler: str, wanted: Path) -> None:
     """Build `wanted`, whole or not at all. Errors: RunnerUnavailable."""
     try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(wanted) as part:
             _call([compiler, *FLAGS, str(SOURCE), "-o", str(part)])
             part.chmod(0o755)

@@ -67,7 +67,7 @@ class Runner:
         gates: Mapping[int, slice | Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [answers, vocab], and the hidden states [rows, hidden] that the view notes, if it does."""
-        logits = torch.empty(len(rows.answers), traced.vocab, dtype=self.dtype)
+        logits = torch.empty(len(rows.logit_rows), traced.vocab, dtype=self.dtype)
         noted = torch.empty(len(rows), traced.notes, dtype=self.dtype) if traced.notes else None
         slots: list[Tensor | None] = [None] * (Slot.GATES + self._adapters)
         slots[Slot.TOKENS], slots[Slot.POSITIONS] = rows.tokens, rows.positions
@@ -87,16 +87,16 @@ class Runner:
         paths, extras = _paths(rows)
         # everything that changes from pass to pass on one sheet: one array is quicker to make than many
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
-        sheet = array("q", [*addresses, *rows.answers, *extras, *chain.from_iterable(paths)])
+        sheet = array("q", [*addresses, *rows.logit_rows, *extras, *chain.from_iterable(paths)])
         start = sheet.buffer_info()[0]
         addresses_of = start + 8 * len(slots)
         sheet[Slot.ASKED] = addresses_of
-        lines = addresses_of + 8 * (len(rows.answers) + len(extras))
-        told, size = self._pass, tape.arena * max(count, len(rows.answers))
-        told.rows, told.answers, told.threads = count, len(rows.answers), threads
+        lines = addresses_of + 8 * (len(rows.logit_rows) + len(extras))
+        told, size = self._pass, tape.arena * max(count, len(rows.logit_rows))
+        told.rows, told.answers, told.threads = count, len(rows.logit_rows), threads
         told.arena = self._room(size + threads * tape.scratch)
         told.scratch, told.scratch_bytes, told.slots = told.arena + size, tape.scratch, start
-        told.extras = addresses_of + 8 * len(rows.answers)
+        told.extras = addresses_of + 8 * len(rows.logit_rows)
         told.slot, told.place, told.seen, told.extra, told.position = (lines + 8 * count * i for i in range(5))
         self._library.selfdraft_run(steps, len(tape.steps), instrs, self._address)
 

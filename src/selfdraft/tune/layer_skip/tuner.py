@@ -170,7 +170,7 @@ class Tuning:
         plans = []
         for drafts in range(1, most + 1):
             for threshold in THRESHOLDS if drafts > 1 else (0.0,):
-                run = replay(self.texts, forced, drafts, threshold=threshold, edge=self.subject.target.edge)
+                run = replay(self.texts, forced, drafts, threshold=threshold, edge=self.subject.target.next_boundary)
                 plans.append((run.speed(draft, self.costs.verify), -drafts, -threshold, run))
         speed, drafts, threshold, run = max(plans, key=lambda plan: plan[:3])
         return {
@@ -246,10 +246,10 @@ def own_texts(subject: Subject, sampling: SamplingParams) -> list[Text]:
     texts = []
     for i, prompt in enumerate(subject.prompts):
         seed = (sampling.seed or 0) + i
-        sequence = open_sequence(prompt, sampling, seed=seed, eos=subject.eos, context=subject.target.context)
+        sequence = open_sequence(prompt, sampling, seed=seed, eos=subject.eos, context=subject.target.max_length)
         for _ in Engine(subject.target, NoDrafter(subject.target)).generate([sequence]):
             pass
-        texts.append(Text(tuple(sequence.tokens), sequence.prompt_length, seed, sequence.ends))
+        texts.append(Text(tuple(sequence.tokens), sequence.prompt_length, seed, sequence.stop_ids))
     texts = [text for text in texts if len(text.bases)]
     if sum(len(text.bases) for text in texts) < 8:
         raise RequestError("the model's answers to these prompts are too short to measure agreement: give more prompts")
@@ -258,7 +258,7 @@ def own_texts(subject: Subject, sampling: SamplingParams) -> list[Text]:
 
 def request_of(subject: Subject, text: Text, sampling: SamplingParams) -> Callable[[], Sequence]:
     prompt = text.tokens[: text.prompt_length]
-    context = subject.target.context
+    context = subject.target.max_length
     return lambda: open_sequence(prompt, sampling, seed=text.seed, eos=subject.eos, context=context)
 
 
@@ -358,7 +358,7 @@ def check_sets(
     for name, skip in sets.items():
         forced: Forced = forcing.draft(skip, max(lengths))
         for drafts in lengths:
-            run: Replay = replay(texts, forced, drafts, edge=subject.target.edge)
+            run: Replay = replay(texts, forced, drafts, edge=subject.target.next_boundary)
             every = sorted({size for size in run.drafted if size})
             parts = measure_round(subject.target, longest_of(texts), costs, skip, every)
             make = partial(fixed, subject.target, skip, drafts)

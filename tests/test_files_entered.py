@@ -1,0 +1,44 @@
+"""How many files one decode step goes through: what somebody has to open to follow a token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+import selfdraft
+from selfdraft import LLM, SamplingParams
+from tests.clocks import Ticking
+
+ROOT = Path(selfdraft.__file__).parent
+
+
+def entered(name: str) -> set[str]:
+    """Files of this package in which a function is called in one decode step, with the tree of all sources."""
+    llm = LLM("pocket", drafter=name, clock=Ticking(0.01))
+    (sequence,) = llm.requests("One day the red ball was red. One day the red ball", SamplingParams(max_tokens=40))
+    llm.engine.submit(sequence)
+    for _ in range(5):
+        llm.engine.advance()
+    files = set[str]()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+            files.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        llm.engine.advance()
+    finally:
+        sys.setprofile(before)
+    return files
+
+
+@pytest.mark.parametrize(("name", "most"), [("none", 18), ("auto", 29)])
+def test_a_step_stays_within_a_few_files(name: str, most: int) -> None:
+    files = entered(name)
+    assert f"drafters/{name}.py" in files
+    assert len(files) <= most, sorted(files)
