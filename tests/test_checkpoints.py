@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, MixtralConfig, Mixt
 from selfdraft import LLM, SamplingParams
 from selfdraft.bench.peers.local import Transformers
 from selfdraft.bench.run import Contender
-from selfdraft.cli.peers import Guest, check_merged
+from selfdraft.cli.peers import FoundPeer, check_merged
 from selfdraft.errors import LoadError, OptionError
 from selfdraft.models import reference
 from selfdraft.models.checkpoint.end_ids import eos_ids, turn_end
@@ -672,8 +672,8 @@ def test_peers_that_would_read_the_base_model_are_refused(tmp_path: Path) -> Non
     base, lora = saved(tmp_path / "base"), tmp_path / "lora"
     adapter(lora, base)
 
-    def guest(engine: str) -> Guest:
-        return Guest(Contender(engine, "none"), {}, engine, "python")
+    def guest(engine: str) -> FoundPeer:
+        return FoundPeer(Contender(engine, "none"), {}, engine, "python")
 
     for model, merged in ((base, lora), (lora, None)):
         check_merged([guest("transformers"), guest("llama.cpp")], str(model), merged)

@@ -38,13 +38,13 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     """Entry point: runs a verb and turns errors into one line and an exit code."""
-    terminal.hush()
-    terminal.tolerate()
+    terminal.silence_libraries()
+    terminal.replace_unencodable()
     try:
         # typer returns the code of an Exit, and 130 for Ctrl-C
         code = app(prog_name="selfdraft", standalone_mode=False) or 0
     except SelfdraftError as error:
-        terminal.complain(str(error))
+        terminal.show_error(str(error))
         code = 2
     except UsageError as error:
         _explain(error)
@@ -63,4 +63,4 @@ def _explain(error: Any) -> None:
     if message.startswith("Usage:"):
         terminal.err.print(message)
     else:
-        terminal.complain(f"{message}; see {where} --help")
+        terminal.show_error(f"{message}; see {where} --help")

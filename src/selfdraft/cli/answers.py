@@ -82,4 +82,4 @@ def show_figures(stats: Stats, clock: Clock, drafter: str) -> None:
     else:
         line += f", {drafter}"
     terminal.write("\n")
-    terminal.aside(line)
+    terminal.show_dim(line)

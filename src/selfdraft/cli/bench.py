@@ -31,7 +31,17 @@ from selfdraft.cli.options import (
     parse_config,
     runnable,
 )
-from selfdraft.cli.peers import Files, Guest, Patience, PeerConfigs, Peers, Pythons, check_merged, invited, joined
+from selfdraft.cli.peers import (
+    Files,
+    FoundPeer,
+    PeerConfigs,
+    Peers,
+    PeerTimeout,
+    Pythons,
+    check_merged,
+    find_peers,
+    running_peers,
+)
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
 from selfdraft.types import SamplingParams
@@ -79,7 +89,7 @@ def bench(
     peer_config: PeerConfigs = None,
     peer_python: Pythons = None,
     peer_model: Files = None,
-    peer_timeout: Patience = 900.0,
+    peer_timeout: PeerTimeout = 900.0,
     data_dir: DataDir = None,
     limit: Limit = None,
     max_new_tokens: MaxNew = 128,
@@ -108,20 +118,20 @@ def bench(
     """
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all")
-    contenders = field_of(drafters, speculative_config or [])
-    guests = invited(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
-    check_merged(guests, model, lora)
+    contenders = contenders_of(drafters, speculative_config or [])
+    found_peers = find_peers(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
+    check_merged(found_peers, model, lora)
     source = Source(tasks, data_dir, limit, as_template=chat is None)
-    field = Field(model, adapter or [], lora, contenders, guests, drafters not in (None, "all"), peer_timeout)
-    items, draw = gather_items(source, plan), painter(pictures)
+    subject = Subject(model, adapter or [], lora, contenders, found_peers, drafters not in (None, "all"), peer_timeout)
+    items, draw = gather_items(source, plan), drawing_to(pictures)
     opening = partial(open_llm, model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
-    records = measured(opening, field, plan, source, items, output, log, quiet=as_json)
-    tell(records, output, draw, profile=profile, as_json=as_json)
+    records = measured(opening, subject, plan, source, items, output, log, quiet=as_json)
+    show_results(records, output, draw, profile=profile, as_json=as_json)
 
 
 def measured(
     opening: Callable[[], LLM],
-    field: Field,
+    subject: Subject,
     plan: Plan,
     source: Source,
     items: dict[str, list[Item]],
@@ -140,8 +150,8 @@ def measured(
         if source.as_template and getattr(llm.tokenizer, "chat_template", None):
             plan = replace(plan, chat=True)
             items = gather_items(source, plan)  # prompts and stops of some tasks are others then
-        setting = set_up(llm, field, plan, log)
-        with joined(setting, field.guests, llm, field.model, items, field.patience):
+        setting = set_up(llm, subject, plan, log)
+        with running_peers(setting, subject.found_peers, llm, subject.model, items, subject.timeout):
             rows = measure_all(setting, items, ledger, quiet=quiet)
     return reported(setting, rows, llm.target.max_length)
 
@@ -156,7 +166,7 @@ def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[R
     return records
 
 
-def tell(
+def show_results(
     records: list[Record],
     output: Path | None,
     draw: Callable[[Sequence[Record]], list[Path]],
@@ -168,7 +178,7 @@ def tell(
     for path in draw(records):  # before the table: whoever reads that may leave early
         terminal.note(f"wrote {path}")
     if as_json:
-        terminal.document(records)
+        terminal.print_json(records)
     else:
         show_evaluation(records, output)
         if profile:
@@ -178,7 +188,7 @@ def tell(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked of every drafter alike."""
+    """How every drafter is measured: sampling, samples, seed, runs, template, turns."""
 
     sampling: SamplingParams
     samples: int
@@ -212,17 +222,17 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class Subject:
     """Who is measured: the model, our drafters over it, and other engines."""
 
     model: str
     adapters: Sequence[Path]
     lora: Path | None
     contenders: Sequence[Contender]
-    guests: Sequence[Guest]
+    found_peers: Sequence[FoundPeer]
     by_name: bool
     """Whether the drafters were named one by one; of 'all', those that lack mask tokens are left out."""
-    patience: float
+    timeout: float
     """Most seconds for another engine to load, and for each answer."""
 
     def drafters_for(self, llm: LLM) -> list[Contender]:
@@ -231,7 +241,7 @@ class Field:
         return [one for one, named in wanted if runnable(llm, one.method, one.options, named=named)]
 
 
-def field_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
+def contenders_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
     """Plain decoding first, then who was named, each under a label of its own. Errors: OptionError."""
     from selfdraft.bench.run import PLAIN, Contender
     from selfdraft.drafters import find
@@ -276,7 +286,7 @@ def gather_items(source: Source, plan: Plan) -> dict[str, list[Item]]:
     return {name: tasks.load(name, data_dir, chat=plan.chat, limit=source.limit) for name in names}
 
 
-def painter(folder: Path | None) -> Callable[[Sequence[Record]], list[Path]]:
+def drawing_to(folder: Path | None) -> Callable[[Sequence[Record]], list[Path]]:
     """What draws the records into a folder; tried now, so that it does not fail after hours. Errors: OptionError."""
     if folder is None:
         return lambda _: []
@@ -302,7 +312,7 @@ def logger(llm: LLM, log: Path | None) -> Callable[[Request, Sequence[int]], Non
     return lambda request, said: append(log, llm.logged(request.tokens, said, request.sampling))
 
 
-def set_up(llm: LLM, field: Field, plan: Plan, log: Path | None) -> Bench:
+def set_up(llm: LLM, subject: Subject, plan: Plan, log: Path | None) -> Bench:
     """The bench around an open model."""
     from importlib.metadata import version
 
@@ -318,15 +328,15 @@ def set_up(llm: LLM, field: Field, plan: Plan, log: Path | None) -> Bench:
         return llm.requests(ids, replace(plan.sampling, stop=stop, seed=seed))[0]
 
     device = next(llm.model.parameters()).device
-    merged = [field.lora] if field.lora is not None else []
-    weights = identity(field.model, llm, [*field.adapters, *merged])
+    merged = [subject.lora] if subject.lora is not None else []
+    weights = identity(subject.model, llm, [*subject.adapters, *merged])
     own = {"weights": weights, "selfdraft": version("selfdraft")}
-    facts = {**conditions(llm, field.model, field.lora).as_dict(), **plan.facts, **own}
+    facts = {**conditions(llm, subject.model, subject.lora).as_dict(), **plan.facts, **own}
     adapters = {adapter.method: adapter.bytes for adapter in getattr(llm.target, "adapters", ())}
     return Bench(
         engines=lambda them: {one.label: llm.engine_for(one.method, one.options) for one in them},
         open=open_request,
-        contenders=field.drafters_for(llm),
+        contenders=subject.drafters_for(llm),
         conditions=facts,
         footprint=Footprint(measure.weights_bytes(llm.model), lambda: llm.target.cache.bytes, adapters),
         gauge=measure.Gauge(device),
@@ -416,7 +426,7 @@ def show_evaluation(records: Sequence[Record], output: Path | None) -> None:
     load = max(record["load_average_max"] for record in records)
     terminal.out.print(f"\nload average up to {load:.1f}" + (f"; rows in {output}" if output is not None else ""))
     if not all(record["texts_equal"] for record in records if record["peer"] is None):
-        terminal.warn("some texts DIFFER from plain decoding: no speed-up is given there")
+        terminal.show_red("some texts DIFFER from plain decoding: no speed-up is given there")
 
 
 def show_apart(rows: Sequence[Record], wide: int) -> None:
@@ -461,6 +471,7 @@ def show_stages(records: Sequence[Record]) -> None:
 
 
 def _milliseconds(value: float | None) -> str:
+    """A figure of the table of stages; a dash where there is none."""
     return "-" if value is None else f"{value:.3f}"
 
 

@@ -53,7 +53,7 @@ def chat(
         try:
             answer = reply(llm, messages, sampling)
         except RequestError as error:
-            terminal.complain(f"{error}; the conversation starts anew")
+            terminal.show_error(f"{error}; the conversation starts anew")
             messages = [*opening]
         else:
             messages.append({"role": "assistant", "content": answer})

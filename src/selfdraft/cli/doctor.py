@@ -41,7 +41,7 @@ def doctor(
     findings = [*examine(model, max_new_tokens, threads, lora, prove=prove)]
     if as_json:
         trials = [finding.as_dict() for finding in findings]
-        terminal.document({"machine": machine(), "model": model, "trials": trials})
+        terminal.print_json({"machine": machine(), "model": model, "trials": trials})
     else:
         show_findings(machine(), findings)
 

@@ -31,8 +31,8 @@ from selfdraft.cli.options import (
     check_options,
     conditions,
     encode_all,
-    gather,
     open_llm,
+    prompts_of,
 )
 from selfdraft.errors import RequestError
 from selfdraft.types import SamplingParams
@@ -102,14 +102,14 @@ def generate(
     answers = [*answer_all(llm, texts, prompt_ids, sampling, log, memory, compare=compare, quiet=as_json)]
     if as_json:
         facts = {**conditions(llm, model, lora).as_dict(), "drafter": llm.drafter_name}
-        terminal.document({**facts, "results": [answer.as_dict() for answer in answers]})
+        terminal.print_json({**facts, "results": [answer.as_dict() for answer in answers]})
 
 
 def read_texts(
     prompt: str | None, prompt_file: Path | None, prompts: Path | None, limit: int | None, log: Path | None
 ) -> Sequence[str]:
     """The prompts; that the log can be written is checked before anything is loaded. Errors: RequestError."""
-    texts = gather(prompt, prompt_file, prompts, limit)
+    texts = prompts_of(prompt, prompt_file, prompts, limit)
     if log is not None:
         from selfdraft.files.token_log import check_log
 
@@ -219,10 +219,10 @@ def show_heading(prompt: str) -> None:
 def show_comparison(result: Comparison, drafter: str) -> None:
     """Speed against plain decoding, or why there is none to tell."""
     if not result.texts_equal:
-        terminal.warn("the texts DIFFER from plain decoding: no speed-up is given")
+        terminal.show_red("the texts DIFFER from plain decoding: no speed-up is given")
         return
     line = f"plain {result.plain_tokens_per_second:.1f} tokens/s, {drafter} {result.drafted_tokens_per_second:.1f}"
     line += f" tokens/s: {result.speedup:.2f}x; texts equal: yes (whole answers, median of {result.runs} runs each)"
-    terminal.aside(line)
+    terminal.show_dim(line)
     if result.reason:
-        terminal.aside(result.reason)
+        terminal.show_dim(result.reason)

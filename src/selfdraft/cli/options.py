@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -99,8 +99,8 @@ def open_llm(
         drafter, options = drafter_of(drafter, options)
         options = with_memory(drafter, options)
         check_memory(memory)
-    ensure(model)
-    with terminal.waiting(f"loading {model}"), uncollected():
+    ensure_installed(model)
+    with terminal.waiting(f"loading {model}"), without_collection():
         import torch
 
         from selfdraft.llm import LLM
@@ -127,7 +127,7 @@ def open_llm(
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """No garbage collection inside: importing and loading make a million objects that stay, and hardly any garbage."""
     gc.disable()
     try:
@@ -153,7 +153,7 @@ def check_options(model: str, drafter: str | None, config: str | None, dtype: st
     return options
 
 
-def ensure(model: str, source: Path | None = None) -> None:
+def ensure_installed(model: str, source: Path | None = None) -> None:
     """Pull an embedded model that is not on this machine yet, saying its size and source. Errors: LoadError."""
     from selfdraft.models.checkpoint import embedded
 
@@ -169,6 +169,7 @@ def ensure(model: str, source: Path | None = None) -> None:
 
 
 def parse_config(config: str | None, option: str = "--speculative-config") -> dict[str, object] | None:
+    """The object in an option's JSON; None without the option. Errors: OptionError."""
     if config is None:
         return None
     try:
@@ -182,7 +183,7 @@ def parse_config(config: str | None, option: str = "--speculative-config") -> di
     return options
 
 
-def gather(prompt: str | None, prompt_file: Path | None, prompts: Path | None, limit: int | None) -> Sequence[str]:
+def prompts_of(prompt: str | None, prompt_file: Path | None, prompts: Path | None, limit: int | None) -> Sequence[str]:
     """The prompts of the options, of which there must be one. Errors: RequestError."""
     from selfdraft.files.records import read_prompts
     from selfdraft.prompts import read_prompt
@@ -193,7 +194,7 @@ def gather(prompt: str | None, prompt_file: Path | None, prompts: Path | None, l
         return read_prompts(prompts, limit)
     if prompt == "-" or prompt_file is not None:
         path = prompt_file or "-"
-        if str(path) == "-" and terminal.asked():
+        if str(path) == "-" and terminal.is_typed():
             terminal.note("reading the prompt from standard input; Ctrl-D ends it")
         return [read_prompt(path)]
     if not prompt:
@@ -301,7 +302,6 @@ def runnable(llm: LLM, method: str, options: Mapping[str, object] | None = None,
 
 
 def repeatable(llm: LLM, sampling: SamplingParams, seed: int, ids: list[int]) -> Callable[[], Request]:
-    from dataclasses import replace
-
+    """What makes a fresh request for the same prompt, with the same seed, each time it is called."""
     seeded = replace(sampling, seed=seed)
     return lambda: llm.requests(ids, seeded)[0]

@@ -37,11 +37,11 @@ Files = Annotated[
     list[str] | None,
     typer.Option("--peer-model", help="llama.cpp=FILE.gguf: the file that llama.cpp loads. Default: the checkpoint."),
 ]
-Patience = Annotated[float, typer.Option(help="Most seconds for a peer to load, and for each answer.", min=1)]
+PeerTimeout = Annotated[float, typer.Option(help="Most seconds for a peer to load, and for each answer.", min=1)]
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class FoundPeer:
     """A peer that was asked for and is here."""
 
     contender: Contender
@@ -55,7 +55,7 @@ class Guest:
     """A GGUF file that the user gave."""
 
 
-def invited(
+def find_peers(
     names: str | None,
     configs: Sequence[str] | None,
     pythons: Sequence[str] | None,
@@ -64,7 +64,7 @@ def invited(
     drafters: Sequence[Contender],
     *,
     greedy: bool,
-) -> list[Guest]:
+) -> list[FoundPeer]:
     """The peers that were asked for and are here, looked up before a model is loaded. Errors: OptionError."""
     from selfdraft.bench.peers import PEERS
 
@@ -73,9 +73,9 @@ def invited(
     wanted = _wanted(names, configs)
     homes = _homes(pythons)
     engines = {PEERS[method].engine for method, _, _ in wanted.values()}
-    idle = next((engine for engine in homes if engine not in engines), None)
-    if idle is not None:
-        raise OptionError(f"--peer-python {idle}={homes[idle]} has no use: --peers names none of {idle}")
+    unused = next((engine for engine in homes if engine not in engines), None)
+    if unused is not None:
+        raise OptionError(f"--peer-python {unused}={homes[unused]} has no use: --peers names none of {unused}")
     if wanted and not greedy:
         raise OptionError("--peers: other engines are compared at --temperature 0; their random numbers are others")
     found = Lookup(homes, file)
@@ -84,28 +84,28 @@ def invited(
     twice = next((label for label in wanted if label in [one.label for one in drafters]), None)
     if twice is not None:
         raise OptionError(f'a drafter and a peer are called {twice!r}; give the --peer-config another "name"')
-    guests = []
+    found_peers = []
     for label, (method, options, named) in wanted.items():
-        guest = found.guest(label, method, options, wanted)
-        if isinstance(guest, Guest):
-            guests.append(guest)
+        found_peer = found.look_up(label, method, options, wanted)
+        if isinstance(found_peer, FoundPeer):
+            found_peers.append(found_peer)
         elif named:
             python = f"; give --peer-python {PEERS[method].engine}=PATH of a Python that has it"
-            raise OptionError(f"--peers: {guest}{python if 'does not have' in guest else ''}")
+            raise OptionError(f"--peers: {found_peer}{python if 'does not have' in found_peer else ''}")
         else:
-            terminal.note(f"left out: {guest}")
-    return guests
+            terminal.note(f"left out: {found_peer}")
+    return found_peers
 
 
-def check_merged(guests: Sequence[Guest], model: str, lora: Path | None) -> None:
+def check_merged(peers: Sequence[FoundPeer], model: str, lora: Path | None) -> None:
     """Errors: OptionError when a peer would read the base model and not the one with the LoRA adapter merged in."""
     folder = Path(model).expanduser()
     if lora is None and not ((folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()):
         return
-    for guest in guests:
-        if guest.engine not in ("transformers", "llama.cpp"):
+    for peer in peers:
+        if peer.engine not in ("transformers", "llama.cpp"):
             raise OptionError(
-                f"--peers {guest.engine}: it reads the checkpoint's folder, without the LoRA adapter "
+                f"--peers {peer.engine}: it reads the checkpoint's folder, without the LoRA adapter "
                 f"{lora or model}; leave it out, or merge the adapter with peft and save the model"
             )
 
@@ -149,6 +149,7 @@ class Lookup:
         return self._file is not None and self.edition(SERVER, "llama.cpp") is not None
 
     def edition(self, worker: str, engine: str) -> str | None:
+        """The package of an engine and its version; None where its Python lacks it."""
         from selfdraft.bench.peers import foreign, local
 
         if engine == "transformers":
@@ -158,7 +159,7 @@ class Lookup:
             self._editions[worker, python] = foreign.edition(worker, python, engine)
         return self._editions[worker, python]
 
-    def guest(self, label: str, method: str, options: dict[str, int], wanted: Wanted) -> Guest | str:
+    def look_up(self, label: str, method: str, options: dict[str, int], wanted: Wanted) -> FoundPeer | str:
         """The peer; or the words that say what it lacks."""
         from selfdraft.bench.peers import PACKAGES, PEERS, SERVER
         from selfdraft.bench.run import Contender
@@ -172,12 +173,12 @@ class Lookup:
         able = [worker for worker in workers if worker != SERVER or file is not None]
         for worker in able:
             if edition := self.edition(worker, kind.engine):
-                yardstick = next((name for name, (other, _, _) in wanted.items() if other == kind.plain), None)
+                own_plain = next((name for name, (other, _, _) in wanted.items() if other == kind.plain), None)
                 if kind.engine == "llama.cpp" and worker != SERVER and self.server:
-                    yardstick = None  # the plain one comes out of the other package
+                    own_plain = None  # the plain one comes out of the other package
                 about = _about(file) if file is not None else None
-                contender = Contender(label, method, options, edition, yardstick, about)
-                return Guest(contender, options, worker, python, kind.mode, file)
+                contender = Contender(label, method, options, edition, own_plain, about)
+                return FoundPeer(contender, options, worker, python, kind.mode, file)
         lack = f"{label} needs {' or '.join(PACKAGES[worker] for worker in able)}, which {python} does not have"
         pip = {SERVER: f" ({python} -m pip install xllamacpp)"}.get(able[0], "")
         if SERVER in workers and file is None:
@@ -192,6 +193,7 @@ def _about(file: Path) -> dict[str, object]:
 
 
 def _parts(names: str) -> list[str]:
+    """The names of a list with commas."""
     return [part.strip() for part in names.split(",") if part.strip()]
 
 
@@ -242,6 +244,7 @@ def _wanted(names: str | None, configs: Sequence[str]) -> Wanted:
 
 
 def _kind(name: str) -> Kind:
+    """The peer of that name. Errors: OptionError names the nearest."""
     from difflib import get_close_matches
 
     from selfdraft.bench.peers import PEERS
@@ -267,26 +270,34 @@ def _homes(pythons: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def joined(
-    setting: Bench, guests: Sequence[Guest], llm: LLM, model: str, items: Mapping[str, Sequence[Item]], patience: float
+def running_peers(
+    setting: Bench,
+    found_peers: Sequence[FoundPeer],
+    llm: LLM,
+    model: str,
+    items: Mapping[str, Sequence[Item]],
+    timeout: float,
 ) -> Iterator[None]:
-    """The guests become contenders, loaded one after another; at the end they are closed.
+    """The found peers become contenders, loaded one after another; at the end they are closed.
 
     One that does not start is in `setting.lost`, and the run goes on without it.
     """
     running: dict[str, Peer] = {}
     try:
-        context = _longest(setting, items, llm.target.max_length) if guests else 0
-        for guest in guests:
-            label = guest.contender.label
+        context = _longest(setting, items, llm.target.max_length) if found_peers else 0
+        for found_peer in found_peers:
+            label = found_peer.contender.label
             try:
                 with terminal.waiting(f"starting {label}"):
-                    running[label] = _start(guest, llm, model, context, patience)
+                    running[label] = _start(found_peer, llm, model, context, timeout)
             except PeerError as error:
                 setting.lost[label] = error
                 terminal.note(f"left out: {error}")
         setting.peers = running
-        setting.contenders = [*setting.contenders, *(g.contender for g in guests if g.contender.label in running)]
+        setting.contenders = [
+            *setting.contenders,
+            *(one.contender for one in found_peers if one.contender.label in running),
+        ]
         yield
         for label in running.keys() & setting.lost.keys():
             terminal.note(f"lost on the way: {setting.lost[label]}; the same command with --output asks it again")
@@ -307,7 +318,8 @@ def _longest(setting: Bench, items: Mapping[str, Sequence[Item]], context: int) 
     return min(most, context)
 
 
-def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) -> Peer:
+def _start(found: FoundPeer, llm: LLM, model: str, context: int, timeout: float) -> Peer:
+    """A peer that was found, loaded with the same checkpoint. Errors: PeerError."""
     import torch
 
     from selfdraft.bench.measure import settler
@@ -317,15 +329,15 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
     from selfdraft.models.reference import folder_of
 
     weight = next(llm.model.parameters())
-    label, options = guest.contender.label, guest.options
-    if guest.engine == "transformers":
+    label, options = found.contender.label, found.options
+    if found.engine == "transformers":
         return local.Transformers(label, llm.model, options, settler(weight.device))
-    if guest.file is not None:
-        path = guest.file
-    elif guest.engine == "llama.cpp":
+    if found.file is not None:
+        path = found.file
+    elif found.engine == "llama.cpp":
         path = gguf.cached(llm.model, cache_folder("gguf"))
     elif find_gguf(checkpoint(model)) is not None:
-        raise PeerError(f"peer {label}: {guest.engine} is not given GGUF files here; give --model a checkpoint folder")
+        raise PeerError(f"peer {label}: {found.engine} is not given GGUF files here; give --model a checkpoint folder")
     else:
         path = folder_of(checkpoint(model))
     settings = {
@@ -335,6 +347,6 @@ def _start(guest: Guest, llm: LLM, model: str, context: int, patience: float) ->
         "context": context,
         "device": weight.device.type,
         "options": options,
-        **({"mode": guest.mode} if guest.mode is not None else {}),
+        **({"mode": found.mode} if found.mode is not None else {}),
     }
-    return foreign.Foreign(label, guest.engine, guest.python, settings, patience)
+    return foreign.Foreign(label, found.engine, found.python, settings, timeout)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from selfdraft.cli import terminal
-from selfdraft.cli.options import ensure
+from selfdraft.cli.options import ensure_installed
 from selfdraft.errors import OptionError, RequestError
 
 Source = Annotated[
@@ -34,7 +34,7 @@ def pull(
         )
     if source is not None and not source.is_file():
         raise RequestError(f"--from {source}: there is no such file")
-    ensure(model, source)
+    ensure_installed(model, source)
     folder = embedded.folder_of(model)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     terminal.out.print(f"{model} is in {folder} ({size:.0f} MB); use it with --model {model}")

@@ -49,7 +49,7 @@ def replay(
 
     name, options = drafter_of(drafter, parse_config(speculative_config))
     times = parse_times(step_times)
-    picture = painter(reliability)
+    picture = drawing_to(reliability)
     target = LogTarget(times)
     guesser = open_drafter(name, with_memory(name, options) if memory is not None else options, target)
     if memory is not None:
@@ -65,7 +65,7 @@ def replay(
     if as_json:
         facts = {"drafter": name, "options": options, "max_nodes": max_nodes, **found.as_dict()}
         projected = {} if times is None else {"projected_speedup": round(found.speedup(times), 4)}
-        terminal.document({"traces": [str(path) for path in traces], **facts, **projected})
+        terminal.print_json({"traces": [str(path) for path in traces], **facts, **projected})
     else:
         show_counts(found, f"{name}, at most {terminal.counted(max_nodes, 'node')}", times)
 
@@ -101,7 +101,7 @@ def show_counts(found: Replayed, drafter: str, times: Mapping[int, float] | None
         terminal.out.print(f"projected speed-up over plain decoding: {found.speedup(times):.2f}x")
 
 
-def painter(path: Path | None) -> Callable[[Reliability, str], None]:
+def drawing_to(path: Path | None) -> Callable[[Reliability, str], None]:
     """What draws into the file, whole or not at all. Errors: OptionError, before anything runs, when it could not."""
     from selfdraft.bench import charts
 

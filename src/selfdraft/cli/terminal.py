@@ -19,7 +19,7 @@ out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Keep the libraries' own progress bars and notices away from the text."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' reader of GGUF files has no other switch
     warnings.filterwarnings("ignore")
@@ -27,14 +27,14 @@ def hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def tolerate() -> None:
+def replace_unencodable() -> None:
     """Replace what the terminal or pipe cannot take, where its encoding is not UTF-8, instead of ending in an error."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 
-def asked() -> bool:
+def is_typed() -> bool:
     """Whether a person types what is read."""
     return sys.stdin is not None and sys.stdin.isatty()
 
@@ -50,7 +50,7 @@ def counted(number: object, noun: str, ending: str = "s") -> str:
     return f"{number} {noun}{ending if number != 1 else ''}"
 
 
-def document(value: object) -> None:
+def print_json(value: object) -> None:
     """JSON on one line; where the output cannot take a character, its code, which means the same."""
     text = json.dumps(value, ensure_ascii=False)
     try:
@@ -60,7 +60,7 @@ def document(value: object) -> None:
     write(text + "\n")
 
 
-def complain(message: str) -> None:
+def show_error(message: str) -> None:
     """An error, on one line of the error stream."""
     note(f"error: {message}")
 
@@ -70,12 +70,12 @@ def note(message: str) -> None:
     err.print(Text(" ".join(message.split())))
 
 
-def aside(line: str) -> None:
+def show_dim(line: str) -> None:
     """A dim line on the error stream: figures beside the text."""
     err.print(Text(line, style="dim"))
 
 
-def warn(line: str) -> None:
+def show_red(line: str) -> None:
     """A red line on the error stream."""
     err.print(Text(line, style="bold red"))
 

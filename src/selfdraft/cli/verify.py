@@ -79,7 +79,7 @@ def verify(
     report = compared(llm, against, engines, requests, quiet=as_json)
     if as_json:
         facts = {"against": against, "drafters": list(engines), "prompts": len(texts), "temperature": temperature}
-        terminal.document({**conditions(llm, model, lora).as_dict(), **facts, **report.as_dict()})
+        terminal.print_json({**conditions(llm, model, lora).as_dict(), **facts, **report.as_dict()})
     else:
         for mismatch in report.mismatches:
             show_mismatch(mismatch, llm.decode)

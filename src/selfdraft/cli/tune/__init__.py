@@ -39,6 +39,7 @@ class SubCommands(TyperGroup):
     """The sub-commands of `tune`, of which one is understood when none is named."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments, parsed with a sub-command first. Errors: typer.BadParameter."""
         try:
             return super().parse_args(ctx, forwarded(args))
         except typer.BadParameter as error:

@@ -102,7 +102,7 @@ def tune_layer_skip(
     from selfdraft.tune.layer_skip.tuner import Options, Subject
 
     needs_optuna()
-    terminal.hush()  # its notices: the first import switches them on
+    terminal.silence_libraries()  # its notices: the first import switches them on
     output = output_of(output, "skip", model)
     options = Options(study=study or output.parent / f"{output.stem}.db", trials=trials, seed=seed, sampler=sampler)
     options = replace(options, max_new_tokens=max_new_tokens, temperature=temperature, confirm=confirm, runs=runs)
@@ -148,7 +148,7 @@ def search(
     best = best_of(tuning, options, quiet=quiet)
     save_set(output, name, best)
     if quiet:
-        terminal.document({"output": str(output), "name": name, **best})
+        terminal.print_json({"output": str(output), "name": name, **best})
     else:
         show_set(best, name, output)
 
@@ -183,7 +183,7 @@ def check_sets(
             found.append(check)
             advance()
     if quiet:
-        terminal.document({**subject.facts, "checks": [check.as_dict() for check in found]})
+        terminal.print_json({**subject.facts, "checks": [check.as_dict() for check in found]})
     else:
         show_checks(found)
 

@@ -64,7 +64,7 @@ def tune_lookahead(
     document = lookahead.document(points, conditions(llm, model, lora).as_dict())
     write_json(output, document)
     if as_json:
-        terminal.document({"output": str(output), **document})
+        terminal.print_json({"output": str(output), **document})
     else:
         show_points(points, output)
 

@@ -55,7 +55,7 @@ def tune_machine(
     if as_json:
         found = {"profile": asdict(profile), "kept": str(kept) if kept else None}
         told = [asdict(verdict) for verdict in verdicts]
-        terminal.document({"conditions": facts.as_dict(), **found, "verdicts": told})
+        terminal.print_json({"conditions": facts.as_dict(), **found, "verdicts": told})
     else:
         show_profile(facts, profile, profiles.SHORT, profiles.LONG)
         show_advice(paragraph(profile, verdicts), kept)

@@ -85,7 +85,7 @@ def tune_s3d(
         document["sweep"] = [asdict(choice) for choice in tried]
     write_json(output, document)
     if as_json:
-        terminal.document({"output": str(output), **document})
+        terminal.print_json({"output": str(output), **document})
     else:
         show_curve(curve, tried, output)
 
