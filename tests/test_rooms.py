@@ -33,7 +33,7 @@ FLOORS = {
 }
 """Rooms that are not named stand on the top floor: llm, hf, cli, __init__ and what belongs to them."""
 TOP = 9
-LONGEST = 60
+LONGEST = 54
 STEP = 72
 QUIET = ("core", "drafting", "drafters", "engine", "models")
 """Rooms without environment, globals and printing."""
