@@ -124,7 +124,7 @@ def test_no_network(namespace: bool, tmp_path: Path) -> None:
 
 def test_the_namespace_alone_has_no_network() -> None:
     """Without the hook: a process that went through `leave_network` reaches nobody."""
-    code = "import os, socket, sys; sys.path.insert(0, sys.argv[1]); import jail\nprint(inside.leave_network())\n"
+    code = "import os, socket, sys; sys.path.insert(0, sys.argv[1]); import inside\nprint(inside.leave_network())\n"
     code += "try: socket.create_connection(('127.0.0.1', int(sys.argv[2])), 600); print('reached')\n"
     code += "except OSError: print('alone')\n"
     with socket.create_server(("127.0.0.1", 0)) as server:

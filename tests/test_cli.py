@@ -24,6 +24,7 @@ from selfdraft.cli import terminal
 from selfdraft.core import verify as core_verify
 from selfdraft.core.tree import Draft
 from selfdraft.llm import Piece
+from selfdraft.models import load
 from tests.terminal import command_of, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
@@ -467,3 +468,37 @@ def test_doctor_in_words(run: Any, folder: Path) -> None:
     assert len(re.findall(r"^(?:float32|bfloat16) +bitwise +rows x\d+", done.out, re.MULTILINE)) == 2
     assert len(re.findall(r"^(?:float32|bfloat16) +token +natural", done.out, re.MULTILINE)) == 2
     assert re.search(r"^float32: \w+ promised, \w+ found; ", done.out, re.MULTILINE)
+
+
+def test_no_cache_and_prove_do_the_proof_again(
+    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kept proof spares the next start its proof; --no-cache and doctor --prove run it all the same."""
+    monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "cache"))
+    real, proofs = vars(load)["prove"], list[int]()
+
+    def counted(*given: Any, **options: Any) -> Any:
+        proofs.append(1)
+        return real(*given, **options)
+
+    monkeypatch.setattr(load, "prove", counted)
+
+    def ran(*words: object) -> int:
+        """How many proofs a command makes."""
+        proofs.clear()
+        assert run(*words, "--model", folder).code == 0
+        return len(proofs)
+
+    generate = ("generate", "hi", "--max-new-tokens", 2, "--drafter", "none")
+    assert ran(*generate) == 1
+    kept = [*(tmp_path / "cache" / "proofs").iterdir()]
+    assert kept
+    before = [path.read_text() for path in kept]
+    assert ran(*generate) == 0, "what was proved is kept"
+    assert ran(*generate, "--no-cache") == 1
+    assert [*(tmp_path / "cache" / "proofs").iterdir()] == kept
+    assert [path.read_text() for path in kept] == before, "nothing is kept by --no-cache"
+    doctor = ("doctor", "--max-new-tokens", 2)
+    first = ran(*doctor)
+    assert ran(*doctor) == 0, "all levels are kept"
+    assert ran(*doctor, "--prove") == first > 0

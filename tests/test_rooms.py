@@ -33,7 +33,7 @@ FLOORS = {
 }
 """Rooms that are not named stand on the top floor: llm, hf, cli, __init__ and what belongs to them."""
 TOP = 9
-LONGEST = 60
+LONGEST = 54
 STEP = 72
 QUIET = ("core", "drafting", "drafters", "engine", "models")
 """Rooms without environment, globals and printing."""
@@ -266,7 +266,17 @@ def test_every_room_has_a_floor_and_every_floor_a_room() -> None:
     """What is new stands on the top floor only if it is named here; a floor whose room has gone is taken down."""
     rooms = {room(module) for module in MODULES if module}
     assert {*FLOORS} <= rooms
-    assert rooms - {*FLOORS} == {"__main__", "async_llm", "cli", "hf", "llm", "outputs", "prompts", "sampling"}
+    assert rooms - {*FLOORS} == {
+        "__main__",
+        "async_llm",
+        "cli",
+        "hf",
+        "llm",
+        "outputs",
+        "prompts",
+        "sampling",
+        "testing",
+    }
     assert {*QUIET, *PURE} <= {*FLOORS}
 
 

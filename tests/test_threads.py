@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -364,3 +367,23 @@ def test_two_llms_over_other_models_do_not_wait_for_each_other() -> None:
     first = next(stream)
     assert other.generate([3, 4, 5], PARAMS[0])[0].outputs[0].finish_reason == "length"
     assert read([first, *stream]) == wanted()[0]
+
+
+def test_two_processes_build_the_kernels_at_once(tmp_path: Path) -> None:
+    """Both have them afterwards, from one whole file, and nothing else is left in the folder."""
+    try:
+        kernel_build._compiler()
+    except RunnerUnavailable as error:
+        pytest.skip(str(error))
+    code = "from selfdraft.models.runner import kernel_build; kernel_build.library(); print('built')"
+    there = {**os.environ, "SELFDRAFT_CACHE": str(tmp_path)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=there
+        )
+        for _ in range(3)
+    ]
+    ended = [one.communicate() for one in started]
+    assert [out for out, _ in ended] == ["built\n"] * 3, ended
+    (kernels,) = (tmp_path / "kernels").glob("*")
+    assert kernels.suffix == ".so"

@@ -109,13 +109,7 @@ class LLM:
         wanted, settings = pick_dtype(dtype), read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
-        if isinstance(model, str | Path):
-            path = checkpoint(model, note=_log.warning)
-            self.model = load.load_model(path, dtype=wanted, trust_remote_code=trust_remote_code, lora=lora)
-            self.tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
-            folder: Path | None = Path(path).expanduser()
-        else:
-            self.model, self.tokenizer, folder = unwrapped(model, lora), tokenizer, None
+        self.model, self.tokenizer, folder = _loaded(model, wanted, tokenizer, lora, trust_remote_code)
         beside = find_adapters(folder) if folder is not None else []
         self.target = load.open_target(
             self.model,
@@ -444,6 +438,22 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer: pass LLM(..., tokenizer=...) or give token ids")
         return self.tokenizer
+
+
+def _loaded(
+    model: str | Path | Model,
+    dtype: torch.dtype | None,
+    tokenizer: Tokenizer | None,
+    lora: str | Path | None,
+    trust_remote_code: bool,
+) -> tuple[Model, Tokenizer, Path | None]:
+    """Model, tokenizer, and the folder that they came from; None for a model that was loaded already."""
+    if not isinstance(model, str | Path):
+        return unwrapped(model, lora), tokenizer, None
+    path = checkpoint(model, note=_log.warning)
+    loaded = load.load_model(path, dtype=dtype, trust_remote_code=trust_remote_code, lora=lora)
+    tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
+    return loaded, tokenizer, Path(path).expanduser()
 
 
 def pick_dtype(name: str) -> torch.dtype | None:

@@ -280,7 +280,7 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """All sublayers in a drafting pass, with the weights of their linear layers rounded to so many bits.
+    """All sublayers in a drafting pass, with the weights of their linear layers rounded to `bits` bits.
 
     Source: ML-SpecQD (arXiv 2503.13565), SubSpec (arXiv 2509.18344): a rounded copy of the same weights drafts.
     """

@@ -224,8 +224,8 @@ BUGS = (
     Bug(
         "window-off-by-one",
         "models/attention.py",
-        "> self.queries[:, :, None] - window",
-        ">= self.queries[:, :, None] - window",
+        "> queries[:, :, None] - window",
+        ">= queries[:, :, None] - window",
         "a sliding window is one token too long",
     ),
     Bug(

@@ -69,7 +69,7 @@ Configs = Annotated[
     typer.Option(help="A drafter with options as JSON, with 'method' and a 'name'; may be given several times."),
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' files; goes before this package's own.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts of each task or part.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Take at most this many prompts of each task or part.", min=1)]
 Samples = Annotated[int, typer.Option(help="Answers to each coding task, for pass@k.", min=1)]
 Runs = Annotated[int, typer.Option(help="Timed runs of each prompt, in alternation; medians count.", min=1)]
 Turns = Annotated[Literal["first", "all"], typer.Option(help="all: later turns too, after the model's own answers.")]

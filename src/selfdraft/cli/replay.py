@@ -26,7 +26,7 @@ def replay(
     drafter: Annotated[str | None, typer.Option(help="Who guesses: one that reads only tokens. Default: auto.")] = None,
     speculative_config: Config = None,
     max_nodes: Annotated[int, typer.Option(help="Most draft tokens of a step.", min=1)] = 64,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many requests of each file.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Take at most this many requests of each file.", min=1)] = None,
     step_times: Annotated[
         str | None,
         typer.Option(help="Seconds of a pass by rows, as JSON: '[0.036, 0.037]' or '{\"1\": 0.036, \"8\": 0.051}'."),

@@ -49,7 +49,7 @@ def verify(
     adapter: Adapters = None,
     lora: Lora = None,
     drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
-    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Take at most this many prompts.", min=1)] = None,
     max_new_tokens: MaxNew = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,

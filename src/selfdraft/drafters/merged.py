@@ -16,7 +16,7 @@ from selfdraft.protocols import Needs, Target
 class Merged(SourceTreeDrafter):
     """Candidates: the best tree over everything that is known without a pass.
 
-    `memory`: earlier outputs are remembered, at most so many tokens; 0 remembers nothing. It is this drafter's alone.
+    `memory`: most tokens of earlier outputs that are remembered; 0 remembers nothing. It is this drafter's alone.
     `recycling`: the model's runners-up at every row that was run are guesses, too.
     """
 

@@ -1,5 +1,4 @@
-"""Following a text that is repeated: where the copy stands, how long it has been right, and where it goes on after a
-difference.
+"""Alignment of a copied text: where the copy stands, how long it was right, where it goes on after a difference.
 
 The longest match is a pointer that moves on with the text; when it breaks, the longest context says where to go on
 (the match model of context-mixing compressors). Unlike n-gram lookup, an alignment outlives a difference: behind a
@@ -19,11 +18,11 @@ LENGTHS = (1, 2, 3, 4, 5, 7, 10, 16, 32, 64, 128)
 """Classes of match lengths begin here."""
 _CLASS = [sum(length >= start for start in LENGTHS) for length in range(LENGTHS[-1] + 1)]
 COPIED = (0.0, 0.35, 0.5, 0.55, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.97)
-"""First beliefs in a copy by class of its match length."""
+"""Prior acceptance of a copied token by class of its match length."""
 WINDOW = 10
 """How far behind a difference the text is looked for."""
 PATIENCE = 16
-"""Differences on a row after which an alignment is given up."""
+"""Differences in a row after which an alignment is given up."""
 RUN = 12
 MISSES = 8
 KINDS = (RUN + 1) * (MISSES + 1)

@@ -27,7 +27,7 @@ _CLASS = [sum(step / _STEPS >= share for share in SHARES) for step in range(_STE
 _KINDS = 2 * (len(SHARES) + 3)
 """Kinds of one order: a unique occurrence, one that was followed once, then share and latest."""
 SINGLE = (0.0, 0.35, 0.55, 0.6, 0.65, 0.7, 0.8)
-"""First belief in the only continuation of a context that was followed once, by order."""
+"""Prior acceptance of the only continuation of a context that was followed once, by order."""
 
 
 def _beliefs() -> tuple[float, ...]:

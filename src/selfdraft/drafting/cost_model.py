@@ -57,7 +57,7 @@ class Profile:
     """How much passes of one row varied while this was measured: the slowest tenth by the quickest quarter."""
 
     def at(self, rows: int, tokens: int = 0, sequences: int = 1) -> float:
-        """Seconds of a pass over `rows` rows of so many sequences that remember `tokens` tokens together.
+        """Seconds of a pass over `rows` rows of `sequences` sequences that have `tokens` cached tokens together.
 
         A row sees the tokens of its own sequence; those of the others are at least read.
         """
@@ -116,7 +116,7 @@ def _further(profile: Profile, most: int, tokens: int, sequences: int) -> tuple[
 
 
 def block_of(tokens: int) -> int:
-    """The middle of the block that so many remembered tokens are in: prices hardly change from token to token."""
+    """The middle of the block that `tokens` is in: prices hardly change from token to token."""
     return tokens // BLOCK * BLOCK + BLOCK // 2
 
 
@@ -306,6 +306,6 @@ def rising(values: SequenceOf[float], weights: SequenceOf[float]) -> list[float]
 
 
 def _nearest(rows: int) -> int:
-    """The place in GRID that a step of so many rows counts for."""
+    """The place in GRID that a step of `rows` rows counts for."""
     place = min(bisect_left(GRID, rows), len(GRID) - 1)
     return place - 1 if place and rows - GRID[place - 1] < GRID[place] - rows else place

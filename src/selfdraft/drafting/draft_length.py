@@ -13,7 +13,7 @@ from selfdraft.drafting.cost_model import Throughput
 from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 
 BINS = 10
-"""Confidences are calibrated in so many classes."""
+"""Confidences are calibrated in 10 classes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 FADE = 0.98
 """What a measurement counts after one more step: a memory of about 50 steps."""
 OUTLIER = 3.0
-"""A step that took longer than so many times what was expected is counted as if it took that."""
+"""The time of a step is clipped to 3 times what was expected of it."""
 TRUSTED = 8
 """Steps before an expectation is trusted."""
 
@@ -51,7 +51,7 @@ class StepTime:
         return max(self.covariance, 0.0) / (self.variance + 0.25)
 
     def at(self, rows: float) -> float:
-        """Seconds expected of a step with so many rows."""
+        """Seconds expected of a step with `rows` rows."""
         return max(self.seconds + self.per_row * (rows - self.rows), 0.0)
 
 

@@ -1,10 +1,9 @@
-"""One tree from many sources: what they say is weighed by how often it came true, duplicates are one node.
+"""Mixes several sources into one calibrated probability for each token, and grows one tree from them.
 
-Two stages of counting, both on line. First each source alone: how often guesses of one kind of evidence (match length,
-own score) and depth came true; that puts the kind on a scale of LEVELS. Then all together: how often a token came true
-for which the sources stand at these levels, at that depth. A verified token scores every guess of every source at its
-place, whether it was run or not. Sources: calibration over recorded requests makes merging pay; credit without
-exploration is "Not-a-Bandit" (HedgeSpec, ICLR 2026).
+Two stages of counting, both while decoding. First each source alone: how often candidates of one kind of evidence
+(match length, rank) and depth came true; that puts the kind on a scale of LEVELS. Then all together: how often a token
+came true for which the sources stand at these levels, at that depth. Every source is scored on every verified token,
+even if its candidate was not in the tree, so no exploration is needed ("Not-a-Bandit", HedgeSpec, ICLR 2026).
 """
 
 from __future__ import annotations
@@ -36,9 +35,10 @@ _COARSE = TOGETHER[-1] + 1
 _CHANCE = itemgetter(1)
 PRIOR, FADE = 4.0, 0.998
 WEIGHT = 20.0
-"""Nodes that were foretold rightly before any was seen."""
+"""Pseudo-count of the prior: nodes that count as predicted rightly before any was seen."""
 TRUST = 0.7
-"""Weight of the best level against the others before any such token was seen: the best of several is often luck."""
+"""The prior mixes the best source (0.7) with the mean of the others: the maximum of several noisy estimates is biased
+upwards."""
 FLOOR = 0.002
 """A node less likely than this is not worth its row, however cheap rows are."""
 
@@ -80,7 +80,7 @@ class Counts:
 
 
 class Cell(NamedTuple):
-    """A joint cell: its own mean, and that of all cells whose two best levels are the same, which it starts from."""
+    """Acceptance of one combination of source levels, with a prior shared by all that have the same two best levels."""
 
     mean: Mean
     family: Mean
@@ -151,12 +151,12 @@ class Credit:
         cell = self._cells.get(key)
         if cell is None:
             best, *rest = sorted(filter(None, self._levels(key)), reverse=True)
-            kin = key % _COARSE, best, *rest[:1]
-            if kin not in self._families:
+            family = key % _COARSE, best, *rest[:1]
+            if family not in self._families:
                 lower = [MIDDLES[level] for level in rest] or [MIDDLES[best]]
                 start = TRUST * MIDDLES[best] + (1 - TRUST) * sum(lower) / len(lower)
-                self._families[kin] = Mean(start, PRIOR, FADE)
-            cell = self._cells[key] = Cell(Mean(0.0, PRIOR, FADE), self._families[kin])
+                self._families[family] = Mean(start, PRIOR, FADE)
+            cell = self._cells[key] = Cell(Mean(0.0, PRIOR, FADE), self._families[family])
         return cell
 
     def ranked(self, keys: dict[int, int]) -> list[tuple[int, float]]:

@@ -1,8 +1,7 @@
-"""Where guesses come from when they cost no pass: contexts, copies and alignments in a told text, the model's own
-runners-up.
+"""Candidate sources that need no forward pass: n-gram contexts, longest match, alignment, earlier top-k.
 
-A source says, at any place of a tree of guesses, which tokens may follow and of what kind its evidence is. How much a
-kind is worth is measured, not said (`merge.py`).
+A source says, at any place of a token tree, which tokens may follow and of what kind its evidence is. How much a kind
+is worth is measured (`mixing.py`).
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from selfdraft.drafting.context_tree import BELIEFS, SILENCE, ContextTree, State
 from selfdraft.drafting.successors import Answers, likeliest, topk
 
 ANCHOR = 2
-"""A match of so many tokens leaves an alignment behind when it breaks."""
+"""A match of 2 tokens or more leaves an alignment behind when it breaks."""
 SUCCESSORS = 8
 """Runners-up that are kept behind a token, as in the paper."""
 
 
 class Source(Protocol):
-    """One way to guess, for one request. A state that is false has nothing to say."""
+    """One source of candidates, for one request. A state that is false has nothing to say."""
 
     name: str
     beliefs: tuple[float, ...]
-    """How likely a guess of each kind of evidence is thought to be before any was seen."""
+    """Prior acceptance of a candidate of each kind of evidence."""
 
     @property
     def state(self) -> Any:

@@ -1,7 +1,7 @@
-"""The cheapest guessing that is worth anything: copy what followed the longest earlier match, as long as that pays.
+"""Drafts by copying what followed the longest earlier match, as long as a copied token pays.
 
-A step takes some 20 microseconds, a tenth of the tree of all sources. Sources: SAM-Decoding (arXiv 2411.10666) for the
-index; what a match length is worth is measured, as in `merge.py`.
+Acceptance is estimated by (recent accuracy of copies in this request, match length). A step takes some 20 microseconds,
+a tenth of the tree of all sources. Source of the index: SAM-Decoding (arXiv 2411.10666).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from selfdraft.types import Budget
 SOURCE = "copy"
 AHEAD = 32
 """Tokens that are copied at most."""
-MOODS = 4
-"""Classes of how well copies held lately in the same request."""
+ACCURACIES = 4
+"""Classes of the recent accuracy of copies in the same request."""
 PRIOR, FADE = 4.0, 0.998
 
 
@@ -61,7 +61,7 @@ class SuffixCopy:
 
     def __init__(self) -> None:
         self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()
-        self._means = [[Mean(belief, PRIOR, FADE) for belief in COPIED] for _ in range(MOODS)]
+        self._means = [[Mean(belief, PRIOR, FADE) for belief in COPIED] for _ in range(ACCURACIES)]
         """By class of how copies held lately, and class of match length."""
         self._chances = [[mean.value for mean in means] for means in self._means]
         """Their values."""
@@ -82,8 +82,8 @@ class SuffixCopy:
             note = self._notes.get(sequence)
             if note is None or note.read == len(sequence.tokens):
                 continue
-            mood = _mood(note)
-            means, chances = self._means[mood], self._chances[mood]
+            recent = _recent_accuracy(note)
+            means, chances = self._means[recent], self._chances[recent]
             came = sequence.tokens[note.read :]
             if note.copied:
                 note.held.observe(float(note.copied[0] == came[0]))
@@ -100,7 +100,7 @@ class SuffixCopy:
             note = self._notes[sequence] = Note(sequence)
         note.look_up(sequence)
         most = min(len(note.copied), budget.max_depth, budget.max_nodes, len(prices))
-        chances, reached, scores = self._chances[_mood(note)], 1.0, list[float]()
+        chances, reached, scores = self._chances[_recent_accuracy(note)], 1.0, list[float]()
         for depth in range(most):
             own = chances[kind_of_match(note.length + depth)]
             reached *= own
@@ -110,6 +110,6 @@ class SuffixCopy:
         return Draft.chain(note.copied[: len(scores)], SOURCE, scores) if scores else EMPTY
 
 
-def _mood(note: Note) -> int:
-    """The class of how copies held lately."""
-    return min(int(MOODS * note.held.value), MOODS - 1)
+def _recent_accuracy(note: Note) -> int:
+    """The class of how often copies were right lately."""
+    return min(int(ACCURACIES * note.held.value), ACCURACIES - 1)

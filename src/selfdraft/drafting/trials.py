@@ -21,7 +21,7 @@ PAUSES = (64, 2048)
 SHARE = 0.005
 """Of the time, what the trials of one way may lose: one that lost more is tried again later."""
 WORSE = 1.25
-"""When the best way takes so many times longer per token than at its last trial, the others are tried again soon."""
+"""When the best way takes 1.25 times longer per token than at its last trial, the others are tried again soon."""
 MEMORY = 0.99
 """What a step counts after one more: a memory of about 100 steps."""
 STILL = 1e-9

@@ -18,7 +18,7 @@ from selfdraft.types import within
 class Engine:
     """Runs sequences on `slots` slots of a target; more than that wait.
 
-    `chunk`: a prompt is prefilled in pieces of so many tokens; `rows`: about how many rows one pass may have;
+    `chunk`: tokens of one piece of a prefill; `rows`: about how many rows one pass may have;
     `nodes`: most draft candidates of one sequence in one step.
     """
 

@@ -38,7 +38,7 @@ class Logged:
     """Drafts ended before multiples of this position."""
     context: int = FAR
     chunk: int = FAR
-    """The prompt was prefilled in pieces of so many tokens."""
+    """Tokens of one piece of the prefill."""
     tokenizer: str | None = None
     """Fingerprint of the tokenizer, if known."""
 

@@ -24,6 +24,19 @@ from selfdraft.models.runner.trace_ops import Recorder
 NAME = "selfdraft"
 
 
+def additive_mask(
+    sees: Tensor, places: Tensor, queries: Tensor, window: int | None, heads: int, dtype: torch.dtype
+) -> Tensor:
+    """0 where a query sees a key, -inf elsewhere: [lanes, 1, heads * n, keys], heads of one group beneath each other.
+
+    `sees` [lanes, n, keys] before any window; `places` [lanes, keys] and `queries` [lanes, n] are positions.
+    """
+    if window is not None:
+        sees = sees & (places[:, None, :] > queries[:, :, None] - window)
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, float("-inf"))
+    return mask.repeat(1, heads, 1)[:, None]
+
+
 @dataclass(eq=False, slots=True)
 class Group:
     """Rows that attend together: `lanes` layouts of one slot's keys, `width` query rows each.
@@ -62,11 +75,7 @@ class Group:
         """Additive mask [lanes, 1, heads * width, length], heads of one group beneath each other."""
         key = (window, heads, dtype)
         if key not in self.masks:
-            sees = self.sees
-            if window is not None:
-                sees = sees & (self.places[:, None, :] > self.queries[:, :, None] - window)
-            mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, float("-inf"))
-            self.masks[key] = mask.repeat(1, heads, 1)[:, None]
+            self.masks[key] = additive_mask(self.sees, self.places, self.queries, window, heads, dtype)
         return self.masks[key]
 
 

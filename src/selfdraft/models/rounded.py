@@ -26,7 +26,7 @@ LINE = 128
 GROUPS = {8: LINE, 4: LINE // 2}
 """Weights that share a scale, by bits."""
 HEAD_BITS = 8
-"""The output layer keeps at least so many: it says which token is largest."""
+"""The output layer keeps at least 8 bits: it says which token is largest."""
 CHUNK = 1 << 18
 """Weights that are rounded at a time: they stay close to the processor."""
 SHRINKS = (0.93, 0.86, 0.79)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from selfdraft.models import views
 from selfdraft.models.adapters import EMBEDDINGS, fingerprint, linked
-from selfdraft.models.attention import kernel, register
+from selfdraft.models.attention import additive_mask, kernel, register
 from selfdraft.models.reference import Model
 from selfdraft.types import Skip
 
@@ -49,11 +49,7 @@ class Pack:
         """Additive mask [batch, 1, heads * n, keys], heads of one group beneath each other."""
         key = (window, heads, dtype)
         if key not in self.masks:
-            sees = self.sees
-            if window is not None:
-                sees = sees & (self.places[:, None, :] > self.queries[:, :, None] - window)
-            mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, float("-inf"))
-            self.masks[key] = mask.repeat(1, heads, 1)[:, None]
+            self.masks[key] = additive_mask(self.sees, self.places, self.queries, window, heads, dtype)
         return self.masks[key]
 
 

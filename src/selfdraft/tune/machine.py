@@ -34,17 +34,17 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SHORT, LONG = 32, 1024
 """Remembered tokens while they are timed; LONG where the context has room for it."""
 SECONDS, LEAST, MOST = 15.0, 3, 25
-"""The rounds take about so long; but there are at least and at most so many of them."""
+"""Seconds that the rounds take about, and the least and most of them."""
 FIRST = ((0, 1), (0, 2), (0, 4), (0, 5), (0, 8), (1, 1), (1, 8), (0, 16), (1, 16), (0, 32))
 """What is timed before the first answer, in this order: (behind SHORT or LONG tokens, number of rows)."""
 ENOUGH = 7
-"""With so many of them there is a profile."""
+"""Measured sizes of a pass that are enough for a profile."""
 BRIEFLY, ROUNDS = 1.0, 8
-"""No pass begins later than so many seconds after the first one then; at most so many rounds."""
+"""At the first start, no pass begins later than 1 s after the first one; at most 8 rounds."""
 REPEATS, BRIEF = 4, 0.01
-"""A pass is repeated so often before its time counts, but not longer than so many seconds."""
+"""A pass is repeated 4 times before its time counts, but not longer than 0.01 s."""
 STEADY = 2.0
-"""A profile is kept when passes of one row varied by less than so much."""
+"""A profile is kept when passes of one row varied by less than a factor of 2."""
 BATCH = 4
 """Sequences of the pass by which the price of a further sequence is measured."""
 

@@ -55,7 +55,7 @@ MaxCost = Annotated[
         "0.65: a drafting pass takes 65 % of a full one."
     ),
 ]
-Confirm = Annotated[int, typer.Option(help="Decode for real with so many of the best; 0: with none.")]
+Confirm = Annotated[int, typer.Option(help="How many of the best sets are confirmed by decoding; 0: none.")]
 Evidence = Annotated[
     Path | None, typer.Option(help="Also try all pairs, and write singles, pairs and the best sets to this file.")
 ]

@@ -28,7 +28,7 @@ PROMPTS = (
 Prompts = Annotated[
     Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line; some are built in.")
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Take at most this many prompts.", min=1)]
 InTemplate = Annotated[bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.")]
 OwnTokens = Annotated[int, typer.Option(help="Tokens of the model's own text for each prompt.")]
 Temperature = Annotated[float, typer.Option(help="The own text is sampled at this; 0 is greedy.")]

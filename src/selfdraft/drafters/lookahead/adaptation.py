@@ -41,7 +41,7 @@ class Sizes:
         return self.tokens.value / seconds * self.time.per_row if self.time.steps >= TRUSTED and seconds else 0.0
 
     def step(self, tokens: int) -> None:
-        """A step emitted so many tokens, of all sequences together: move what is due."""
+        """Book a step that emitted `tokens` tokens, of all sequences together; move what is due."""
         self.tokens.observe(tokens)
         self._since += 1
         self._windows += self.running

@@ -193,7 +193,7 @@ class Lookahead:
         return found
 
     def _candidates(self, nodes: list[Node], most: int) -> Draft:
-        """Nodes that pay, at most so many, the likeliest first; without adaptation the first ones."""
+        """At most `most` nodes that pay, the likeliest first; without adaptation the first ones."""
         chosen = list(range(len(nodes)))
         if self._way != GIVEN:
             for node in nodes:

@@ -37,11 +37,11 @@ EXACT = {torch.float64: 1e-6, torch.float32: 1e-4}
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Errors in the model's own dtype that need no excuse."""
 NOISE = 4.0
-"""Beyond that a pass may be so many times as far off as the stock model's own pass is."""
+"""Beyond that a pass may be 4 times as far off as the stock model's own pass is."""
 TOKENS, FAMILIAR = 12, 4096
 """Length of the prompt, whose tokens are among the first ids: those of common pieces of text."""
 WINDOW = 160
-"""The prompt is longer than a window of at most so many tokens. What is said of larger ones is checked by number."""
+"""The prompt is longer than windows of up to 160 tokens; of larger windows the size itself is checked."""
 AFTER = 9
 """Tokens behind the prompt."""
 BROKEN = (RuntimeError, TypeError, AttributeError, ValueError, KeyError, IndexError, AssertionError)
