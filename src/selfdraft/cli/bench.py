@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from selfdraft.cli import terminal
@@ -399,6 +398,8 @@ def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[Record]:
 
 def show_evaluation(records: Sequence[Record], output: Path | None) -> None:
     """The bench's conditions, its table, and a line of scores for each task."""
+    from rich.table import Table
+
     facts = records[0]["conditions"]
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items() if value is not None)
     names = ("max_new_tokens", "temperature", "top_p", "chat", "batch")
@@ -431,6 +432,8 @@ def show_evaluation(records: Sequence[Record], output: Path | None) -> None:
 
 def show_apart(rows: Sequence[Record], wide: int) -> None:
     """Decoding and reading of the prompt apart, for all engines, each beside its own plain decoding."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     table.add_column("\ntokens per second", width=max(wide, 17), overflow="fold")
     for head in ("\ndecode", "\nprompt", "decode vs\nown plain", "\naccept", "texts equal to\nown plain"):
@@ -458,6 +461,8 @@ def show_apart(rows: Sequence[Record], wide: int) -> None:
 
 def show_stages(records: Sequence[Record]) -> None:
     """Milliseconds of a decode step of every drafter by what they went into, from the run through stopwatches."""
+    from rich.table import Table
+
     for task in dict.fromkeys(record["task"] for record in records):
         table = Table(box=None, pad_edge=False)
         table.add_column(f"{task}, ms per step", min_width=12)

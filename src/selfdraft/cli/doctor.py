@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from selfdraft.cli import terminal
 from selfdraft.cli.options import (
@@ -84,6 +83,8 @@ def examine(
 
 def show_findings(machine: Mapping[str, object], findings: Sequence[Finding]) -> None:
     """The machine, a table of the trials, and what was promised beside what was found."""
+    from rich.table import Table
+
     known = [f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if value is not None]
     terminal.out.print(", ".join(known))
     heads = ("dtype", "asked", "shapes", "tokens equal", "logit bits equal", "found")

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -93,6 +92,8 @@ def waiting(what: str) -> Iterator[None]:
 @contextmanager
 def progress(total: int, *, quiet: bool, what: str) -> Iterator[Callable[[], None]]:
     """A progress bar on the error stream, moved one step by each call."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=total)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from selfdraft.cli import terminal
 from selfdraft.cli.options import DEFAULT_MODEL, Dtype, Lora, Model, Threads, open_llm
@@ -190,6 +189,8 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
 @contextmanager
 def training_bar(total: int, *, quiet: bool) -> Iterator[Callable[[Training], None]]:
     """A progress bar with loss and held-out acceptance per mask; a line for each measurement where there is no bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     err = terminal.err
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     said = TextColumn("{task.fields[said]}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from selfdraft.cli import terminal
 from selfdraft.cli.options import (
@@ -225,6 +224,8 @@ def show_set(record: Record, name: str, path: Path) -> None:
 
 def show_checks(checks: Sequence[Check]) -> None:
     """Predicted beside measured speed-ups."""
+    from rich.table import Table
+
     heads = ("set", "draft tokens", "agreement", "c", "predicted", "measured", "error", "acceptance (predicted)")
     table = Table(*heads, box=None, pad_edge=False)
     for check in checks:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from selfdraft.cli import terminal
 from selfdraft.cli.options import DEFAULT_MODEL, AsJson, Dtype, Exact, Lora, Model, Threads, conditions, open_llm
@@ -90,6 +89,8 @@ def measured(llm: LLM, requests: Sequence[Callable[[], Request]], *, quiet: bool
 
 def show_points(points: Sequence[Point], output: Path) -> None:
     """The sizes and what they gave, the law through them, and how to use the fastest."""
+    from rich.table import Table
+
     from selfdraft.tune.lookahead import fit_law, fit_log, recommend
 
     table = Table("W", "N", "G", "tokens a pass", "rows a step", "tokens/s", box=None, pad_edge=False)

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from selfdraft.cli import terminal
@@ -80,6 +78,8 @@ def measured(llm: LLM, *, quiet: bool) -> Profile:
 @contextmanager
 def share_bar(what: str, *, quiet: bool) -> Iterator[Callable[[float], None]]:
     """A bar on the error stream that moves by itself until a share of the work is told."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
     columns, err = (TextColumn("{task.description}"), BarColumn()), terminal.err
     with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
@@ -88,6 +88,8 @@ def share_bar(what: str, *, quiet: bool) -> Iterator[Callable[[float], None]]:
 
 def show_profile(facts: Conditions, profile: Profile, short: int, long: int) -> None:
     """The conditions, and milliseconds of a pass by its rows, behind few and many remembered tokens."""
+    from rich.table import Table
+
     terminal.out.print(
         Text(
             f"{facts.model}, {facts.dtype}, exactness {facts.exactness.level}, runner {facts.runner}, "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from selfdraft.cli import terminal
 from selfdraft.cli.options import (
@@ -118,6 +117,8 @@ def swept(llm: LLM, requests: Sequence[Callable[[], Request]], curve: Curve, run
 
 def show_curve(curve: Curve, tried: Sequence[Choice], output: Path) -> None:
     """The speed-up by skip width and number of masks, predicted and (after a sweep) measured."""
+    from rich.table import Table
+
     choices = curve.all()
     measured = {(choice.width, choice.masks): choice.speed for choice in tried}
     masks = sorted({choice.masks for choice in choices})
