@@ -94,7 +94,7 @@ def _short(target: HFTarget, profile: Profile, plain: float) -> Verdict:
     why = f"drafting a token takes {share:.2f} of a step"
     if share < 0.8:
         why += f", so chains of 4 pay where nothing can be copied and each is right in {_needed(share, 4):.0%}"
-    return Verdict("layer_skip", False, why + "; measure it: selfdraft tune --method layer_skip")
+    return Verdict("layer_skip", False, why + "; measure it: selfdraft tune layer-skip")
 
 
 def _needed(share: float, length: int) -> float:
