@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdraft
 from selfdraft import LLM, SamplingParams
-from selfdraft.methods import NAMES
+from selfdraft.methods import OPTIONS
 from selfdraft.models.pocket import POCKET
 
 PROMPT = "Once upon a time there was a little girl. She had a red ball. One day the red ball"
-DRAFTERS = tuple(NAMES)
+DRAFTERS = tuple(OPTIONS)
 NEW = 4
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
