@@ -31,9 +31,9 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
-from selfdraft.llm import POCKET
 from selfdraft.models import reference
 from selfdraft.models.load import load_model, open_target
+from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
 from selfdraft.prove.doctor import machine
 from selfdraft.types import SamplingParams
