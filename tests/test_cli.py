@@ -502,3 +502,19 @@ def test_no_cache_and_prove_do_the_proof_again(
     first = ran(*doctor)
     assert ran(*doctor) == 0, "all levels are kept"
     assert ran(*doctor, "--prove") == first > 0
+
+
+@pytest.mark.parametrize("words", [("generate", "hi", "--max-new-tokens", 20), ("generate", "hi", "--json")])
+def test_the_whole_answer_is_made_once(
+    run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]
+) -> None:
+    """Not once for each piece: that would cost the square of its length."""
+    real, made = vars(Piece)["output"].fget, list[int]()
+
+    def counted(piece: Piece) -> Any:
+        made.append(1)
+        return real(piece)
+
+    monkeypatch.setattr(Piece, "output", property(counted))
+    assert run(*words, "--model", folder, "--drafter", "none").code == 0
+    assert len(made) == 1

@@ -12,7 +12,7 @@ from rich.style import Style
 from selfdraft.cli import terminal
 
 if TYPE_CHECKING:
-    from selfdraft.llm import CompletionOutput, Piece
+    from selfdraft.llm import Piece
     from selfdraft.types import Stats
 
 Drafter = Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")]
@@ -48,13 +48,13 @@ class Clock:
         """Seconds since the answer was asked for."""
         return time.perf_counter() - self._began
 
-    def saw(self, output: CompletionOutput) -> None:
-        """Note that the answer has grown."""
-        if self.first is None and output.token_ids:
-            self.first, self._with_first = self.seconds, len(output.token_ids)
+    def saw(self, tokens: int) -> None:
+        """Note that the answer has `tokens` tokens now."""
+        if self.first is None and tokens:
+            self.first, self._with_first = self.seconds, tokens
 
     def speed(self, tokens: int) -> float | None:
-        """Tokens per second of an answer of so many tokens that ends now, after its first ones; None without others."""
+        """Tokens per second of an answer that has `tokens` now, its first ones left out; None without others."""
         later = tokens - self._with_first
         return later / (self.seconds - self.first) if self.first is not None and later > 0 else None
 

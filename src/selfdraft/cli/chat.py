@@ -61,18 +61,18 @@ def chat(
 
 def reply(llm: LLM, messages: list[dict[str, str]], sampling: SamplingParams) -> str:
     """The model's answer, shown as it comes; after Ctrl-C the text so far. Errors: RequestError."""
-    answer, clock = "", Clock()
+    last, clock = None, Clock()
     try:
         for piece in llm.stream(llm.render(messages), sampling):
-            answer = piece.output.text
-            clock.saw(piece.output)
+            last = piece
+            clock.saw(piece.num_output_tokens)
             show_piece(piece)
     except KeyboardInterrupt:
         terminal.write("\n")
         terminal.note("stopped; the text so far stays in the conversation")
     else:
-        show_figures(piece.output.stats, clock, llm.drafter_name)
-    return answer
+        show_figures(piece.stats, clock, llm.drafter_name)
+    return last.output.text if last is not None else ""
 
 
 def ask() -> str | None:

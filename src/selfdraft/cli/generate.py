@@ -187,18 +187,19 @@ def answer_one(llm: LLM, text: str, ids: list[int], sampling: SamplingParams, *,
     if compare and sampling.seed is None:
         sampling = replace(sampling, seed=0)
     clock = Clock()
-    output = None
+    last = None
     try:
         for piece in llm.stream(ids, sampling):
-            output = piece.output
-            clock.saw(output)
+            last = piece
+            clock.saw(piece.num_output_tokens)
             if not quiet:
                 show_piece(piece)
     except KeyboardInterrupt:
-        if output is not None and not quiet:
-            show_figures(output.stats, clock, llm.drafter_name)
+        if last is not None and not quiet:
+            show_figures(last.stats, clock, llm.drafter_name)
         raise
-    assert output is not None
+    assert last is not None
+    output = last.output
     times = (clock.seconds, clock.first or 0.0, clock.speed(len(output.token_ids)))
     if not quiet:
         show_figures(output.stats, clock, llm.drafter_name)
