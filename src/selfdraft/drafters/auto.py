@@ -46,12 +46,8 @@ class Auto:
         with self.guard.timed():
             self._choose(sequences)
             began = self.guard.clock()
-            if self.uses_tree:
-                row_costs = self.guard.row_costs(sequences, self.tree.most)
-                drafts = self.tree.draft(sequences, budgets, row_costs)
-            else:
-                row_costs = self.guard.row_costs(sequences, min(self.tree.most, AHEAD))
-                drafts = self.copies.draft(sequences, budgets, row_costs)
+            maker, most = (self.tree, self.tree.most) if self.uses_tree else (self.copies, min(self.tree.most, AHEAD))
+            drafts = maker.draft(sequences, budgets, self.guard.row_costs(sequences, most))
             self.guard.node_time.observe(sum(map(len, drafts)), self.guard.clock() - began)
             return self.guard.cut(sequences, drafts)
 

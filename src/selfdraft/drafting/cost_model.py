@@ -2,7 +2,7 @@
 
 Source of the rule: renewal-reward. With rho tokens per second, a tree is best when the tokens that it is expected to
 bring minus rho times the seconds of its pass are most. So a row pays iff its probability to be accepted is at least
-rho times the seconds that it adds (`Throughput.cost`). Everything that decides about rows asks this file:
+rho times the seconds that it adds (`tokens_meanwhile`). Everything that decides about rows asks this file:
 
 - `Profile`: seconds of a pass, measured before decoding (`selfdraft tune`, or the first start).
 - `LiveCost`: a profile, corrected by the steps that are run. `LearnedCost`: the same where nothing was measured.
@@ -19,9 +19,10 @@ from functools import lru_cache
 from typing import Protocol
 
 from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
+from selfdraft.types import within
 
 GRID = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
-"""Numbers of rows for which it is learned apart; a step counts for the nearest of them."""
+"""Numbers of rows whose time is corrected apart; a step counts for the nearest of them."""
 OUTLIER = 2.0
 """The time of a step is clipped to 1/2 to 2 times what was expected of it."""
 MOST_APART = 8.0
@@ -32,8 +33,24 @@ EVERY = 16
 """Steps between two corrections of the profile: prices hold still in between."""
 BLOCK = 256
 """Remembered tokens are counted in blocks when rows are priced."""
-EVERY_SIZE = 2**31
-"""No limit on the nodes of a tree."""
+UNLIMITED = 2**31
+"""Nodes of a tree that has no limit."""
+
+
+def tokens_meanwhile(seconds: float, tokens: float, step_seconds: float) -> float:
+    """THE rule: tokens that come anyway in `seconds`, so that what takes these seconds must bring them.
+
+    A step of `step_seconds` brings `tokens`; 0 before any step was seen.
+    """
+    return tokens / step_seconds * seconds if step_seconds else 0.0
+
+
+def first_sizes(time: StepTime) -> int:
+    """Most nodes of a tree while the time of a row is learned: 1, 2, 4, ...
+
+    The first steps differ in size: what a row costs is not seen in steps of one size.
+    """
+    return UNLIMITED if time.steps >= TRUSTED else 2**time.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +173,13 @@ class StepCost(Protocol):
 
 @dataclass(slots=True)
 class LearnedCost:
-    """`StepCost` where nothing was measured before: every further row costs the same, learned while decoding.
-
-    The first steps differ in size (1, 2, 4, ... nodes): what a row costs is not seen in steps of one size.
-    """
+    """`StepCost` where nothing was measured before: every further row costs the same, learned while decoding."""
 
     time: StepTime = field(default_factory=StepTime)
 
     @property
     def most_rows(self) -> int:
-        return EVERY_SIZE if self.time.steps >= TRUSTED else 2**self.time.steps
+        return first_sizes(self.time)
 
     def observe(self, rows: int, sequences: int, tokens: int, seconds: float) -> None:
         self.time.observe(rows, seconds)
@@ -193,41 +207,44 @@ class Throughput:
         self.tokens.observe(tokens)
         self.seconds.observe(seconds)
 
-    @property
-    def per_second(self) -> float:
-        """Tokens per second; 0 before any step was seen."""
-        return self.tokens.value / self.seconds.value if self.seconds.value else 0.0
-
     def cost(self, seconds: float, least: float = 0.0) -> float:
-        """THE rule: tokens that must be brought by what takes `seconds` more, at this speed or the `least` one."""
-        return max(self.per_second, least) * seconds
+        """Tokens that must be brought by what takes `seconds` more, at this speed or at `least` tokens per second."""
+        return max(tokens_meanwhile(seconds, self.tokens.value, self.seconds.value), least * seconds)
 
 
 @dataclass(slots=True)
 class RowCost:
     """What one more row must bring, in tokens: tokens per second now, times the seconds that a row adds to a step.
 
-    It is 0 until rows were seen to cost. A `fixed` cost is never changed.
+    It is 0 until rows were seen to cost. A `fixed` cost (the option `min_probability`) is never changed.
+    Errors: OptionError when that is no probability.
     """
 
     fixed: float | None = None
     time: StepTime = field(default_factory=StepTime)
-    throughput: Throughput = field(default_factory=Throughput)
+    emitted: Mean = field(default_factory=Mean)
+    """Tokens of a step."""
+
+    def __post_init__(self) -> None:
+        if self.fixed is not None:
+            within("min_probability", self.fixed, 0.0, 1.0)
 
     def observe(self, rows: int, seconds: float, tokens: int) -> None:
         """Book a step of `rows` rows that took `seconds` and brought `tokens`."""
         self.time.observe(rows, seconds)
-        self.throughput.observe(tokens, seconds)
+        self.emitted.observe(tokens)
 
     @property
     def tokens(self) -> float:
         """The cost of a row, in tokens."""
-        return self.throughput.cost(self.time.per_row) if self.fixed is None else self.fixed
+        if self.fixed is not None:
+            return self.fixed
+        return tokens_meanwhile(self.time.per_row, self.emitted.value, self.time.seconds)
 
     @property
     def most_rows(self) -> int:
-        """Most nodes of a tree. The first steps differ in size: what a row costs is not seen in steps of one size."""
-        return EVERY_SIZE if self.fixed is not None or self.time.steps >= TRUSTED else 2**self.time.steps
+        """Most nodes of a tree."""
+        return UNLIMITED if self.fixed is not None else first_sizes(self.time)
 
 
 @dataclass(slots=True)
@@ -255,7 +272,7 @@ class LiveCost:
 
     @property
     def most_rows(self) -> int:
-        return EVERY_SIZE
+        return UNLIMITED
 
     def observe(self, rows: int, sequences: int, tokens: int, seconds: float) -> None:
         """Book a step: its pass and the work beside it, without drafting."""

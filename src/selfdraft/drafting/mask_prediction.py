@@ -171,8 +171,6 @@ class Guesser:
     def __post_init__(self) -> None:
         within("num_speculative_tokens", self.nodes, 1, 256)
         within("branches", self.branches, 1, 16)
-        if self.row_cost.fixed is not None:
-            within("min_probability", self.row_cost.fixed, 0.0, 1.0)
 
     def tree(self, known: int, said: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
         """The best tree behind the `known` token over what was `said` of the places behind it, within the budget."""

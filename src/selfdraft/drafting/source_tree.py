@@ -23,7 +23,7 @@ from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Sou
 from selfdraft.errors import OptionError
 from selfdraft.types import Budget, Clock, within
 
-SUCCESSORS = "recycling"
+RECYCLING = "recycling"
 """Name of the source that takes the model's own runners-up: its tokens are shown under it."""
 
 
@@ -53,7 +53,7 @@ class Note:
         self._readers: list[tuple[Reader, int]] = []
         """With the first place that each one reads."""
         self._read = 0
-        self.successors = Successors(SUCCESSORS, sequence) if sources.recycling else None
+        self.successors = Successors(RECYCLING, sequence) if sources.recycling else None
         found: list[Source] = [self.successors] if self.successors else []
         if sources.request:
             own = self._reader(Reader(ContextTree(), own=True))
@@ -169,7 +169,7 @@ class SourceTree:
 def only_successors(result: Result) -> int:
     """Accepted tokens that would not have been there without the runners-up: from the first of them on."""
     sources = [result.draft.sources[node] for node in result.path]
-    return len(sources) - sources.index(SUCCESSORS) if SUCCESSORS in sources else 0
+    return len(sources) - sources.index(RECYCLING) if RECYCLING in sources else 0
 
 
 class SourceTreeDrafter:
@@ -187,8 +187,6 @@ class SourceTreeDrafter:
         clock: Clock,
         memory: Memory | None = None,
     ) -> None:
-        if min_probability is not None:
-            within("min_probability", min_probability, 0.0, 1.0)
         self.tree = SourceTree(sources, nodes, clock, memory)
         self.memory, self.clock = memory, clock
         self.row_cost = RowCost(min_probability)

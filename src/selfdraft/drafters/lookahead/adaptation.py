@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import log1p
 
+from selfdraft.drafting.cost_model import tokens_meanwhile
 from selfdraft.drafting.estimators import TRUSTED, Acceptance, Mean, StepTime
 
 TRIAL = 32
@@ -37,8 +38,9 @@ class Sizes:
     @property
     def price(self) -> float:
         """Tokens that a row has to bring; 0 until steps were measured."""
-        seconds = self.time.seconds + self.own.value
-        return self.tokens.value / seconds * self.time.per_row if self.time.steps >= TRUSTED and seconds else 0.0
+        if self.time.steps < TRUSTED:
+            return 0.0
+        return tokens_meanwhile(self.time.per_row, self.tokens.value, self.time.seconds + self.own.value)
 
     def step(self, tokens: int) -> None:
         """Book a step that emitted `tokens` tokens, of all sequences together; move what is due."""
