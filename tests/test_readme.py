@@ -66,3 +66,16 @@ def test_the_readme_is_short() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+SOURCE = ROOT / "src" / "selfdraft"
+FILES = {path.relative_to(place).as_posix() for place in (ROOT, SOURCE) for path in place.rglob("*.py")}
+"""Python files by their path in the repository, and by that in the package."""
+TEXTS = [*PAGES, *sorted(ROOT.glob("docs/decisions/*.md")), *sorted(SOURCE.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_are_named_are_there(page: Path) -> None:
+    """`name.py` in pages and docstrings, also as the end of a path. The log may name what has gone."""
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text()) if page.name != "log.md" else []
+    assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in FILES)] == []

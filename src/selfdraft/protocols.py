@@ -88,7 +88,7 @@ class Target(Protocol):
         """What only some drafters ask for. Read when a drafter is made."""
 
     def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
-        """Logits [len(rows.answers), vocab]. Rows are tentative: nothing is cached until `keep`.
+        """Logits [len(rows.logit_rows), vocab]. Rows are tentative: nothing is cached until `keep`.
 
         `short`: how a drafting pass is made cheaper; None is the whole model.
         """

@@ -15,7 +15,7 @@ ROOT = -1
 class Draft:
     """A token tree in topological order: node i says `tokens[i]` and follows node `parents[i]` (< i, or ROOT).
 
-    The first `candidates` nodes may be accepted; the rest are probes, rows whose answer only the drafter reads
+    The first `num_candidates` nodes may be accepted; the rest are probes, rows whose answer only the drafter reads
     (a lookahead window, mask tokens). A candidate never hangs under a probe.
     """
 

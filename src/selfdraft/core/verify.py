@@ -62,7 +62,7 @@ def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]
 
 
 def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Result]:
-    """Walk every sequence's tree. `logits` [len(rows.answers), vocab] are the answers, in the order of the rows.
+    """Walk every sequence's tree. `logits` [len(rows.logit_rows), vocab] are the answers, in the order of the rows.
 
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """

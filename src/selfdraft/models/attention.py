@@ -89,7 +89,7 @@ class Plan:
     calls: list[tuple[int, int | None]] = field(default_factory=list)
     """(layer, window) of every attention call: how the adapter proves that all layers came through here."""
     hidden: Tensor | None = None
-    """Hidden states entering a block, for views that leave or resume there (`view.py`)."""
+    """Hidden states entering a block, for views that leave or resume there (`views.py`)."""
 
 
 def make_plan(rows: Rows, cache: KVCache, shapes: Shapes, device: torch.device) -> Plan:

@@ -46,11 +46,11 @@ UNPROBED = Exactness("token", "nothing was probed")
 class HFTarget:
     """A stock model and its memory of every slot. See `selfdraft.protocols.Target`.
 
-    `model` is used through a view and never touched. `shapes` sets the exactness level (`shapes.py`).
+    `model` is used through a view and never touched. `shapes` sets the exactness level (`exactness.py`).
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
-    `fast` runs passes as tapes (`runner.py`)
-    instead of through transformers. `clock` is what drafters and measurements read, in seconds.
+    `fast` runs passes as tapes (`runner/`) instead of through transformers. `clock` is what drafters and measurements
+    read, in seconds.
     Errors: RunnerUnavailable when that cannot be done.
     """
 

@@ -1,7 +1,7 @@
 """How many middle blocks S3D should skip and how many tokens it should predict, solved from a few measurements.
 
 Source: S3D (arXiv 2405.20314), whose claim is the relation of skip width, number of predictors and speed-up. The form
-used here: improvement factor IF = E / (t_v + beta), with E from the acceptance of each place (`speed.py`). Acceptance
+used here: improvement factor IF = E / (t_v + beta), with E from the acceptance of each place (`speedup.py`). Acceptance
 is measured at a few widths and falls with the skipped share x as p (1 - x^u), the pass gets cheaper linearly in x.
 """
 

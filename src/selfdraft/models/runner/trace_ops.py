@@ -68,6 +68,6 @@ def gate(y: Tensor, x: Tensor, down: Tensor, up: Tensor, number: int) -> Tensor:
 
 
 def product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, wide: int, bits: int) -> Tensor:
-    """A linear layer of `wide` inputs with rounded weights (`rounding.py`), by name only."""
+    """A linear layer of `wide` inputs with rounded weights (`models/rounded.py`), by name only."""
     said: Tensor = torch.ops.selfdraft.rounded(x, codes, scales, bias, wide, bits)
     return said
