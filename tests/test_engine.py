@@ -22,6 +22,7 @@ from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.engine import scheduler
 from selfdraft.engine.engine import Engine
+from selfdraft.engine.slots import Slots
 from selfdraft.engine.step import budget
 from selfdraft.errors import OptionError, PromptTooLong, RequestError
 from selfdraft.models.exactness import Shapes
@@ -93,7 +94,7 @@ def engine_of(slots: int = 2, chunk: int = 4, rows: int = 8) -> Engine:
 
 
 def free_of(engine: Engine) -> list[int]:
-    return sorted(engine._free)
+    return sorted(engine.slots.free)
 
 
 def check(sequence: Sequence) -> None:
@@ -115,8 +116,9 @@ PROMPTS = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=20)
 @given(waiting=st.integers(0, 5), free=st.lists(st.integers(0, 9), unique=True, max_size=5))
 def test_admit_first_come_first_served(waiting: int, free: list[int]) -> None:
     queue = deque(request([i + 1]) for i in range(waiting))
-    before, slots = list(queue), set(free)
-    admitted = scheduler.admit(queue, free)
+    before, slots, room = list(queue), set(free), Slots(0, 4)
+    room.free = free
+    admitted = scheduler.admit(queue, room, {})
     assert admitted == before[: len(slots)]
     assert [*admitted, *queue] == before
     taken = {sequence.slot for sequence in admitted}
@@ -273,7 +275,7 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def slots_are_kept_apart(self) -> None:
         taken = [sequence.slot for sequence in self.engine.running]
-        assert sorted([*taken, *self.engine._free]) == list(range(self.slots))
+        assert sorted([*taken, *self.engine.slots.free]) == list(range(self.slots))
 
     @invariant()
     def everyone_is_in_one_place(self) -> None:

@@ -420,7 +420,7 @@ def test_a_drafter_that_raises_leaves_the_engine_usable(where: str) -> None:
         if steps == 20:
             engine.drafter = build("lookup", target)
     assert raised > 5
-    assert sorted(engine._free) == [0, 1, 2]
+    assert sorted(engine.slots.free) == [0, 1, 2]
     same_text(sequences, MIXED[:8])
 
 

@@ -136,7 +136,7 @@ def test_eight_threads_with_aborts_and_errors_among_them() -> None:
     together([lambda i=i: ask(i) for i in range(8)])  # type: ignore[misc]
     assert not llm.engine.running
     assert not llm.engine.waiting
-    assert sorted(llm.engine._free) == [0, 1, 2, 3]
+    assert sorted(llm.engine.slots.free) == [0, 1, 2, 3]
 
 
 def test_a_paused_stream_keeps_its_rest() -> None:

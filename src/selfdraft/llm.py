@@ -26,6 +26,7 @@ from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build, find, memory_of, needs_of, table
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.shared import SharedEngine
+from selfdraft.engine.slots import Reuse
 from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError, shown
 from selfdraft.files.memory_file import fingerprint, load_memory, save_memory
 from selfdraft.files.skip_sets import read_skip
@@ -75,6 +76,10 @@ class LLM:
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
     `lora`: the folder of a LoRA adapter of peft, merged into the weights when they are loaded.
+    `max_num_seqs`: requests that run at the same time; `prefill_chunk`: tokens of one piece of a prompt;
+    `max_num_batched_tokens`: about how many rows one pass may have.
+    `enable_prefix_caching`: a prompt that begins as an earlier request did (the next turn of a chat) prefills only what
+    is new. The text stays the same. Slots that were used keep their memory.
     `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
     proves it again and keeps nothing. A loaded transformers model is proved each time.
     `generation_config`: what a request without SamplingParams means. 'none' is greedy, as this library promises; 'auto'
@@ -99,6 +104,8 @@ class LLM:
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
+        max_num_batched_tokens: int = 1024,
+        enable_prefix_caching: bool = False,
         trust_remote_code: bool = False,
         cache: bool = True,
         generation_config: str | Path = "none",
@@ -106,6 +113,7 @@ class LLM:
     ) -> None:
         within("max_num_seqs", max_num_seqs, 1, 2**20)
         within("prefill_chunk", prefill_chunk, 1, 2**20)
+        within("max_num_batched_tokens", max_num_batched_tokens, 1, 2**20)
         wanted, settings = pick_dtype(dtype), read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
@@ -126,19 +134,21 @@ class LLM:
         self.exactness = self.target.exactness
         self.eos = eos_ids(self.model, self.tokenizer)
         self._defaults = generation_defaults(settings, self.model)
-        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk}
+        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": max_num_batched_tokens}
+        self._owner = "llm" if enable_prefix_caching else None
         self.drafter_name = name
         self.stats = Stats()
         """Counts over all requests so far."""
         self._lock = threading.RLock()
         """Guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once."""
         self.engine = self._engine(name, options)
-        self.shared = SharedEngine(self.engine)
+        self.shared = SharedEngine(self.engine, self._owner)
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
         if needs_of(find(drafter, options)).pass_cost and self.target.profile is None:
             self._measure()
-        return Engine(self.target, build(drafter, self.target, options), **self._sizes)
+        reuse: Reuse = "all" if self.target.rows_independent else "chunks"
+        return Engine(self.target, build(drafter, self.target, options), **self._sizes, reuse=reuse)
 
     def _measure(self) -> None:
         """What passes cost: what `selfdraft tune` kept in the user's cache folder, or a coarse measurement now."""
@@ -160,7 +170,7 @@ class LLM:
         name, options = drafter_of(drafter, speculative_config)
         with self.shared.idle("the drafter cannot be changed"):
             self.engine, self.drafter_name = self._engine(name, options), name
-            self.shared = SharedEngine(self.engine)
+            self.shared = SharedEngine(self.engine, self._owner)
 
     def generate(
         self,

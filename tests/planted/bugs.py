@@ -213,7 +213,7 @@ BUGS = (
         "target.keep(sequence.slot, sequence.num_cached + 1, ",
         "accepted rows are moved to the wrong place",
     ),
-    Bug("shared-slot", "engine/scheduler.py", "free.pop()", "free[-1]", "two sequences get the same slot"),
+    Bug("shared-slot", "engine/slots.py", "self.free.remove(best)", "pass", "two sequences get the same slot"),
     Bug(
         "siblings-visible",
         "models/attention.py",
@@ -763,7 +763,7 @@ BUGS = (
     Bug(
         "slot-leak",
         "engine/engine.py",
-        "            self._free.append(sequence.slot)\n",
+        "            self.slots.give(sequence.slot, held)\n",
         "            pass\n",
         "slots are never free again",
     ),

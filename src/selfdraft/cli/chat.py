@@ -45,7 +45,18 @@ def chat(
 ) -> None:
     """Talk with a model through its template. An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
-    llm = open_llm(model, drafter, speculative_config, dtype, "bitwise", threads, adapter, no_cache=no_cache, lora=lora)
+    llm = open_llm(
+        model,
+        drafter,
+        speculative_config,
+        dtype,
+        "bitwise",
+        threads,
+        adapter,
+        no_cache=no_cache,
+        lora=lora,
+        prefix_caching=True,
+    )
     opening = opening_of(system)
     messages = [*opening]
     while (said := ask()) is not None:

@@ -87,6 +87,7 @@ def open_llm(
     memory: Path | None = None,
     no_cache: bool = False,
     lora: Path | None = None,
+    prefix_caching: bool = False,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded."""
     options = check_options(model, drafter, config, dtype)
@@ -120,6 +121,7 @@ def open_llm(
             max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
             cache=not no_cache,
+            enable_prefix_caching=prefix_caching,
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)

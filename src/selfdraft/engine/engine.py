@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 from selfdraft.engine import scheduler
+from selfdraft.engine.slots import Held, Reuse, Slots
 from selfdraft.engine.step import step
 from selfdraft.errors import EngineError, PromptTooLong, RequestError
 from selfdraft.protocols import Drafter, Target
@@ -19,11 +21,20 @@ class Engine:
     """Runs sequences on `slots` slots of a target; more than that wait.
 
     `chunk`: tokens of one piece of a prefill; `rows`: about how many rows one pass may have;
-    `nodes`: most draft candidates of one sequence in one step.
+    `nodes`: most draft candidates of one sequence in one step; `reuse`: how much of what a slot holds of an earlier
+    request may be reused by one of the same owner.
     """
 
     def __init__(
-        self, target: Target, drafter: Drafter, *, slots: int = 1, chunk: int = 256, rows: int = 1024, nodes: int = 128
+        self,
+        target: Target,
+        drafter: Drafter,
+        *,
+        slots: int = 1,
+        chunk: int = 256,
+        rows: int = 1024,
+        nodes: int = 128,
+        reuse: Reuse = "chunks",
     ) -> None:
         for name, value in (("slots", slots), ("chunk", chunk), ("rows", rows)):
             within(name, value, 1, 2**20)
@@ -32,13 +43,25 @@ class Engine:
         self.chunk, self.rows, self.nodes = chunk, rows, nodes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._free = list(range(slots))[::-1]
+        self.slots = Slots(slots, chunk, reuse)
+        self._owners: WeakKeyDictionary[Sequence, str] = WeakKeyDictionary()
+        self._drafters: WeakKeyDictionary[Sequence, Drafter] = WeakKeyDictionary()
+        self._last = drafter
+        """The drafter of the last step."""
 
-    def submit(self, sequence: Sequence) -> None:
-        """Let a sequence wait for a slot; one that was aborted before is not run. Errors: those of `check`."""
+    def submit(self, sequence: Sequence, *, owner: str | None = None, drafter: Drafter | None = None) -> None:
+        """Let a sequence wait for a slot; one that was aborted before is not run. Errors: those of `check`.
+
+        `owner`: whose earlier requests may have prefilled the beginning of this one's prompt, and whose later ones may
+        find it prefilled; None reuses and leaves nothing. `drafter`: another one than the engine's.
+        """
         self.check(sequence)
-        if not sequence.finished:
-            self.waiting.append(sequence)
+        if sequence.finished:
+            return
+        self._drafters[sequence] = drafter or self.drafter
+        if owner is not None:
+            self._owners[sequence] = owner
+        self.waiting.append(sequence)
 
     def check(self, sequence: Sequence) -> None:
         """Errors: RequestError for an empty prompt, PromptTooLong for one that leaves no room for an answer."""
@@ -55,6 +78,11 @@ class Engine:
             sequence.finish_reason = "abort"
         self._release()
 
+    def fail(self, sequence: Sequence) -> None:
+        """Abort a sequence whose own step failed: nothing of what it left in its slot is reused."""
+        self._owners.pop(sequence, None)
+        self.abort(sequence)
+
     def advance(self) -> list[tuple[Sequence, Result]]:
         """One step of whoever is next.
 
@@ -62,14 +90,16 @@ class Engine:
         or, where a stopping criterion raises, those before its own, which cannot go on: abort it. Those that are
         finished have left their slots. Errors: EngineError, with the request that it belongs to, if it is one's alone.
         """
-        self.running += scheduler.admit(self.waiting, self._free)
-        work = scheduler.plan(self.running, self.chunk, self.rows)
+        self.running += scheduler.admit(self.waiting, self.slots, self._owners)
+        group = scheduler.next_group(self.running, self._drafters, self._last) if self.running else []
+        work = scheduler.plan(group, self.chunk, self.rows)
         if not work:
             if self.running or self.waiting:
                 raise EngineError(f"{len(self.waiting)} requests wait and none runs, but no slot is free")
             return []
+        self._last = self._drafters[work[0][0]]
         try:
-            results = step(self.target, self.drafter, work, self.nodes)
+            results = step(self.target, self._last, work, self.nodes)
         finally:
             self._release()
         return [(sequence, result) for (sequence, _), result in zip(work, results, strict=True)]
@@ -116,10 +146,14 @@ class Engine:
         except EngineError as error:
             if not isinstance(error.request, Sequence):
                 raise
-            self.abort(error.request)
+            self.fail(error.request)
             return [error.request]
 
     def _release(self) -> None:
         for sequence in [s for s in self.running if s.finished]:
             self.running.remove(sequence)
-            self._free.append(sequence.slot)
+            owner = self._owners.get(sequence)
+            held = None
+            if owner is not None:
+                held = Held(tuple(sequence.tokens[: sequence.num_cached]), sequence.prompt_length, owner)
+            self.slots.give(sequence.slot, held)

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 from selfdraft.core.sequence import Sequence
+from selfdraft.engine.slots import Slots
+from selfdraft.protocols import Drafter
 
 
-def admit(waiting: deque[Sequence], free: list[int]) -> list[Sequence]:
-    """Give free slots to waiting sequences, first come first served."""
+def admit(waiting: deque[Sequence], slots: Slots, owners: Mapping[Sequence, str]) -> list[Sequence]:
+    """Give free slots to waiting sequences, first come first served. `owners`: who may reuse what a slot holds."""
     admitted = []
-    while waiting and free:
+    while waiting and slots.free:
         sequence = waiting.popleft()
-        sequence.slot = free.pop()
+        sequence.slot, sequence.num_cached = slots.take(sequence.tokens, owners.get(sequence))
         admitted.append(sequence)
     return admitted
+
+
+def next_group(running: SequenceOf[Sequence], drafters: Mapping[Sequence, Drafter], last: Drafter) -> list[Sequence]:
+    """The sequences of the drafter whose turn is next, `last` being the one that had the last step.
+
+    A step has one drafter: what a pass costs is learned from its own rows alone.
+    """
+    order = list({id(drafters[sequence]): drafters[sequence] for sequence in running}.values())
+    place = next((i for i, drafter in enumerate(order) if drafter is last), -1)
+    turn = order[(place + 1) % len(order)]
+    return [sequence for sequence in running if drafters[sequence] is turn]
 
 
 def share(sequence: Sequence, chunk: int) -> int:

@@ -23,10 +23,13 @@ Done = Callable[[], bool]
 
 
 class SharedEngine:
-    """Steps of `engine` for many callers. Only through here may an engine be used by more than one thread."""
+    """Steps of `engine` for many callers. Only through here may an engine be used by more than one thread.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    `owner`: all requests may reuse what earlier ones prefilled; None: none may.
+    """
+
+    def __init__(self, engine: Engine, owner: str | None = None) -> None:
+        self.engine, self.owner = engine, owner
         self.errors: WeakKeyDictionary[Sequence, EngineError] = WeakKeyDictionary()
         """Why a request was aborted, where its own step failed."""
         self._changed = threading.Condition()
@@ -121,19 +124,19 @@ class SharedEngine:
             if not isinstance(error.request, Sequence):
                 raise
             self.errors[error.request] = error
-            self.engine.abort(error.request)
+            self.engine.fail(error.request)
         except Exception:
             raise
         except BaseException:  # Ctrl-C may have come between two writes: what the others have is not certain any more
             for sequence in [*self.engine.running]:
                 self.errors[sequence] = EngineError("the step was interrupted in the thread that ran it", sequence)
-                self.engine.abort(sequence)
+                self.engine.fail(sequence)
             raise
 
     def _sort(self) -> None:
         """Hand on to the engine what came in during a step."""
         while self._submitted:  # one by one: a stream that is collected as garbage may come in between
-            self.engine.submit(self._submitted.popleft())
+            self.engine.submit(self._submitted.popleft(), owner=self.owner)
         while self._aborted:
             sequence = self._aborted.popleft()
             if not sequence.finished:

@@ -111,6 +111,11 @@ class HFTarget:
         return twin
 
     @property
+    def rows_independent(self) -> bool:
+        """Whether a row has the same bits in a pass of any size, so that any prefix of a request may be reused."""
+        return self.runner is not None and self.exactness.level == "bitwise"
+
+    @property
     def num_mask_ids(self) -> int:
         return 0 if self._masks is None else self._masks.shape[0]
 
