@@ -30,6 +30,7 @@ FLOORS = {
     "bench": 8,
     "tune": 8,
     "train": 8,
+    "serve": 10,
 }
 """Rooms that are not named stand on the top floor: llm, hf, cli, __init__ and what belongs to them."""
 TOP = 9

@@ -344,6 +344,8 @@ class Stats:
     num_output_tokens: int = 0
     num_draft_passes: int = 0
     """Drafting passes through (part of) the model, for methods that have their own."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that an earlier request had prefilled."""
     acceptance_histogram: dict[int, int] = field(default_factory=dict)
     """Accepted draft tokens in a step -> number of steps."""
 
@@ -372,6 +374,7 @@ class Stats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.num_output_tokens += other.num_output_tokens
         self.num_draft_passes += other.num_draft_passes
+        self.num_cached_tokens += other.num_cached_tokens
         for accepted, steps in other.acceptance_histogram.items():
             self.acceptance_histogram[accepted] = self.acceptance_histogram.get(accepted, 0) + steps
 
@@ -385,5 +388,6 @@ class Stats:
             "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
             "num_output_tokens": self.num_output_tokens,
             "num_draft_passes": self.num_draft_passes,
+            "num_cached_tokens": self.num_cached_tokens,
             "acceptance_histogram": dict(sorted(self.acceptance_histogram.items())),
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from selfdraft.cli import bench, chat, doctor, generate, pull, replay, results, terminal, train, tune, verify
+from selfdraft.cli import bench, chat, doctor, generate, pull, replay, results, serve, terminal, train, tune, verify
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 VERBS = (
     generate.generate,
     chat.chat,
+    serve.serve,
     pull.pull,
     bench.bench,
     results.results,

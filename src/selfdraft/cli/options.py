@@ -88,18 +88,26 @@ def open_llm(
     no_cache: bool = False,
     lora: Path | None = None,
     prefix_caching: bool = False,
+    remember: bool = False,
+    max_model_len: int | None = None,
+    prefill_chunk: int = 256,
+    batched_tokens: int = 1024,
 ) -> LLM:
-    """The model behind the options. Broken options are named before anything is loaded."""
+    """The model behind the options. Broken options are named before anything is loaded.
+
+    `memory`: a file of earlier outputs to draft from; `remember`: draft from earlier outputs of this run.
+    """
     options = check_options(model, drafter, config, dtype)
     if lora is not None and not lora.expanduser().is_dir():
         raise LoadError(f"--lora {lora}: there is no such folder; give the one that peft's `save_pretrained` wrote")
-    if memory is not None:
+    if memory is not None or remember:
         from selfdraft.drafters import with_memory
         from selfdraft.files.memory_file import check_memory
 
         drafter, options = drafter_of(drafter, options)
         options = with_memory(drafter, options)
-        check_memory(memory)
+        if memory is not None:
+            check_memory(memory)
     ensure_installed(model)
     with terminal.waiting(f"loading {model}"), without_collection():
         import torch
@@ -122,6 +130,9 @@ def open_llm(
             runner="plain" if runner == "plain" else "auto",
             cache=not no_cache,
             enable_prefix_caching=prefix_caching,
+            max_model_len=max_model_len,
+            prefill_chunk=prefill_chunk,
+            max_num_batched_tokens=batched_tokens,
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)

@@ -17,6 +17,7 @@ def admit(waiting: deque[Sequence], slots: Slots, owners: Mapping[Sequence, str]
     while waiting and slots.free:
         sequence = waiting.popleft()
         sequence.slot, sequence.num_cached = slots.take(sequence.tokens, owners.get(sequence))
+        sequence.stats.num_cached_tokens = sequence.num_cached
         admitted.append(sequence)
     return admitted
 
