@@ -45,7 +45,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 $(READY_DEV): $(READY)
-	$(PIP) --editable '.[quantised,tune,train,bench,dev]'
+	$(PIP) --editable '.[quantised,tune,train,bench,serve,dev]'
 	touch $(READY_DEV)
 
 clean:

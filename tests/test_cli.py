@@ -29,7 +29,7 @@ from tests.terminal import command_of, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
-VERBS = ["generate", "chat", "pull", "bench", "results", "replay", "verify", "doctor", "train", "tune"]
+VERBS = ["generate", "chat", "serve", "pull", "bench", "results", "replay", "verify", "doctor", "train", "tune"]
 MISSING = "/nowhere/at/all"
 
 

@@ -20,7 +20,7 @@ app = typer.Typer(
 VERBS = (
     generate.generate,
     chat.chat,
-    serve.serve,
+    serve.verb,
     pull.pull,
     bench.bench,
     results.results,

@@ -13,6 +13,7 @@ from selfdraft.cli.options import (
     Adapters,
     Config,
     Dtype,
+    EngineSizes,
     Lora,
     MaxNew,
     Model,
@@ -55,7 +56,7 @@ def chat(
         adapter,
         no_cache=no_cache,
         lora=lora,
-        prefix_caching=True,
+        engine=EngineSizes(prefix_caching=True),
     )
     opening = opening_of(system)
     messages = [*opening]

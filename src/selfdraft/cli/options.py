@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_type_hints
 
 import typer
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from selfdraft.models.target import Exactness
     from selfdraft.types import SamplingParams
 
+T = TypeVar("T")
 Model = Annotated[
     str,
     typer.Option(
@@ -74,6 +76,17 @@ SAMPLE_PROMPTS = (
 """Code, a story and a sum, for verbs that need some text and are given none."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSizes:
+    """How large an engine is, and whether it reuses prompts; the names are those of `LLM`."""
+
+    slots: int = 1
+    prefix_caching: bool = False
+    max_model_len: int | None = None
+    prefill_chunk: int = 256
+    batched_tokens: int = 1024
+
+
 def open_llm(
     model: str,
     drafter: str | None,
@@ -82,16 +95,12 @@ def open_llm(
     exactness: Literal["bitwise", "token"] | str,
     threads: int | None,
     adapters: Sequence[Path] | None = None,
-    slots: int = 1,
     runner: str = "auto",
     memory: Path | None = None,
     no_cache: bool = False,
     lora: Path | None = None,
-    prefix_caching: bool = False,
     remember: bool = False,
-    max_model_len: int | None = None,
-    prefill_chunk: int = 256,
-    batched_tokens: int = 1024,
+    engine: EngineSizes = EngineSizes(),
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
@@ -101,13 +110,7 @@ def open_llm(
     if lora is not None and not lora.expanduser().is_dir():
         raise LoadError(f"--lora {lora}: there is no such folder; give the one that peft's `save_pretrained` wrote")
     if memory is not None or remember:
-        from selfdraft.drafters import with_memory
-        from selfdraft.files.memory_file import check_memory
-
-        drafter, options = drafter_of(drafter, options)
-        options = with_memory(drafter, options)
-        if memory is not None:
-            check_memory(memory)
+        drafter, options = _with_memory(drafter, options, memory)
     ensure_installed(model)
     with terminal.waiting(f"loading {model}"), without_collection():
         import torch
@@ -126,17 +129,30 @@ def open_llm(
             exactness="bitwise" if exactness == "bitwise" else "token",
             adapters=adapters or (),
             lora=lora,
-            max_num_seqs=slots,
             runner="plain" if runner == "plain" else "auto",
             cache=not no_cache,
-            enable_prefix_caching=prefix_caching,
-            max_model_len=max_model_len,
-            prefill_chunk=prefill_chunk,
-            max_num_batched_tokens=batched_tokens,
+            max_num_seqs=engine.slots,
+            enable_prefix_caching=engine.prefix_caching,
+            max_model_len=engine.max_model_len,
+            prefill_chunk=engine.prefill_chunk,
+            max_num_batched_tokens=engine.batched_tokens,
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)
     return llm
+
+
+def _with_memory(
+    drafter: str | None, options: dict[str, object] | None, file: Path | None
+) -> tuple[str, dict[str, object]]:
+    """The drafter and its options with a memory of earlier outputs. Errors: OptionError, RequestError of the file."""
+    from selfdraft.drafters import with_memory
+    from selfdraft.files.memory_file import check_memory
+
+    name, named_options = drafter_of(drafter, options)
+    if file is not None:
+        check_memory(file)
+    return name, with_memory(name, named_options)
 
 
 @contextmanager
@@ -148,6 +164,23 @@ def without_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def as_verb(options: type[T], run: Callable[[T], None]) -> Callable[..., None]:
+    """A verb whose options are the fields of a dataclass: typer reads them from the signature that is made here."""
+    hints = get_type_hints(options, include_extras=True)
+
+    def verb(**given: object) -> None:
+        run(options(**given))
+
+    verb.__name__, verb.__doc__ = run.__name__, run.__doc__
+    verb.__annotations__ = hints
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, default in ((field.name, field.default) for field in fields(options))  # type: ignore[arg-type]
+    ]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return verb
 
 
 def check_options(model: str, drafter: str | None, config: str | None, dtype: str) -> dict[str, object] | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,119 +17,147 @@ from selfdraft.cli.options import (
     Adapters,
     Config,
     Dtype,
+    EngineSizes,
     Lora,
     Model,
     NoCache,
     Threads,
+    as_verb,
     check_options,
     named,
     open_llm,
 )
 from selfdraft.errors import OptionError
 
-SERVED = "What a request may ask for, by name; 'none' and the server's own drafter always may."
+if TYPE_CHECKING:
+    from selfdraft.serve.settings import Settings
+
+Option = typer.Option
+Host = Annotated[str, Option(help="The address to listen at; any other than loopback needs a key.")]
+Port = Annotated[int, Option(help="The port to listen at; 0 takes a free one.", min=0, max=65535)]
+ApiKeyFile = Annotated[
+    Path | None, Option(help="A file with one API key a line; or set SELFDRAFT_API_KEY.", metavar="FILE")
+]
+ApiKey = Annotated[
+    list[str] | None, Option(help="An API key; other users of this machine can read it. May be repeated.")
+]
+NoAuth = Annotated[bool, Option("--no-auth", help="Listen beyond loopback without a key.")]
+ServedName = Annotated[str | None, Option(help="The name that clients use for the model.")]
+MaxBatch = Annotated[int, Option(help="Answers that are generated at the same time.", min=1, max=1024)]
+MaxQueue = Annotated[int, Option(help="Requests that wait for a slot; more are refused with 429.", min=0)]
+MaxModelLen = Annotated[int | None, Option(help="Most tokens of prompt and answer together.", min=2)]
+MaxOutput = Annotated[int, Option(help="Most tokens of one answer.", min=1)]
+KvTokens = Annotated[int | None, Option(help="Most tokens that all running requests hold together.", min=1)]
+Chunk = Annotated[int, Option(help="Tokens of a prompt that one step reads.", min=1)]
+MaxBody = Annotated[int, Option(help="Most bytes of a request.", min=1024)]
+QueueTimeout = Annotated[float, Option(help="Seconds that a request may wait for a slot.")]
+RequestTimeout = Annotated[float, Option(help="Seconds that a request may take.")]
+ShutdownTimeout = Annotated[float, Option(help="Seconds that requests have to end after SIGTERM.")]
+Allowed = Annotated[
+    str, Option(help="Drafters that a request may ask for, with commas; 'none' and the server's own always.")
+]
+SharedMemory = Annotated[
+    bool, Option("--shared-memory", help="Draft from all callers' earlier answers; timing tells of them then.")
+]
+NoReuse = Annotated[bool, Option("--no-prefix-reuse", help="Prefill every prompt whole.")]
+Pace = Annotated[
+    float, Option(help="Seconds between the padded events of a stream, which hides what drafts tell; 0: as steps end.")
+]
+Details = Annotated[
+    bool | None,
+    Option("--details/--no-details", help="Clients may ask who drafted each token; on when bound to loopback."),
+]
+VllmMetrics = Annotated[bool, Option("--vllm-metrics", help="Export the counters under vLLM's names, too.")]
+AllowedHost = Annotated[list[str] | None, Option(help="A further Host header to take. May be repeated.")]
+Cors = Annotated[list[str] | None, Option(help="A web origin whose pages may call. May be repeated.")]
+Page = Annotated[bool, Option("--page/--no-page", help="The page at /.")]
 
 
-def serve(
-    model: Model = DEFAULT_MODEL,
-    drafter: Drafter = None,
-    speculative_config: Config = None,
-    adapter: Adapters = None,
-    lora: Lora = None,
-    host: Annotated[str, typer.Option(help="The address to listen at; other than loopback needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="A key that clients must send. May be repeated. Others on this machine can see it."),
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="A file with one key a line.")] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond loopback without a key.")] = False,
-    served_model_name: Annotated[str | None, typer.Option(help="The name that clients use for the model.")] = None,
-    max_batch: Annotated[int, typer.Option(help="Answers that are generated at the same time.", min=1, max=1024)] = 16,
-    max_queue: Annotated[int, typer.Option(help="Requests that wait for a slot; more get 429.", min=0)] = 64,
-    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.", min=2)] = None,
-    max_output_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.", min=1)] = 4096,
-    kv_tokens: Annotated[int | None, typer.Option(help="Most tokens that all running requests hold together.")] = None,
-    prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt that one step reads.", min=1)] = 256,
-    max_body: Annotated[int, typer.Option(help="Most bytes of a request.", min=1024)] = 2 * 2**20,
-    queue_timeout: Annotated[float, typer.Option(help="Seconds that a request may wait for a slot.")] = 60.0,
-    request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
-    shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests have to end after SIGTERM.")] = 30.0,
-    allow_drafters: Annotated[str, typer.Option(help=SERVED)] = "",
-    shared_memory: Annotated[
-        bool, typer.Option("--shared-memory", help="Draft from all callers' earlier answers; its timing tells of them.")
-    ] = False,
-    no_prefix_reuse: Annotated[bool, typer.Option("--no-prefix-reuse", help="Prefill every prompt whole.")] = False,
-    stream_pace: Annotated[
-        float, typer.Option(help="Seconds between padded events of a stream; 0: as steps end. Hides what drafts say.")
-    ] = 0.0,
-    details: Annotated[
-        bool | None,
-        typer.Option(
-            "--details/--no-details", help="Clients may ask who drafted each token; on when bound to loopback."
-        ),
-    ] = None,
-    vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Also export vLLM's metric names.")] = False,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="A further Host header to take. May be repeated.")
-    ] = None,
-    cors_origin: Annotated[list[str] | None, typer.Option(help="A web origin that may call. May be repeated.")] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="The page at /.")] = True,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    no_cache: NoCache = False,
-) -> None:
-    """Serve a model over HTTP, as OpenAI's API, with a page at /."""
-    check_options(model, drafter, speculative_config, dtype)
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The options of the verb, in the order of its help."""
+
+    model: Model = DEFAULT_MODEL
+    drafter: Drafter = None
+    speculative_config: Config = None
+    adapter: Adapters = None
+    lora: Lora = None
+    host: Host = "127.0.0.1"
+    port: Port = 8000
+    api_key_file: ApiKeyFile = None
+    api_key: ApiKey = None
+    no_auth: NoAuth = False
+    served_model_name: ServedName = None
+    max_batch: MaxBatch = 16
+    max_queue: MaxQueue = 64
+    max_model_len: MaxModelLen = None
+    max_output_tokens: MaxOutput = 4096
+    kv_tokens: KvTokens = None
+    prefill_chunk: Chunk = 256
+    max_body: MaxBody = 2 * 2**20
+    queue_timeout: QueueTimeout = 60.0
+    request_timeout: RequestTimeout = 600.0
+    shutdown_timeout: ShutdownTimeout = 30.0
+    allow_drafters: Allowed = ""
+    shared_memory: SharedMemory = False
+    no_prefix_reuse: NoReuse = False
+    stream_pace: Pace = 0.0
+    details: Details = None
+    vllm_metrics: VllmMetrics = False
+    allowed_host: AllowedHost = None
+    cors_origin: Cors = None
+    page: Page = True
+    dtype: Dtype = "auto"
+    threads: Threads = None
+    no_cache: NoCache = False
+
+
+def serve(given: ServeOptions) -> None:
+    """Serve a model over HTTP as OpenAI's API, with a page at /."""
+    check_options(given.model, given.drafter, given.speculative_config, given.dtype)
     try:
+        from selfdraft.serve.app import Server
         from selfdraft.serve.run import bind, run
     except ImportError as error:
         raise OptionError(f"serve needs {error.name}: pip install 'selfdraft[serve]'") from error
-    from selfdraft.serve.app import Server
-    from selfdraft.serve.settings import LOOPBACK, Settings, read_keys
-
-    name = served_model_name or Path(model).name or model
-    settings = Settings(
-        model_name=name,
-        host=host,
-        port=port,
-        keys=read_keys(api_key, api_key_file),
-        no_auth=no_auth,
-        allowed_hosts=tuple(allowed_host or ()),
-        cors_origins=tuple(cors_origin or ()),
-        max_queue=max_queue,
-        max_output_tokens=max_output_tokens,
-        max_body=max_body,
-        queue_timeout=queue_timeout,
-        request_timeout=request_timeout,
-        shutdown_timeout=shutdown_timeout,
-        kv_tokens=kv_tokens,
-        drafters=tuple(named(allow_drafters)) if allow_drafters else (),
-        shared_memory=shared_memory,
-        prefix_reuse=not no_prefix_reuse,
-        stream_pace=stream_pace,
-        details=host in LOOPBACK if details is None else details,
-        vllm_metrics=vllm_metrics,
-        page=page,
-    )
-    sock = bind(host, port)
+    settings = settings_of(given)
+    sock = bind(given.host, given.port)  # a port that is taken is said before anything heavy is loaded
     llm = open_llm(
-        model,
-        drafter,
-        speculative_config,
-        dtype,
+        given.model,
+        given.drafter,
+        given.speculative_config,
+        given.dtype,
         "bitwise",
-        threads,
-        adapter,
-        slots=max_batch,
-        no_cache=no_cache,
-        lora=lora,
-        max_model_len=max_model_len,
-        prefill_chunk=prefill_chunk,
-        batched_tokens=prefill_chunk,  # one piece of a prompt a step: whoever decodes waits for no more
-        remember=shared_memory,
+        given.threads,
+        given.adapter,
+        no_cache=given.no_cache,
+        lora=given.lora,
+        remember=given.shared_memory,
+        # one piece of a prompt a step: whoever decodes waits for no more than that
+        engine=EngineSizes(given.max_batch, False, given.max_model_len, given.prefill_chunk, given.prefill_chunk),
     )
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    address = f"http://{host}:{sock.getsockname()[1]}"
-    terminal.note(f"{name} at {address}/v1 with drafter {llm.drafter_name}; the page: {address}/; Ctrl-C ends")
+    address = f"http://{given.host}:{sock.getsockname()[1]}"
+    page = f"; the page: {address}/" if given.page else ""
+    terminal.note(f"{settings.model_name} at {address}/v1 with drafter {llm.drafter_name}{page}; Ctrl-C ends")
     raise SystemExit(run(Server(llm, settings), sock))
+
+
+def settings_of(given: ServeOptions) -> Settings:
+    """The server's settings. Errors: OptionError."""
+    from selfdraft.serve.settings import LOOPBACK, Settings, read_keys
+
+    same = {field.name for field in fields(Settings)} & {field.name for field in fields(given)} - {"details"}
+    return Settings(
+        **{name: getattr(given, name) for name in same},
+        model_name=given.served_model_name or Path(given.model).name or given.model,
+        keys=read_keys(given.api_key, given.api_key_file),
+        allowed_hosts=tuple(given.allowed_host or ()),
+        cors_origins=tuple(given.cors_origin or ()),
+        drafters=tuple(named(given.allow_drafters)) if given.allow_drafters else (),
+        prefix_reuse=not given.no_prefix_reuse,
+        details=given.host in LOOPBACK if given.details is None else given.details,
+    )
+
+
+verb = as_verb(ServeOptions, serve)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from selfdraft.cli import terminal
-from selfdraft.cli.options import DEFAULT_MODEL, Dtype, Lora, Model, Threads, open_llm
+from selfdraft.cli.options import DEFAULT_MODEL, Dtype, EngineSizes, Lora, Model, Threads, open_llm
 from selfdraft.errors import OptionError
 from selfdraft.types import within
 
@@ -75,7 +75,9 @@ def train(
     check_output(output)
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
-    llm = open_llm(model, "none", None, dtype, "token", threads, slots=batch_size if distill else 1, lora=lora)
+    llm = open_llm(
+        model, "none", None, dtype, "token", threads, engine=EngineSizes(batch_size if distill else 1), lora=lora
+    )
     if card is not None:
         _check_model(llm, card, output)
         return

@@ -53,19 +53,21 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], vocab: int) -> None:
+        if not ends:
+            raise LoadError("structured output needs a token that ends an answer, and this model has none")
         try:
             import llguidance
             import llguidance.hf
         except ImportError as error:
             raise LoadError("structured output needs llguidance: pip install 'selfdraft[serve]'") from error
         try:
-            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab, eos_token=sorted(ends) or None)
+            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab, eos_token=sorted(ends))
         except Exception as error:  # a tokenizer of another library, or one without a vocabulary of bytes
             raise LoadError(f"structured output cannot read this tokenizer: {error}") from error
         self._new: Callable[[object, str], Matcher] = llguidance.LLMatcher
         self._of_schema = llguidance.LLMatcher.grammar_from_json_schema
         self._of_lark = llguidance.LLMatcher.grammar_from_lark
-        self.vocab = vocab
+        self.ends = sorted(ends)
 
     def json(self, schema: Mapping[str, object] | bool) -> str:
         """The grammar of a JSON schema. Errors: RequestError for a schema that cannot be compiled."""
@@ -82,25 +84,25 @@ class Grammars:
 
     def processor(self, grammar: str, prompt_length: int) -> Grammar:
         """The grammar on its way through one answer."""
-        return Grammar(self._new(self._tokenizer, grammar), prompt_length, self.vocab)
+        return Grammar(self._new(self._tokenizer, grammar), prompt_length, self.ends)
 
 
 class Grammar:
     """A logits processor that follows one answer, back and forth over the rows of a draft."""
 
-    def __init__(self, matcher: Matcher, prompt_length: int, vocab: int) -> None:
-        self._matcher, self._first, self._vocab = matcher, prompt_length, vocab
+    def __init__(self, matcher: Matcher, prompt_length: int, ends: SequenceOf[int]) -> None:
+        self._matcher, self._first, self._ends = matcher, prompt_length, list(ends)
         self._read: list[int] = []
         """Tokens that the matcher stands behind."""
 
     def __call__(self, path: SequenceOf[int], logits: Tensor) -> Tensor:
-        if not self._move(path[self._first :]):
-            return logits
-        bias = self._matcher.compute_logit_bias()
-        allowed = torch.frombuffer(bytearray(bias), dtype=torch.uint8)[: len(logits)]
-        if len(allowed) < len(logits):  # ids behind the tokenizer's own vocabulary
-            allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
-        return logits.masked_fill(allowed.to(logits.device) == 0, float("-inf"))
+        if self._move(path[self._first :]):
+            found = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: len(logits)]
+            banned = torch.nn.functional.pad(found == 0, (0, len(logits) - len(found)), value=True)
+        else:  # the text is whole: nothing but its end may come
+            banned = torch.ones(len(logits), dtype=torch.bool)
+            banned[self._ends] = False
+        return logits.masked_fill(banned.to(logits.device), float("-inf"))
 
     def forced(self, path: SequenceOf[int]) -> list[int]:
         """Tokens that must come behind `path`, prompt and output, as the tokenizer would write them."""
@@ -109,7 +111,7 @@ class Grammar:
     def valid(self, path: SequenceOf[int], draft: Draft) -> list[int]:
         """The nodes of a draft behind `path` that the grammar allows, in their order."""
         if not self._move(path[self._first :]):
-            return [*range(len(draft))]
+            return []
         kept: set[int] = set()
         for leaf in draft.leaves():
             count = self._matcher.validate_tokens([draft.tokens[node] for node in leaf])
@@ -119,7 +121,7 @@ class Grammar:
         return sorted(kept)
 
     def _move(self, output: SequenceOf[int]) -> bool:
-        """Stand behind these tokens; False where the grammar has nothing to say, behind its end."""
+        """Stand behind these tokens; False where the text is whole, and nothing may follow."""
         same = next((i for i, (a, b) in enumerate(zip(self._read, output, strict=False)) if a != b), None)
         same = min(len(self._read), len(output)) if same is None else same
         if same < len(self._read):

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
@@ -171,11 +171,7 @@ class EngineWorker:
     def _run(self) -> None:
         try:
             while self._next():
-                self._take_in()
-                self._expire()
-                self._admit()
-                if self.engine.running or self.engine.waiting:
-                    self._step()
+                self.turn()
         except BaseException as error:  # a fault of ours: nobody may wait for an answer that never comes
             _log.exception("the engine worker failed")
             self.failed = error if isinstance(error, Exception) else EngineError(f"the engine worker ended: {error!r}")
@@ -184,6 +180,14 @@ class EngineWorker:
             self._take_in()
             for call in [*self._waiting, *self._active]:
                 self._end(call, Refused("the server went down before the answer was whole", code="server_draining"))
+
+    def turn(self) -> None:
+        """One round: who has come or gone, whose time is over, who gets a slot, one step."""
+        self._take_in()
+        self._expire()
+        self._admit()
+        if self.engine.running or self.engine.waiting:
+            self._step()
 
     def _next(self) -> bool:
         """Wait until there is something to do; False at the end."""
@@ -246,14 +250,19 @@ class EngineWorker:
         finally:
             self._stepping_since = None
         self.metrics.saw_step(len(self.engine.running), self.waiting)
+        moved: dict[Call, None] = {}
         for sequence, result in results:
-            self._hand_out(sequence, result)
+            call, index = self._owner_of[sequence]
+            self._hand_out(call, index, result)
+            moved[call] = None
+        for call in moved:  # all answers of a call have what the step brought before one of them ends it
+            if call.ended:
+                self._end(call, None)
+            else:
+                call.notify()
 
-    def _hand_out(self, sequence: Sequence, result: Result) -> None:
-        found = self._owner_of.get(sequence)
-        if found is None:
-            return
-        call, index = found
+    def _hand_out(self, call: Call, index: int, result: Result) -> None:
+        sequence = call.sequences[index]
         reader = call.readers[index]
         drafted = result.draft.sources[: result.draft.num_candidates]
         call.predicted += sum(source.startswith("prediction") for source in drafted)
@@ -262,11 +271,9 @@ class EngineWorker:
                 call.first_token = self.clock()
                 self.metrics.first_token_seconds.observe(call.first_token - call.arrived)
             self.metrics.saw_result(result, sequence.num_output_tokens - reader.written)
-            call.updates.append(Update(index, reader.read(), result if call.wants_trees else None))
-        if call.ended:
-            self._end(call, None)
-        else:
-            call.notify()
+            call.updates.append(
+                Update(index, reader.read(), replace(result, logits=None) if call.wants_trees else None)
+            )
 
     def _fail_one(self, sequence: Sequence, error: EngineError) -> None:
         self.engine.fail(sequence)
