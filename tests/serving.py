@@ -13,7 +13,7 @@ import uvicorn
 
 from selfdraft import LLM
 from selfdraft.serve.app import Server
-from selfdraft.serve.run import bind
+from selfdraft.serve.run import bind, config_of
 from selfdraft.serve.settings import Settings
 from tests.clocks import Ticking
 
@@ -47,8 +47,7 @@ def serving(llm: LLM, settings: Settings | None = None) -> Iterator[Served]:
     """A server in a thread of its own; at the end it must be quiet."""
     server = Server(llm, settings or Settings(model_name="pocket", details=True))
     sock = bind("127.0.0.1", 0)
-    config = uvicorn.Config(server.app, log_config=None, access_log=False, lifespan="off")
-    running = uvicorn.Server(config)
+    running = uvicorn.Server(config_of(server))
     thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[sock])), daemon=True)
     server.worker.start()
     thread.start()

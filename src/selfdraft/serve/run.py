@@ -15,6 +15,8 @@ from selfdraft.serve.app import Server
 
 _log = logging.getLogger("selfdraft.serve")
 BACKLOG = 2048
+HEADERS = 16 * 1024
+"""Most bytes of the headers of a request."""
 POLL = 0.1
 """Seconds between two looks whether all requests have ended."""
 
@@ -75,19 +77,25 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def run(server: Server, sock: socket.socket) -> int:
-    """Serve until a signal comes. Returns the exit status: 1 when the engine failed."""
-    config = uvicorn.Config(
+def config_of(server: Server) -> uvicorn.Config:
+    """How uvicorn serves: bounded headers, no headers of its own, no lifespan."""
+    return uvicorn.Config(
         server.app,
         log_config=None,
         access_log=False,
         server_header=False,
+        lifespan="off",
         backlog=BACKLOG,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=16 * 1024,
-        lifespan="off",
+        h11_max_incomplete_event_size=HEADERS,
+        http="h11",
     )
+
+
+def run(server: Server, sock: socket.socket) -> int:
+    """Serve until a signal comes. Returns the exit status: 1 when the engine failed."""
+    config = config_of(server)
     server.worker.start()
     try:
         DrainingServer(config, server).run(sockets=[sock])

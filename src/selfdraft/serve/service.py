@@ -162,11 +162,12 @@ class Service:
         return str(getattr(self._tokenizer, "chat_template", None) or "")
 
     def _render(self, body: ChatRequest, wants_tools: bool) -> list[int]:
+        goes_on, begins = bool(body.continue_final_message), body.add_generation_prompt
         return self.render(
             body.messages,
             tools=body.tools or () if wants_tools else (),
-            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-            continue_final_message=bool(body.continue_final_message),
+            add_generation_prompt=not goes_on if begins is None else begins,
+            continue_final_message=goes_on,
             variables=body.chat_template_kwargs,
         )
 
