@@ -250,7 +250,7 @@ class Server:
 
 def _file(name: str) -> Response:
     """A file of the page. Names are looked up among those that there are: no path of a client is opened."""
-    known = {path.name: path for path in PAGE.iterdir() if path.suffix in TYPES}
+    known = {path.name: path for path in PAGE.glob("*") if path.suffix in TYPES}
     if name not in known:
         raise ApiError(404, "there is no such page")
     path = known[name]
