@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 
@@ -42,6 +42,7 @@ from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.outputs import CompletionOutput as CompletionOutput
 from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
 from selfdraft.prompts import (
+    ChatOptions,
     Message,
     ParsedPrompt,
     Prompt,
@@ -250,7 +251,10 @@ class LLM:
                 self.stats.add(sequence.stats)
 
     def chat(
-        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **template: Any
+        self,
+        messages: SequenceOf[Message],
+        sampling_params: SamplingParams | None = None,
+        **template: Unpack[ChatOptions],
     ) -> RequestOutput:
         """Answer a conversation ({'role', 'content'} each) through the checkpoint's chat template.
 
@@ -297,7 +301,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn; the options are vLLM's.
 

@@ -12,12 +12,12 @@ from bisect import bisect
 from collections.abc import Sequence as SequenceOf
 from heapq import heappop, heappush, heapreplace
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.drafting.context_tree import Told
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.sources import Source
+from selfdraft.drafting.sources import Source, Standing
 from selfdraft.types import Budget
 
 STEPS = (0.015, 0.06, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.985)
@@ -193,7 +193,7 @@ chance of the node's own path, product of the chances along it, tokens and chanc
 class Place(NamedTuple):
     """A place of the tree, or of the text, whose guesses were asked for."""
 
-    states: list[Any]
+    states: list[Standing]
     depth: int
     """Its class."""
     told: list[tuple[Counts, Told]]
@@ -311,7 +311,7 @@ class Merger:
         states = [ask[0](state, token) if state else None for ask, state in zip(asks, old, strict=True)]
         return self._place(states, _CLASS[depth] if depth < len(_CLASS) else CLASSES - 1)
 
-    def _place(self, states: list[Any], depth: int) -> Place:
+    def _place(self, states: list[Standing], depth: int) -> Place:
         """Ask every source; the key of a token sums up the levels of all that named it."""
         keys: dict[int, int] = {}
         said: list[tuple[Counts, Told]] = []

@@ -6,7 +6,7 @@ is worth is measured (`mixing.py`).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from weakref import ref
 
 from selfdraft.core.sequence import Sequence
@@ -21,6 +21,10 @@ SUCCESSORS = 8
 """Runners-up that are kept behind a token, as in the paper."""
 
 
+Standing: TypeAlias = Any
+"""Where a source stands in its text: what that is, only the source itself knows."""
+
+
 class Source(Protocol):
     """One source of candidates, for one request. A state that is false has nothing to say."""
 
@@ -29,13 +33,13 @@ class Source(Protocol):
     """Prior acceptance of a candidate of each kind of evidence."""
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Standing:
         """Where the source stands at the end of the text."""
 
-    def step(self, state: Any, token: int) -> Any:
+    def step(self, state: Standing, token: int) -> Standing:
         """The state one token on."""
 
-    def guess(self, state: Any) -> Told:
+    def guess(self, state: Standing) -> Told:
         """What may follow."""
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows
@@ -26,7 +26,7 @@ from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.runner import Runner
 from selfdraft.protocols import DraftExtras, MaskTokens
-from selfdraft.types import Clock, PassVariant, Rounded, Skip
+from selfdraft.types import JSON, Clock, PassVariant, Rounded, Skip
 
 register(NAME, attend)
 
@@ -73,7 +73,7 @@ class HFTarget:
         self.clock = clock
         self.exactness = exactness
         self.last: Plan | None = None
-        self.tuned: dict[str, Mapping[str, object]] = {one.method: one.advice for one in adapters}
+        self.tuned: dict[str, JSON] = {one.method: one.advice for one in adapters}
         """By method, options found best on this model."""
         self.profile: Profile | None = None
         """Whoever measures one puts it here."""
@@ -304,7 +304,7 @@ GROWING = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the current length."""
 
 
-def ropes_of(config: Any) -> list[dict[str, Any]]:
+def ropes_of(config: PreTrainedConfig) -> list[JSON]:
     """The rotary settings of a text configuration: one, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [each for each in rope.values() if isinstance(each, dict)] or [rope]

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -23,7 +22,7 @@ PART = "unfinished"
 """Folder in which results are written before they are moved to their places."""
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path) -> dict[str, object] | None:
     """The card of a finished run in `folder`, or None. Errors: OptionError when it cannot be read."""
     path = folder / CARD
     try:

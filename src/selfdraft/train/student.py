@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ class Student(nn.Module):
         self.layers = int(base.config.get_text_config().num_hidden_layers)
         base.requires_grad_(False)
         self._teacher = [views.clone(base, NAME).eval()]  # in a list: its weights are not this module's to save
-        self.model: Any = views.clone(base, NAME).eval()
+        self.model: Model = views.clone(base, NAME).eval()
         if lora is not None:
             with torch.random.fork_rng(devices=[]):  # PEFT draws from the generator of the process
                 torch.default_generator.manual_seed(seed)
@@ -219,7 +219,7 @@ class Student(nn.Module):
         sees = torch.cat([sees, own.expand(count, -1, -1)], 2)
         return Pack(sees, torch.cat([text.places, queries], 1), queries, text.store)
 
-    def _drafting(self, skip: Skip | None) -> Any:
+    def _drafting(self, skip: Skip | None) -> Model:
         if skip is None:
             return self.model
         if skip not in self._views:

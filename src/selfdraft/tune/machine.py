@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ BATCH = 4
 """Sequences of the pass by which the price of a further sequence is measured."""
 
 
-def identity(target: HFTarget) -> dict[str, Any]:
+def identity(target: HFTarget) -> dict[str, object]:
     """Everything that a profile depends on: model, types, shapes, device, threads, versions."""
     model = target._view
     weight = next(p for p in model.parameters() if p.is_floating_point())

@@ -15,7 +15,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -71,11 +70,11 @@ class ProofStore:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or cache_folder("proofs")
 
-    def place(self, identity: Mapping[str, Any]) -> Path:
+    def place(self, identity: Mapping[str, object]) -> Path:
         """The file of an identity."""
         return self.folder / f"{_hash(json.dumps(identity, sort_keys=True).encode())}.json"
 
-    def read(self, identity: Mapping[str, Any]) -> Record | None:
+    def read(self, identity: Mapping[str, object]) -> Record | None:
         """The record of this identity; None when there is none, or its file is broken."""
         found = read_record(self.place(identity), identity)
         try:
@@ -84,7 +83,7 @@ class ProofStore:
         except (ValueError, TypeError, LookupError):
             return None
 
-    def keep(self, identity: Mapping[str, Any], record: Record) -> bool:
+    def keep(self, identity: Mapping[str, object], record: Record) -> bool:
         """Write a record, whole or not at all. Returns whether it could be written; if not, it is proved again."""
         try:
             write_record(self.place(identity), identity, proof=asdict(record))
@@ -95,7 +94,7 @@ class ProofStore:
 
 def identity_of(
     model: PreTrainedModel, adapters: SequenceOf[MaskAdapter], options: Mapping[str, str | int | None]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that a proof depends on, ready for JSON: weights, code, options, machine, versions."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else cpu_name()
