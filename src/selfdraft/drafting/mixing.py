@@ -225,12 +225,9 @@ class Merger:
         most = min(budget.max_nodes, len(prices)) if budget.max_depth > 0 else 0
         if most <= 0:
             return EMPTY
-        ranked, names, places = self.credit.ranked, self.credit.names, self._places
-        tokens: list[int] = []
-        parents: list[int] = []
-        scores: list[float] = []
-        sources: list[str] = []
-        heap: list[Branch] = []
+        ranked, names = self.credit.ranked, self.credit.names
+        tokens, parents, scores, sources = list[int](), list[int](), list[float](), list[str]()
+        places, heap = dict[int, Place](), list[Branch]()
         ratios, foretold = self.credit.paths.ratios, [0.0] * CLASSES
         place, node, reached, product, depth = self._behind(path), ROOT, 1.0, 1.0, 0
         while True:
@@ -264,10 +261,8 @@ class Merger:
             if depth < budget.max_depth:
                 place = self._after(places[parent], token, len(path) + depth)
         draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
-        if path:
-            self._places = {}  # they are no places of the text
-        else:
-            self._draft, self._foretold = draft, foretold
+        if not path:  # else they are no places of the text
+            self._places, self._draft, self._foretold = places, draft, foretold
         return draft
 
     def score(self, tokens: SequenceOf[int]) -> None:
