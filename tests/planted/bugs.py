@@ -518,7 +518,7 @@ BUGS = (
     Bug(
         "early-other-block",
         "models/early_states.py",
-        "            self._trails.clear()\n",
+        "            self.trails.clear()\n",
         "            pass\n",
         "states that enter another block are taken",
     ),

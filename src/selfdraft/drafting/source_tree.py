@@ -15,8 +15,8 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.alignment import Aligned
 from selfdraft.drafting.context_tree import ContextTree
+from selfdraft.drafting.cost_guard import LossBudget
 from selfdraft.drafting.cost_model import RowCost
-from selfdraft.drafting.loss_budget import LossBudget
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
