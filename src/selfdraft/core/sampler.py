@@ -57,14 +57,14 @@ def process(
     return _truncate((scores - scores.max()) / coolest, sampling)
 
 
-def _checked(said: Tensor, given: Tensor) -> Tensor:
+def _checked(returned: Tensor, given: Tensor) -> Tensor:
     """What a processor returned. Errors: EngineError unless it is one score, and no NaN, for every token."""
-    if not isinstance(said, Tensor) or said.shape != given.shape:
-        what = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+    if not isinstance(returned, Tensor) or returned.shape != given.shape:
+        what = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise EngineError(f"a logits processor returned {what} instead of a tensor of {tuple(given.shape)} scores")
-    if said.max().isnan():  # NaN is more than any number
+    if returned.max().isnan():  # NaN is more than any number
         raise EngineError("a logits processor returned NaN; return -inf for tokens that must not come")
-    return said
+    return returned
 
 
 def _constrain(

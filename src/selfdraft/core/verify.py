@@ -81,17 +81,17 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[
 
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
-    says = argmaxes(logits) if len(logits) else []
+    answers = argmaxes(logits) if len(logits) else []
     results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
         start, stop = stop, stop + span.num_logits
-        if NAN in says[start:stop]:
+        if NAN in answers[start:stop]:
             raise EngineError("the model answered NaN; try a wider dtype, or check the checkpoint", sequence)
         if not span.num_logits:
             results.append(Result(span.draft))
             continue
         try:
-            results.append(_follow(sequence, span.draft, logits[start:stop], says[start:stop]))
+            results.append(_follow(sequence, span.draft, logits[start:stop], answers[start:stop]))
         except EngineError as error:
             error.request = sequence
             raise

@@ -61,9 +61,9 @@ class S3D:
             rows = group_rows(groups, SOURCE)
             logits = self.target.forward(rows, self.skip)
             for i, span in zip(able, rows.spans, strict=True):
-                said = logits[span.start : span.start + span.size]
+                answers = logits[span.start : span.start + span.size]
                 last = sequences[i].tokens[-1]
-                drafts[i] = self.guesser.tree(last, places(said, sequences[i]), self._shift, budgets[i], SOURCE)
+                drafts[i] = self.guesser.tree(last, places(answers, sequences[i]), self._shift, budgets[i], SOURCE)
         self._began = self.clock()
         return drafts
 
