@@ -8,7 +8,6 @@ The adapter is stored in PEFT's LoRA format, the embeddings and what is known ab
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -26,6 +25,7 @@ from selfdraft.core.rows import Rows
 from selfdraft.errors import LoadError
 from selfdraft.models import views
 from selfdraft.models.exactness import out_of, width_of
+from selfdraft.models.identity import base_hash
 from selfdraft.models.runner.trace_ops import gate
 from selfdraft.types import JSON
 
@@ -162,19 +162,6 @@ def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skip
     return found
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash by which an adapter knows its model: sizes, some embeddings and all norms, as bfloat16 in any dtype."""
-    config = model.config.get_text_config()
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(f"{config.vocab_size} {config.hidden_size} {config.num_hidden_layers}".encode())
-    table = model.get_input_embeddings().weight
-    samples = [table[:: max(1, len(table) // 64), :16]]
-    samples += [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]]
-    for sample in samples:
-        digest.update(sample.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_adapter(folder: str | Path, model: PreTrainedModel) -> MaskAdapter:
     """The adapter that `selfdraft train` wrote into `folder`. Errors: LoadError says what is wrong, and the way out."""
     place = Path(folder).expanduser()
@@ -224,7 +211,7 @@ def _check_card(place: Path, card: JSON, model: PreTrainedModel) -> None:
     for name in ("settings", "advice"):
         if not isinstance(card.get(name, {}), dict):
             raise LoadError(f"{place / CARD}: {name!r} is not a JSON object; was it written by selfdraft train?")
-    mine = fingerprint(model)
+    mine = base_hash(model)
     if card["model"] != mine:
         raise LoadError(
             f"{place}: this adapter was trained for another model ({card['model']}, this one is {mine}); "

@@ -11,7 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from selfdraft.errors import OptionError
-from selfdraft.models.adapters import CARD, CHECKPOINT, fingerprint
+from selfdraft.models.adapters import CARD, CHECKPOINT
+from selfdraft.models.identity import base_hash
 from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.train.settings import Settings
 from selfdraft.train.student import Student
@@ -87,7 +88,7 @@ def write_adapter(
     """
     part = folder / PART
     shutil.rmtree(part, ignore_errors=True)
-    card = {"method": settings.recipe, "model": fingerprint(model), "settings": settings.as_dict(), **facts}
+    card = {"method": settings.recipe, "model": base_hash(model), "settings": settings.as_dict(), **facts}
     try:
         part.mkdir(parents=True)
         student.save(part)

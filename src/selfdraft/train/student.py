@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from selfdraft.models import views
-from selfdraft.models.adapters import EMBEDDINGS, fingerprint, linked
+from selfdraft.models.adapters import EMBEDDINGS, linked
 from selfdraft.models.attention import additive_mask, kernel, register
+from selfdraft.models.identity import base_hash
 from selfdraft.models.reference import Model
 from selfdraft.types import Skip
 
@@ -123,7 +124,7 @@ class Student(nn.Module):
         from peft import get_peft_model
 
         self.lead, self.tuned = lead, tuned
-        self.fingerprint = fingerprint(base)
+        self.fingerprint = base_hash(base)
         self.layers = int(base.config.get_text_config().num_hidden_layers)
         base.requires_grad_(False)
         self._teacher = [views.clone(base, NAME).eval()]  # in a list: its weights are not this module's to save

@@ -15,7 +15,8 @@ from selfdraft.drafters.none import NoDrafter
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.files.skip_sets import lists_of, skip_of
-from selfdraft.models.reference import Model, weights_hash
+from selfdraft.models.identity import weights_hash
+from selfdraft.models.reference import Model
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
 from selfdraft.tune.layer_skip.search import Scorer, Search, check_sampler, frontier
