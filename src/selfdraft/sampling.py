@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfdraft.errors import OptionError, RequestError, shown
-from selfdraft.types import JSON, SamplingParams
+from selfdraft.types import JsonObject, SamplingParams
 
 if TYPE_CHECKING:
     from selfdraft.models.reference import Model, Tokenizer
@@ -70,7 +70,7 @@ def generation_defaults(settings: Mapping[str, object] | None, model: Model) -> 
     if settings is None:
         config = getattr(model, "generation_config", None)
         settings = {name: getattr(config, name, None) for name in (*DEFAULTS, "do_sample")}
-    options: JSON = {name: settings.get(name) for name in DEFAULTS}
+    options: JsonObject = {name: settings.get(name) for name in DEFAULTS}
     if options["temperature"] is None and settings.get("do_sample") is True:
         options["temperature"] = 1.0
     try:

@@ -12,7 +12,7 @@ from selfdraft.errors import OptionError, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-JSON = dict[str, Any]
+JsonObject = dict[str, Any]
 """An object of JSON, in a file or from a process: whoever reads a field knows its kind, or checks it."""
 FinishReason = Literal["stop", "length", "abort"]
 StoppingCriterion = Callable[[Sequence[int]], bool]

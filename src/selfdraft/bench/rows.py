@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 
 from selfdraft.errors import RequestError
-from selfdraft.types import JSON
+from selfdraft.types import JsonObject
 
-Row = JSON
+Row = JsonObject
 Key = tuple[str, str, str, str]
 """(task, key of the item, drafter's label, fingerprint of everything that can change the result)."""
 FORMAT = 1

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import whole_file
-from selfdraft.types import JSON, Skip
+from selfdraft.types import JsonObject, Skip
 
 
-def parse_sets(text: str, place: str) -> dict[str, JSON]:
+def parse_sets(text: str, place: str) -> dict[str, JsonObject]:
     """The named sets of a file with all their facts. Errors: OptionError names `place` and what is wrong."""
     try:
         sets = json.loads(text)
@@ -34,7 +34,7 @@ def parse_sets(text: str, place: str) -> dict[str, JSON]:
     return sets
 
 
-def pick_set(sets: Mapping[str, JSON], name: str, place: str) -> JSON:
+def pick_set(sets: Mapping[str, JsonObject], name: str, place: str) -> JsonObject:
     """The set of that name; without a name the only one. Errors: OptionError lists the names."""
     if name in sets:
         return sets[name]
@@ -44,7 +44,7 @@ def pick_set(sets: Mapping[str, JSON], name: str, place: str) -> JSON:
     raise OptionError(f"{place} holds {what}; there are: {', '.join(sets)}")
 
 
-def skip_of(record: JSON) -> Skip:
+def skip_of(record: JsonObject) -> Skip:
     return Skip(frozenset(record["attention"]), frozenset(record["mlp"]))
 
 
@@ -64,7 +64,7 @@ def checked(skip: Skip, layers: int, names: tuple[str, str] = ("skip_attention",
     return skip
 
 
-def load_sets(path: Path) -> dict[str, JSON]:
+def load_sets(path: Path) -> dict[str, JsonObject]:
     """The named sets of a file in the published format. Errors: OptionError."""
     try:
         text = path.read_text("utf-8")

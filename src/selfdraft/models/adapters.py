@@ -27,7 +27,7 @@ from selfdraft.models import views
 from selfdraft.models.exactness import out_of, width_of
 from selfdraft.models.identity import base_hash
 from selfdraft.models.runner.trace_ops import gate
-from selfdraft.types import JSON
+from selfdraft.types import JsonObject
 
 CARD = "selfdraft.json"
 CHECKPOINT = "training.pt"
@@ -55,7 +55,7 @@ class MaskAdapter:
     layers: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     whole_spans: bool = False
     """In a pass with skipped sublayers the known tokens of a span with masks use the adapter too (S3D)."""
-    advice: JSON = field(default_factory=dict)
+    advice: JsonObject = field(default_factory=dict)
     """Options of the drafter that were found best for this adapter."""
     link: tuple[Tensor, Tensor] | None = None
     """(down [hidden, rank], up [rank, hidden]): what a row says is shifted by the token that came before.
@@ -203,7 +203,7 @@ def find_adapters(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"selfdraft_*/{CARD}"))
 
 
-def _check_card(place: Path, card: JSON, model: PreTrainedModel) -> None:
+def _check_card(place: Path, card: JsonObject, model: PreTrainedModel) -> None:
     if not isinstance(card.get("method"), str) or not isinstance(card.get("model"), str):
         raise LoadError(f"{place / CARD}: 'method' and 'model' are missing; was it written by selfdraft train?")
     if card["method"] not in METHODS:
@@ -245,7 +245,7 @@ def _layers(place: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tens
     return layers
 
 
-def _json(place: Path, name: str) -> JSON:
+def _json(place: Path, name: str) -> JsonObject:
     try:
         content = json.loads((place / name).read_text("utf-8"))
     except FileNotFoundError:

@@ -26,7 +26,7 @@ from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.runner import Runner
 from selfdraft.protocols import DraftExtras, MaskTokens
-from selfdraft.types import JSON, Clock, PassVariant, Rounded, Skip
+from selfdraft.types import Clock, JsonObject, PassVariant, Rounded, Skip
 
 register(NAME, attend)
 
@@ -73,7 +73,7 @@ class HFTarget:
         self.clock = clock
         self.exactness = exactness
         self.last: Plan | None = None
-        self.tuned: dict[str, JSON] = {one.method: one.advice for one in adapters}
+        self.tuned: dict[str, JsonObject] = {one.method: one.advice for one in adapters}
         """By method, options found best on this model."""
         self.profile: Profile | None = None
         """Whoever measures one puts it here."""
@@ -307,7 +307,7 @@ GROWING = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the current length."""
 
 
-def ropes_of(config: PreTrainedConfig) -> list[JSON]:
+def ropes_of(config: PreTrainedConfig) -> list[JsonObject]:
     """The rotary settings of a text configuration: one, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [each for each in rope.values() if isinstance(each, dict)] or [rope]

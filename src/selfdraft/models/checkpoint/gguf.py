@@ -23,7 +23,7 @@ from selfdraft.models.checkpoint.folder import check_pointer
 from selfdraft.models.checkpoint.load_errors import blaming
 from selfdraft.models.checkpoint.places import PART
 from selfdraft.models.checkpoint.weights import check_weights
-from selfdraft.types import JSON
+from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -110,11 +110,11 @@ def _tensors(file: Path) -> SequenceOf[ReaderTensor]:
         raise _truncated(file, f"its table of tensors cannot be read: {error}") from error
 
 
-def _metadata(file: Path) -> JSON:
+def _metadata(file: Path) -> JsonObject:
     """Keys and values of the file's head; lists of texts are only counted. Errors: LoadError."""
     check_pointer(file)
     try:
-        metadata: JSON = read_gguf_metadata(str(file))[0]
+        metadata: JsonObject = read_gguf_metadata(str(file))[0]
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise _truncated(file, f"its head cannot be read: {error}") from error
     except (ValueError, OSError) as error:

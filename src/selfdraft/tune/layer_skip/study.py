@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import check_writable
-from selfdraft.types import JSON, Skip
+from selfdraft.types import JsonObject, Skip
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -84,7 +84,7 @@ class Study:
         self.known = {one.skip: one for one in self.scored}
 
     @classmethod
-    def create(cls, path: Path, layers: int, setup: JSON) -> Study:
+    def create(cls, path: Path, layers: int, setup: JsonObject) -> Study:
         """A new study; its file appears only when `setup` is in it."""
         check_writable(path)
         beside = path.with_name(path.name + ".new")
@@ -108,15 +108,15 @@ class Study:
         return needs_optuna().storages.RDBStorage(f"sqlite:///{path}")
 
     @property
-    def setup(self) -> JSON:
-        setup: JSON = self._facts[SETUP]
+    def setup(self) -> JsonObject:
+        setup: JsonObject = self._facts[SETUP]
         return setup
 
-    def fact(self, name: str) -> JSON | None:
+    def fact(self, name: str) -> JsonObject | None:
         """A fact noted before, or None."""
         return self._facts.get(name)
 
-    def note(self, name: str, fact: JSON) -> None:
+    def note(self, name: str, fact: JsonObject) -> None:
         with blaming(self.path):
             self._study.set_user_attr(name, fact)
         self._facts[name] = fact
