@@ -14,8 +14,8 @@ from selfdraft import LLM
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters.auto import Auto
+from selfdraft.drafting.cost_guard import MOST, RAREST, SHARE, START, TRIAL, LossBudget
 from selfdraft.drafting.cost_model import LiveCost, Profile, best_size
-from selfdraft.drafting.loss_budget import MOST, RAREST, SHARE, START, TRIAL, LossBudget
 from selfdraft.drafting.mask_prediction import Guess, expand
 from selfdraft.errors import OptionError
 from selfdraft.files.token_log import Logged, read_logs

@@ -25,7 +25,7 @@ from selfdraft.errors import LoadError, OptionError
 from selfdraft.models import reference
 from selfdraft.models.checkpoint.end_ids import eos_ids, turn_end
 from selfdraft.models.checkpoint.lora import unwrapped
-from selfdraft.models.checkpoint.weights import check_weights
+from selfdraft.models.checkpoint.weights import LoadingInfo, check_weights
 from selfdraft.models.load import load_model, load_tokenizer
 from tests import gguf_files
 from tests.models import VOCAB, tiny_llama
@@ -718,6 +718,6 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
 
 def test_the_first_of_several_wrong_sizes_is_the_first_layer_by_number() -> None:
     odd = [(f"model.layers.{layer}.mlp.up_proj.weight", torch.Size([2, 3]), torch.Size([2, 4])) for layer in (10, 2)]
-    info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": odd}
+    info = LoadingInfo(missing_keys=[], unexpected_keys=[], mismatched_keys=odd)
     with pytest.raises(LoadError, match=r"2 weights .* the first is model\.layers\.2\.mlp.*: 2x3 in the file, 2x4 by"):
         check_weights("here", tiny_llama(), info)

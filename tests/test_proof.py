@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable, UnsupportedModel
 from selfdraft.models import load
+from selfdraft.models.identity import base_hash, config_hash, weights_hash, whole_hash
 from selfdraft.models.load import load_model, open_target
-from selfdraft.models.proof.kept import ProofStore, Record, hash_of
+from selfdraft.models.proof.kept import ProofStore, Record
 from selfdraft.models.proof.whole_model import Report, prove
 from selfdraft.models.proof.wide import Wide
 from selfdraft.models.runner import kernel_build
@@ -193,12 +194,31 @@ def test_another_model_is_proved_itself(tmp_path: Path, counted: list[str]) -> N
     assert len([*tmp_path.iterdir()]) == 3
 
 
+def test_each_hash_of_a_model_answers_its_own_question() -> None:
+    """What a change makes useless, of all that is kept by the names in `identity.py`."""
+    hashes = {"config": config_hash, "base": base_hash, "weights": weights_hash, "whole": whole_hash}
+
+    def noticed(change: Callable[[PreTrainedModel], object]) -> set[str]:
+        model = build("Llama", {}, dtype=torch.float32)
+        before = {name: of(model) for name, of in hashes.items()}
+        with torch.no_grad():
+            change(model)
+        return {name for name, of in hashes.items() if of(model) != before[name]}
+
+    assert noticed(lambda model: model.eval()) == set()
+    assert noticed(lambda model: setattr(model.config, "_name_or_path", "elsewhere")) == set()
+    assert noticed(lambda model: setattr(model.config, "rms_norm_eps", 1e-2)) == {"config", "whole"}
+    assert noticed(lambda model: model.model.layers[0].mlp.up_proj.weight.mul_(2)) == {"weights", "whole"}
+    assert noticed(lambda model: model.model.norm.weight.mul_(2)) == {"base", "weights", "whole"}
+    assert noticed(lambda model: model.double()) == {"weights", "whole"}
+
+
 def test_hash_sees_weights_configuration_and_modules() -> None:
     def changed(change: Callable[[PreTrainedModel], None]) -> str:
         model = build("Llama", {}, dtype=torch.float32)
         with torch.no_grad():
             change(model)
-        return hash_of(model)
+        return whole_hash(model)
 
     def other_head(model: PreTrainedModel) -> None:
         model.lm_head.weight.mul_(1.001)

@@ -98,5 +98,5 @@ def test_rounding_up() -> None:
     assert [shapes.round_rows(n) for n in (1, 4, 5)] == [4, 4, 8]
     assert [shapes.round_width(n) for n in (1, 4, 5)] == [4, 4, 8]
     assert [Shapes(1, 64, 2).round_width(n) for n in (1, 2, 3)] == [2, 2, 4]
-    assert [shapes.edge(p, 512) for p in (0, 63, 64)] == [64, 64, 128]
-    assert NATURAL.edge(5, 512) == 512
+    assert [shapes.round_length(n) for n in (1, 64, 65)] == [64, 64, 128]
+    assert NATURAL.round_length(5) == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfdraft.errors import SelfdraftError
 from selfdraft.types import SamplingParams, Skip, Stats
@@ -39,7 +39,7 @@ _LATE = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Names that need transformers are imported on first use, so that `selfdraft --help` answers at once."""
     if name not in _LATE:
         raise AttributeError(f"module 'selfdraft' has no attribute {name!r}")

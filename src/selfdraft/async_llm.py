@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
 from selfdraft.llm import LLM, Message, Piece, Prompt, RequestOutput
 from selfdraft.models.reference import Model
+from selfdraft.prompts import ChatOptions
 from selfdraft.types import SamplingParams
 
 T = TypeVar("T")
@@ -51,7 +52,10 @@ class AsyncLLM:
             self.llm.shared.abort(job.sequences)
 
     async def chat(
-        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **template: Any
+        self,
+        messages: SequenceOf[Message],
+        sampling_params: SamplingParams | None = None,
+        **template: Unpack[ChatOptions],
     ) -> RequestOutput:
         """As `LLM.chat`."""
         ids = await self._run(lambda: self.llm.render(messages, **template))

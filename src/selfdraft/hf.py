@@ -192,7 +192,7 @@ def _check_processors(processors: SequenceOf[object]) -> None:
 def _sampling(
     config: GenerationConfig,
     processors: SequenceOf[Callable[..., Tensor]],
-    criteria: SequenceOf[Callable[..., Any]],
+    criteria: SequenceOf[Callable[..., object]],
     input_ids: Tensor,
     index: int,
     prompt_length: int,
@@ -213,7 +213,7 @@ def _sampling(
         rows, place = (1, 0) if alone else (count, index)
         return lambda path, scores: processor(shown(path).repeat(rows, 1), scores.float().repeat(rows, 1))[place]
 
-    def stops(criterion: Callable[..., Any]) -> StoppingCriterion:
+    def stops(criterion: Callable[..., object]) -> StoppingCriterion:
         def stop(path: SequenceOf[int]) -> bool:
             answers = torch.as_tensor(criterion(shown(path).repeat(count, 1), None)).reshape(-1)
             return bool(answers[index if len(answers) > 1 else 0])

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 
@@ -42,6 +42,7 @@ from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.outputs import CompletionOutput as CompletionOutput
 from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
 from selfdraft.prompts import (
+    ChatOptions,
     Message,
     ParsedPrompt,
     Prompt,
@@ -118,30 +119,36 @@ class LLM:
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
         self.model, self.tokenizer, folder = _loaded(model, wanted, tokenizer, lora, trust_remote_code)
-        beside = find_adapters(folder) if folder is not None else []
         self.target = load.open_target(
             self.model,
             slots=max_num_seqs,
             exactness=exactness,
             context=max_model_len,
-            adapters=load_adapters([*adapters, *beside], self.model),
+            adapters=load_adapters([*adapters, *_adapters_beside(folder)], self.model),
             runner=runner,
             proofs=ProofStore() if cache and folder is not None else None,
             clock=clock,
         )
-        if folder is not None and (searched := folder / SKIP_FILE).is_file():
-            self.target.tuned["layer_skip"] = {"skip_set": read_skip(searched, self.target.layers)}
+        self._take_skip_set(folder)
         self.exactness = self.target.exactness
         self.eos = eos_ids(self.model, self.tokenizer)
         self._defaults = generation_defaults(settings, self.model)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": max_num_batched_tokens}
         self._owner = "llm" if enable_prefix_caching else None
-        self.drafter_name = name
         self.stats = Stats()
         """Counts over all requests so far."""
         self._lock = threading.RLock()
         """Guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once."""
-        self.engine = self._engine(name, options)
+        self._take(name, options)
+
+    def _take_skip_set(self, folder: Path | None) -> None:
+        """The skip set that lies beside a checkpoint is what `layer_skip` leaves out. Errors: OptionError."""
+        if folder is not None and (searched := folder / SKIP_FILE).is_file():
+            self.target.tuned["layer_skip"] = {"skip_set": read_skip(searched, self.target.layers)}
+
+    def _take(self, drafter: str, options: Mapping[str, object]) -> None:
+        """From now on requests run with this drafter."""
+        self.engine, self.drafter_name = self._engine(drafter, options), drafter
         self.shared = SharedEngine(self.engine, self._owner)
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
@@ -169,8 +176,7 @@ class LLM:
         """Change the drafter; model, cache and exactness stay. Errors: EngineError while requests run."""
         name, options = drafter_of(drafter, speculative_config)
         with self.shared.idle("the drafter cannot be changed"):
-            self.engine, self.drafter_name = self._engine(name, options), name
-            self.shared = SharedEngine(self.engine, self._owner)
+            self._take(name, options)
 
     def generate(
         self,
@@ -250,7 +256,10 @@ class LLM:
                 self.stats.add(sequence.stats)
 
     def chat(
-        self, messages: SequenceOf[Message], sampling_params: SamplingParams | None = None, **template: Any
+        self,
+        messages: SequenceOf[Message],
+        sampling_params: SamplingParams | None = None,
+        **template: Unpack[ChatOptions],
     ) -> RequestOutput:
         """Answer a conversation ({'role', 'content'} each) through the checkpoint's chat template.
 
@@ -297,7 +306,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn; the options are vLLM's.
 
@@ -448,6 +457,11 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer: pass LLM(..., tokenizer=...) or give token ids")
         return self.tokenizer
+
+
+def _adapters_beside(folder: Path | None) -> list[Path]:
+    """Adapters that lie in a checkpoint's folder."""
+    return [] if folder is None else find_adapters(folder)
 
 
 def _loaded(

@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from selfdraft.errors import RequestError, shown
 from selfdraft.types import bare
@@ -28,12 +28,12 @@ class Array(Protocol):
 
     @property
     def ndim(self) -> int: ...
-    def tolist(self) -> Any: ...
+    def tolist(self) -> object: ...
 
 
-Prompt = str | SequenceOf[int] | Mapping[str, Any] | Array
+Prompt = str | SequenceOf[int] | Mapping[str, object] | Array
 """One prompt: text, token ids, vLLM's dicts ({'prompt'}, {'prompt_token_ids'}), or a tokenizer's output."""
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """One message of a conversation: 'role', and 'content' as a text or a list of text parts."""
 TAKEN = "give a text, a list of token ids, {'prompt': text}, {'prompt_token_ids': ids}, or a tokenizer's output"
 BESIDE = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
@@ -92,7 +92,7 @@ def parse_prompt(given: object) -> ParsedPrompt:
     return ParsedPrompt(ids=_ids(items))
 
 
-def _parse_dict(given: Mapping[Any, Any]) -> ParsedPrompt:
+def _parse_dict(given: Mapping[object, object]) -> ParsedPrompt:
     if "input_ids" in given:
         rows = _rows(given)
         if len(rows) != 1:
@@ -116,7 +116,7 @@ def _parse_dict(given: Mapping[Any, Any]) -> ParsedPrompt:
     return ParsedPrompt(text, _ids(items))
 
 
-def _rows(given: Mapping[Any, Any]) -> list[list[object]]:
+def _rows(given: Mapping[object, object]) -> list[list[object]]:
     """The ids of a tokenizer's output, without their padding."""
     odd = [key for key in given if key not in ENCODED and not str(key).startswith(("offset", "overflow", "num_trunc"))]
     if odd:
@@ -131,7 +131,7 @@ def _rows(given: Mapping[Any, Any]) -> list[list[object]]:
     return [[i for i, kept in zip(row, mask, strict=True) if kept] for row, mask in zip(rows, masks, strict=True)]
 
 
-def _table(given: Mapping[Any, Any], key: str) -> list[list[object]]:
+def _table(given: Mapping[object, object], key: str) -> list[list[object]]:
     """One row for each prompt. Errors: RequestError."""
     items = _items(given[key])
     if items is None:
@@ -188,7 +188,7 @@ def check_text(text: str, what: str) -> None:
         ) from error
 
 
-def parse_messages(given: object) -> list[dict[str, Any]]:
+def parse_messages(given: object) -> list[dict[str, object]]:
     """A conversation with texts as contents. Errors: RequestError names the message by its number."""
     taken = "give a list of messages: [{'role': 'user', 'content': 'Hello'}]"
     if isinstance(given, str | bytes | Mapping | AbstractSet) or not isinstance(given, Iterable):
@@ -233,13 +233,21 @@ def _content(message: Message, number: int) -> str:
     return "\n".join(texts)
 
 
+class ChatOptions(TypedDict, total=False):
+    """The options of `LLM.render`, as `chat` takes them."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, object] | None
+
+
 def render_messages(
     tokenizer: Tokenizer,
     messages: object,
     *,
     add_generation_prompt: bool,
     continue_final_message: bool,
-    chat_template_kwargs: Mapping[str, Any] | None,
+    chat_template_kwargs: Mapping[str, object] | None,
 ) -> list[int]:
     """Token ids of a conversation through the tokenizer's template. Errors: RequestError has the template's words."""
     from jinja2 import TemplateError
@@ -265,7 +273,7 @@ def render_messages(
     return [int(token) for token in ids]
 
 
-def _template_options(apply: Callable[..., Any], given: object) -> dict[str, Any]:
+def _template_options(apply: Callable[..., object], given: object) -> dict[str, object]:
     """What the template is told besides. Errors: RequestError for what would change the call and not the template."""
     if given is None:
         return {}

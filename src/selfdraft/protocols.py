@@ -15,7 +15,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import MissingMasks
-from selfdraft.types import Budget, Clock, PassVariant
+from selfdraft.types import Budget, Clock, JsonObject, PassVariant
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class DraftExtras:
     """Blocks of the model, each with two sublayers that can be skipped."""
     mask_tokens: Mapping[str, MaskTokens] = field(default_factory=dict)
     """By the method that they were trained for."""
-    tuned_options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    tuned_options: Mapping[str, JsonObject] = field(default_factory=dict)
     """By method, options found best on this model; they came with the checkpoint."""
 
     def num_masks(self, method: str) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfdraft.errors import OptionError, RequestError, shown
-from selfdraft.types import SamplingParams
+from selfdraft.types import JsonObject, SamplingParams
 
 if TYPE_CHECKING:
     from selfdraft.models.reference import Model, Tokenizer
@@ -62,7 +62,7 @@ def stop_tokens(stops: Iterable[str], tokenizer: Tokenizer, known: Callable[[int
     return found
 
 
-def generation_defaults(settings: Mapping[str, Any] | None, model: Model) -> SamplingParams:
+def generation_defaults(settings: Mapping[str, object] | None, model: Model) -> SamplingParams:
     """The params of requests that give none, out of a generation config; None is the one that came with the model.
 
     A checkpoint that samples and names no temperature means 1, as in transformers. Errors: OptionError.
@@ -70,7 +70,7 @@ def generation_defaults(settings: Mapping[str, Any] | None, model: Model) -> Sam
     if settings is None:
         config = getattr(model, "generation_config", None)
         settings = {name: getattr(config, name, None) for name in (*DEFAULTS, "do_sample")}
-    options: dict[str, Any] = {name: settings.get(name) for name in DEFAULTS}
+    options: JsonObject = {name: settings.get(name) for name in DEFAULTS}
     if options["temperature"] is None and settings.get("do_sample") is True:
         options["temperature"] = 1.0
     try:
@@ -79,7 +79,7 @@ def generation_defaults(settings: Mapping[str, Any] | None, model: Model) -> Sam
         raise OptionError(f"the generation config cannot be used: {error}; give generation_config='none'") from error
 
 
-def read_generation_config(source: str | Path) -> dict[str, Any] | None:
+def read_generation_config(source: str | Path) -> dict[str, object] | None:
     """The settings that are asked for: none for 'none', None for 'auto' (the model's), else a folder's.
 
     Errors: OptionError.

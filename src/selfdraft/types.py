@@ -12,6 +12,8 @@ from selfdraft.errors import OptionError, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+JsonObject = dict[str, Any]
+"""An object of JSON, in a file or from a process: whoever reads a field knows its kind, or checks it."""
 FinishReason = Literal["stop", "length", "abort"]
 StoppingCriterion = Callable[[Sequence[int]], bool]
 """(tokens: prompt and output so far) -> whether to stop here; asked after every token."""
@@ -133,7 +135,7 @@ class SamplingParams:
         )
 
 
-def bare(value: Any) -> Any:
+def bare(value: object) -> object:
     """A number of numpy or torch as Python's own; everything else as it is."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
@@ -209,7 +211,7 @@ def _prediction(name: str, value: object) -> str | tuple[int, ...]:
     return value if isinstance(value, str) else _ids(name, value)
 
 
-def _functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
+def _functions(name: str, value: object) -> tuple[Callable[..., object], ...]:
     # transformers' lists of processors are lists that can be called, too: what they hold is meant
     found = (
         [value] if callable(value) and not isinstance(value, Iterable) else _items(name, value, "a function or a list")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.files.atomic import whole_file
+from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from selfdraft.replay.reliability import Reliability
 
-Record = dict[str, Any]
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#6A4C93")
 """Okabe and Ito's colours, told apart by the colour-blind too, and two more."""
 PARTS = {"prefill": "#B8C4CE", "target": "#0072B2", "drafting": "#E69F00", "rest": "#7F7F7F"}
@@ -43,7 +43,7 @@ def need_matplotlib(option: str = "--pictures") -> None:
         raise OptionError(f"{option} needs matplotlib, which is missing: pip install 'selfdraft[bench]'") from error
 
 
-def draw(records: SequenceOf[Record], folder: Path) -> list[Path]:
+def draw(records: SequenceOf[JsonObject], folder: Path) -> list[Path]:
     """Write speedup.png, acceptance.png and time.png, with peers also peers.png; returns their paths.
 
     Errors: RequestError.
@@ -55,7 +55,7 @@ def draw(records: SequenceOf[Record], folder: Path) -> list[Path]:
     return [_save(figure, folder / name) for name, figure in made.items()]
 
 
-def speedup(records: SequenceOf[Record]) -> Figure:
+def speedup(records: SequenceOf[JsonObject]) -> Figure:
     """Bars of tokens per second against plain decoding, by task and drafter; the whiskers are single prompts."""
     tasks, labels = _names(records, "task"), _drafters(records)
     rows = len(tasks) * (len(labels) + 1)
@@ -90,7 +90,7 @@ def speedup(records: SequenceOf[Record]) -> Figure:
     return figure
 
 
-def acceptance(records: SequenceOf[Record]) -> Figure:
+def acceptance(records: SequenceOf[JsonObject]) -> Figure:
     """Share of drafted steps in which a path was accepted down to a position; one panel for each task."""
     from matplotlib.ticker import MaxNLocator
 
@@ -105,7 +105,7 @@ def acceptance(records: SequenceOf[Record]) -> Figure:
             shares = record["acceptance_by_position"] if record is not None else []
             marker = "osD^vPX*"[number % 8]
             places = range(1, len(shares) + 1)
-            style: dict[str, Any] = {
+            style: JsonObject = {
                 "color": _colour(labels, label),
                 "marker": marker,
                 "markersize": 3.5,
@@ -131,7 +131,7 @@ def acceptance(records: SequenceOf[Record]) -> Figure:
     return figure
 
 
-def time_split(records: SequenceOf[Record]) -> Figure:
+def time_split(records: SequenceOf[JsonObject]) -> Figure:
     """Bars of the time of an answer by what it went into, by task and drafter, plain decoding too."""
     tasks, labels = _names(records, "task"), _names(records, "drafter")
     rows = len(tasks) * (len(labels) + 1.6)
@@ -162,7 +162,7 @@ def time_split(records: SequenceOf[Record]) -> Figure:
     return figure
 
 
-def peers(records: SequenceOf[Record]) -> Figure:
+def peers(records: SequenceOf[JsonObject]) -> Figure:
     """Bars of tokens per second by task: plain decoding, our drafters, and other engines."""
     tasks, labels = _names(records, "task"), _names(records, "drafter")
     plain, *drafters = _names([record for record in records if record.get("peer") is None], "drafter")
@@ -212,7 +212,7 @@ def reliability(found: Reliability, conditions: str) -> Figure:
         shown = [point for point in points if scale == "linear" or point[1] > 0]
         low = 0.0 if scale == "linear" else 0.8 * min((min(x, y) for x, y, _ in shown), default=0.001)
         axes.plot([low, 1], [low, 1], color=OTHERS, linewidth=1.2, label="predicted = actual")
-        style: dict[str, Any] = {"color": PALETTE[0], "fmt": "o", "markersize": 4.5, "elinewidth": 1.0}
+        style: JsonObject = {"color": PALETTE[0], "fmt": "o", "markersize": 4.5, "elinewidth": 1.0}
         spread = [1.96 * (y * (1 - y) / nodes) ** 0.5 for _, y, nodes in shown]
         down = [min(width, y - low) for width, (_, y, _) in zip(spread, shown, strict=True)]
         across, up = [x for x, _, _ in shown], [y for _, y, _ in shown]
@@ -281,7 +281,7 @@ def _legend(figure: Figure, panels: SequenceOf[Axes]) -> None:
         )
 
 
-def _foot(figure: Figure, records: SequenceOf[Record]) -> None:
+def _foot(figure: Figure, records: SequenceOf[JsonObject]) -> None:
     """The conditions, in two faint lines at the bottom."""
     facts = records[0]["conditions"]
     machine = facts["machine"]
@@ -307,16 +307,16 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _names(records: SequenceOf[Record], field: str) -> list[str]:
+def _names(records: SequenceOf[JsonObject], field: str) -> list[str]:
     return list(dict.fromkeys(record[field] for record in records))
 
 
-def _drafters(records: SequenceOf[Record]) -> list[str]:
+def _drafters(records: SequenceOf[JsonObject]) -> list[str]:
     """Labels of the drafters; plain decoding comes first in the records, and is the yardstick."""
     return [label for label in _names(records, "drafter") if label != records[0]["drafter"]]
 
 
-def _one(records: SequenceOf[Record], task: str, drafter: str) -> Record | None:
+def _one(records: SequenceOf[JsonObject], task: str, drafter: str) -> JsonObject | None:
     return next((r for r in records if (r["task"], r["drafter"]) == (task, drafter)), None)
 
 

@@ -8,21 +8,24 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from selfdraft.bench.peers import Peer
+from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import PeerError
-from selfdraft.protocols import Target
+from selfdraft.protocols import Drafter, Target
 from selfdraft.prove.record import first_difference
-from selfdraft.types import Budget, Stats
+from selfdraft.types import Budget, PassVariant, Stats
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Request = Callable[[], Sequence]
 """Makes the same fresh request every time."""
 
@@ -198,10 +201,10 @@ class Stopwatch:
     settle: Callable[[], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def time(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    def time(self, name: str, call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         self.settle()
         began = time.perf_counter()
-        result = call(*arguments)
+        result = call(*arguments, **options)
         self.settle()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         return result
@@ -213,26 +216,24 @@ class TimedTarget:
     def __init__(self, target: Target, watch: Stopwatch) -> None:
         self._target, self._watch = target, watch
 
-    def forward(self, *arguments: Any) -> Tensor:
-        logits: Tensor = self._watch.time("target", self._target.forward, *arguments)
-        return logits
+    def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
+        return self._watch.time("target", self._target.forward, rows, short)
 
-    def keep(self, *arguments: Any) -> None:
-        self._watch.time("target", self._target.keep, *arguments)
+    def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
+        self._watch.time("target", self._target.keep, slot, base, order)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._target, name)
 
 
 class TimedDrafter:
     """A drafter with a stopwatch."""
 
-    def __init__(self, drafter: Any, watch: Stopwatch) -> None:
+    def __init__(self, drafter: Drafter, watch: Stopwatch) -> None:
         self._drafter, self._watch = drafter, watch
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        drafts: list[Draft] = self._watch.time("drafting", self._drafter.draft, sequences, budgets)
-        return drafts
+        return self._watch.time("drafting", self._drafter.draft, sequences, budgets)
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         self._watch.time("drafting", self._drafter.observe, sequences, results)
@@ -302,7 +303,7 @@ def weights_bytes(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def _plain(tensor: Any) -> Iterator[Tensor]:
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the bytes: a quantised weight is a shell around several."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor

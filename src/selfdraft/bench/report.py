@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from statistics import fmean
-from typing import Any
 
 from selfdraft.bench.rows import Row
 from selfdraft.bench.scores import pass_at_k
-from selfdraft.types import Stats
+from selfdraft.types import JsonObject, Stats
 
-Record = dict[str, Any]
 KS = (1, 10, 100)
 """Of pass@k, where there are so many samples; and the number of samples itself."""
 INSIDE = (
@@ -24,7 +21,7 @@ OWN = (*("peer_file", "texts_equal_own_plain", "prompts_different_own_plain", "d
 """Figures that are only known of other engines."""
 
 
-def records(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored: str = "") -> list[Record]:
+def records(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored: str = "") -> list[JsonObject]:
     """One record for each drafter (plain first) and peer, and the same for each group of a task that was run whole.
 
     `rows` hold every drafter of every prompt. `unscored` says why the task has no score. A peer wrote as many tokens
@@ -39,7 +36,7 @@ def records(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored:
     return made
 
 
-def _of_part(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored: str) -> list[Record]:
+def _of_part(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored: str) -> list[JsonObject]:
     by_label = {label: [row for row in rows if row["drafter"] == label] for label in labels}
     plain = by_label[labels[0]]
     if not plain:
@@ -64,7 +61,7 @@ def _of_part(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored
     return made
 
 
-def _speed(rows: SequenceOf[Row], *, comparable: bool) -> Record:
+def _speed(rows: SequenceOf[Row], *, comparable: bool) -> JsonObject:
     """Times add up over the prompts, so a long answer weighs more than a short one."""
     tokens = sum(row["tokens"] for row in rows)
     seconds, plain = _sum(rows, "seconds"), _sum(rows, "plain_seconds")
@@ -97,10 +94,10 @@ def _prompt_speed(rows: SequenceOf[Row]) -> float | None:
     return round(_sum(rows, "prompt_tokens") / seconds, 3) if seconds > 0 else None
 
 
-def _own_plain(rows: SequenceOf[Row]) -> Record:
+def _own_plain(rows: SequenceOf[Row]) -> JsonObject:
     """A peer beside the same engine without speculation, after the first token; None each where that did not run."""
     drafted = [sum(row.get("drafts", (0, 0))[i] for row in rows) for i in (0, 1)]
-    found: Record = dict.fromkeys(OWN) | {"peer_file": rows[0].get("peer_file")}
+    found: JsonObject = dict.fromkeys(OWN) | {"peer_file": rows[0].get("peer_file")}
     found["draft_acceptance_rate"] = round(drafted[1] / drafted[0], 4) if drafted[0] else None
     both = [row for row in rows if "texts_equal_own_plain" in row]
     if len(both) < len(rows):
@@ -113,7 +110,7 @@ def _own_plain(rows: SequenceOf[Row]) -> Record:
     return found
 
 
-def _equality(rows: SequenceOf[Row]) -> Record:
+def _equality(rows: SequenceOf[Row]) -> JsonObject:
     """`equal_tokens`: those before the first difference of each text, out of `tokens`."""
     firsts = [(row.get("first_difference"), row["tokens"]) for row in rows]
     if any(row["texts_equal"] is None for row in rows):  # other weights: not compared
@@ -125,7 +122,7 @@ def _equality(rows: SequenceOf[Row]) -> Record:
     }
 
 
-def _acceptance(rows: SequenceOf[Row]) -> Record:
+def _acceptance(rows: SequenceOf[Row]) -> JsonObject:
     stats = Stats()
     for row in rows:
         stats.add(stats_of(row["stats"]))
@@ -147,7 +144,7 @@ def _acceptance(rows: SequenceOf[Row]) -> Record:
     }
 
 
-def _memory(own: SequenceOf[Row], plain: SequenceOf[Row]) -> Record:
+def _memory(own: SequenceOf[Row], plain: SequenceOf[Row]) -> JsonObject:
     """Peak memory in bytes: weights, cache, work, and what the method needs beyond plain decoding.
 
     A method runs the same target, so it never needs less than plain decoding: what looks like it is noise of the gauge.
@@ -184,7 +181,7 @@ def by_position(stats: Stats) -> list[float]:
     ]
 
 
-def stats_of(counts: Mapping[str, Any]) -> Stats:
+def stats_of(counts: JsonObject) -> Stats:
     """The counts as they were before they went through JSON."""
     names = ("num_spec_steps", "num_steps", "num_draft_tokens", "num_accepted_draft_tokens", "num_output_tokens")
     stats = Stats(**{name: counts[name] for name in (*names, "num_draft_passes")})
@@ -204,5 +201,5 @@ def scores_of(plain: SequenceOf[Row]) -> dict[str, float]:
     return {f"pass@{k}": round(fmean(pass_at_k(samples, sum(s["passed"]), k) for s in scored), 4) for k in wanted}
 
 
-def _sum(rows: SequenceOf[Mapping[str, Any]], name: str) -> float:
+def _sum(rows: SequenceOf[JsonObject], name: str) -> float:
     return float(sum(row[name] for row in rows))

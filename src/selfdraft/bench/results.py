@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selfdraft.bench.report import scores_of
 from selfdraft.bench.rows import HEAD, Row, key_of
 from selfdraft.errors import RequestError
+from selfdraft.types import JsonObject
 
 VARIED = ("temperature", "top_p")
 """Conditions that part tables, not sections."""
@@ -22,7 +22,7 @@ VARIED = ("temperature", "top_p")
 class Sheet:
     """Rows under the same conditions, at one temperature."""
 
-    conditions: Mapping[str, Any]
+    conditions: JsonObject
     rows: list[Row]
 
     @property
@@ -110,7 +110,7 @@ def page(sections: SequenceOf[SequenceOf[Sheet]], pictures: Mapping[int, str]) -
     return "\n".join(lines)
 
 
-def _conditions(facts: Mapping[str, Any]) -> str:
+def _conditions(facts: JsonObject) -> str:
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["machine"].items() if value)
     chat = "chat template" if facts["chat"] else "prompts continued"
     return (

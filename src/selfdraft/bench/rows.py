@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from selfdraft.errors import RequestError
+from selfdraft.types import JsonObject
 
-Row = dict[str, Any]
+Row = JsonObject
 Key = tuple[str, str, str, str]
 """(task, key of the item, drafter's label, fingerprint of everything that can change the result)."""
 FORMAT = 1
@@ -116,6 +115,6 @@ class Ledger:
         self.close()
 
 
-def key_of(row: Mapping[str, Any]) -> Key:
+def key_of(row: Row) -> Key:
     """What a row is found by. Errors: KeyError."""
     return str(row["task"]), str(row["key"]), str(row["drafter"]), str(row["fingerprint"])

@@ -20,7 +20,8 @@ from pathlib import Path
 from selfdraft.bench import scores
 from selfdraft.bench.sandbox.outside import Verdict, run_program
 from selfdraft.errors import OptionError, RequestError
-from selfdraft.files.records import Record, read_records, turns_of
+from selfdraft.files.records import read_records, turns_of
+from selfdraft.types import JsonObject
 
 BUNDLED = Path(__file__).parent / "data"
 Score = dict[str, float | list[bool] | list[str]]
@@ -48,7 +49,7 @@ class Task:
 
     files: tuple[str, ...]
     """Paths below the data folder; the first that exists is read."""
-    read: Callable[[Record, str, bool], Item | None]
+    read: Callable[[JsonObject, str, bool], Item | None]
     origin: str = ""
     """Where the authors publish it."""
     bundled: str = ""
@@ -110,7 +111,7 @@ def task_of(name: str) -> Task | None:
     return task if task is not None and (not slash or group in task.groups) else None
 
 
-def find_records(name: str, folder: Path | None) -> Iterator[tuple[str, Record]]:
+def find_records(name: str, folder: Path | None) -> Iterator[tuple[str, JsonObject]]:
     """(place, record) of a task: from the data folder, else from this package, else from the hub.
 
     Errors: RequestError names the file that is wanted and where its authors publish it.
@@ -129,7 +130,7 @@ def find_records(name: str, folder: Path | None) -> Iterator[tuple[str, Record]]
     raise RequestError(f"task {name}: {where}: {way}{hub}")
 
 
-def _from_hub(name: str, hub: tuple[str, ...]) -> Iterator[tuple[str, Record]]:
+def _from_hub(name: str, hub: tuple[str, ...]) -> Iterator[tuple[str, JsonObject]]:
     *place, split = hub
     try:
         records = import_module("datasets").load_dataset(*place, split=split)
@@ -165,7 +166,7 @@ def _filled(items: list[Item], name: str) -> list[Item]:
     return items
 
 
-def _text(record: Record, place: str, *names: str) -> str:
+def _text(record: JsonObject, place: str, *names: str) -> str:
     """The first of these fields that holds text. Errors: RequestError."""
     for name in names:
         value = record.get(name)
@@ -174,7 +175,7 @@ def _text(record: Record, place: str, *names: str) -> str:
     raise RequestError(f"{place}: the record has no text in {' or '.join(repr(name) for name in names)}")
 
 
-def _lines(record: Record, place: str, *names: str) -> list[str]:
+def _lines(record: JsonObject, place: str, *names: str) -> list[str]:
     """The first of these fields that holds a list of texts. Errors: RequestError."""
     for name in names:
         value = record.get(name)
@@ -188,16 +189,16 @@ def _number(place: str) -> str:
     return place.rpartition(":")[2].rpartition(" ")[2]
 
 
-def _free(record: Record, place: str, chat: bool) -> Item:
+def _free(record: JsonObject, place: str, chat: bool) -> Item:
     return Item(_number(place), tuple(turns_of(record, place)))
 
 
-def _mt_bench(record: Record, place: str, chat: bool) -> Item:
+def _mt_bench(record: JsonObject, place: str, chat: bool) -> Item:
     key = record.get("question_id", record.get("prompt_id", _number(place)))
     return Item(str(key), tuple(turns_of(record, place)))
 
 
-def _quick(record: Record, place: str, chat: bool) -> Item:
+def _quick(record: JsonObject, place: str, chat: bool) -> Item:
     return Item(_text(record, place, "id"), tuple(turns_of(record, place)), _text(record, place, "group"))
 
 
@@ -214,12 +215,12 @@ GROUPS = {
 """Sub-tasks of Spec-Bench by its `category`; the eight categories of MT-Bench together are 'mt-bench'."""
 
 
-def _spec_bench(record: Record, place: str, chat: bool) -> Item:
+def _spec_bench(record: JsonObject, place: str, chat: bool) -> Item:
     group = GROUPS.get(_text(record, place, "category"), "mt-bench")
     return Item(str(record.get("question_id", _number(place))), tuple(turns_of(record, place)), group)
 
 
-def _gsm8k(record: Record, place: str, chat: bool) -> Item:
+def _gsm8k(record: JsonObject, place: str, chat: bool) -> Item:
     question, answer = _text(record, place, "question"), _text(record, place, "answer")
     if scores.last_number(answer) is None:
         raise RequestError(f"{place}: the answer holds no number")
@@ -232,7 +233,7 @@ def _judge_number(texts: SequenceOf[str], answer: str) -> Score:
     return {"accuracy": float(scores.same_number(texts[0], answer))}
 
 
-def _summary(record: Record, place: str, chat: bool, *, ask: str) -> Item:
+def _summary(record: JsonObject, place: str, chat: bool, *, ask: str) -> Item:
     if "turns" in record:
         prompt, references = turns_of(record, place)[0], _lines(record, place, "reference")
     elif "prompt" in record:
@@ -252,7 +253,7 @@ HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completed function ends: Chen et al. (arXiv 2107.03374), section 3.2."""
 
 
-def _humaneval(record: Record, place: str, chat: bool) -> Item:
+def _humaneval(record: JsonObject, place: str, chat: bool) -> Item:
     prompt, tests = _text(record, place, "prompt"), _text(record, place, "test")
     entry = _text(record, place, "entry_point")
     after = f"\n{tests}\ncheck({entry})\n"
@@ -262,7 +263,7 @@ def _humaneval(record: Record, place: str, chat: bool) -> Item:
     return Item(key, (asked if chat else prompt,), stop=() if chat else HUMANEVAL_STOPS, judge=judge)
 
 
-def _mbpp(record: Record, place: str, chat: bool) -> Item | None:
+def _mbpp(record: JsonObject, place: str, chat: bool) -> Item | None:
     """Austin et al. (arXiv 2108.07732): its test split is task_id 11 to 510; the prompt is theirs, without examples."""
     number = record.get("task_id")
     if not isinstance(number, int):
@@ -280,7 +281,7 @@ def _mbpp(record: Record, place: str, chat: bool) -> Item | None:
     )
 
 
-def _classeval(record: Record, place: str, chat: bool) -> Item:
+def _classeval(record: JsonObject, place: str, chat: bool) -> Item:
     """Du et al. (arXiv 2308.01861), their holistic strategy: the whole class at once."""
     skeleton, tests = _text(record, place, "skeleton"), _text(record, place, "test")
     prompt = f"Complete the class {_text(record, place, 'class_name')} in the following code.\n"

@@ -43,10 +43,9 @@ from selfdraft.cli.peers import (
 )
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
-from selfdraft.types import SamplingParams
+from selfdraft.types import JsonObject, SamplingParams
 
 if TYPE_CHECKING:
-    from selfdraft.bench.report import Record
     from selfdraft.bench.rows import Ledger, Row
     from selfdraft.bench.run import Bench, Contender
     from selfdraft.bench.tasks import Item
@@ -138,7 +137,7 @@ def measured(
     log: Path | None,
     *,
     quiet: bool,
-) -> list[Record]:
+) -> list[JsonObject]:
     """The records of everything that was asked for. The files are checked before the model is opened."""
     from selfdraft.bench.rows import Ledger
     from selfdraft.files.token_log import check_log
@@ -155,7 +154,7 @@ def measured(
     return reported(setting, rows, llm.target.max_length)
 
 
-def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[Record]:
+def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[JsonObject]:
     """The records of all rows; what was skipped is said. Errors: RequestError when nothing was measured."""
     for reason in setting.skipped:
         terminal.note(f"skipped: {reason}")
@@ -166,9 +165,9 @@ def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[R
 
 
 def show_results(
-    records: list[Record],
+    records: list[JsonObject],
     output: Path | None,
-    draw: Callable[[Sequence[Record]], list[Path]],
+    draw: Callable[[Sequence[JsonObject]], list[Path]],
     *,
     profile: bool,
     as_json: bool,
@@ -285,7 +284,7 @@ def gather_items(source: Source, plan: Plan) -> dict[str, list[Item]]:
     return {name: tasks.load(name, data_dir, chat=plan.chat, limit=source.limit) for name in names}
 
 
-def drawing_to(folder: Path | None) -> Callable[[Sequence[Record]], list[Path]]:
+def drawing_to(folder: Path | None) -> Callable[[Sequence[JsonObject]], list[Path]]:
     """What draws the records into a folder; tried now, so that it does not fail after hours. Errors: OptionError."""
     if folder is None:
         return lambda _: []
@@ -384,7 +383,7 @@ def measure_all(setting: Bench, items: dict[str, list[Item]], ledger: Ledger, *,
     return rows
 
 
-def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[Record]:
+def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[JsonObject]:
     """One record for each task and drafter, made of the rows."""
     from selfdraft.bench.report import records
     from selfdraft.bench.tasks import task_of
@@ -396,7 +395,7 @@ def report(rows: dict[str, list[Row]], labels: Sequence[str]) -> list[Record]:
     return made
 
 
-def show_evaluation(records: Sequence[Record], output: Path | None) -> None:
+def show_evaluation(records: Sequence[JsonObject], output: Path | None) -> None:
     """The bench's conditions, its table, and a line of scores for each task."""
     from rich.table import Table
 
@@ -430,7 +429,7 @@ def show_evaluation(records: Sequence[Record], output: Path | None) -> None:
         terminal.show_red("some texts DIFFER from plain decoding: no speed-up is given there")
 
 
-def show_apart(rows: Sequence[Record], wide: int) -> None:
+def show_apart(rows: Sequence[JsonObject], wide: int) -> None:
     """Decoding and reading of the prompt apart, for all engines, each beside its own plain decoding."""
     from rich.table import Table
 
@@ -459,7 +458,7 @@ def show_apart(rows: Sequence[Record], wide: int) -> None:
         terminal.out.print("* some of its texts are not its own plain texts: it did other work, so this is no speed-up")
 
 
-def show_stages(records: Sequence[Record]) -> None:
+def show_stages(records: Sequence[JsonObject]) -> None:
     """Milliseconds of a decode step of every drafter by what they went into, from the run through stopwatches."""
     from rich.table import Table
 
@@ -480,14 +479,14 @@ def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _engine(peer: Record) -> str:
+def _engine(peer: JsonObject) -> str:
     """A peer with its package and options."""
     options = "".join(f", {name} {value}" for name, value in peer["options"].items())
     file = f", over {peer['peer_file']['name']}" if peer["peer_file"] else ""
     return f"{peer['drafter']} ({peer['peer']}{file}{options})"
 
 
-def _figures_of(record: Record) -> list[str]:
+def _figures_of(record: JsonObject) -> list[str]:
     """The cells of a drafter's row behind its name, in the order of FIGURES."""
     plain = record["drafter"] == "none"
     ratios = (record["speedup_vs_plain"], record["decode_speedup_vs_plain"])
@@ -510,7 +509,7 @@ def _figures_of(record: Record) -> list[str]:
     ]
 
 
-def _summary(record: Record) -> str:
+def _summary(record: JsonObject) -> str:
     """Counts, scores and the memory that all drafters share."""
     scores = ", ".join(f"{name} {value:.3f}" for name, value in (record["scores"] or {}).items())
     counts = f"{terminal.counted(record['prompts'], 'prompt')}, {terminal.counted(record['tokens'], 'token')}"

@@ -106,21 +106,14 @@ def open_llm(
 
     `memory`: a file of earlier outputs to draft from; `remember`: draft from earlier outputs of this run.
     """
-    options = check_options(model, drafter, config, dtype)
-    if lora is not None and not lora.expanduser().is_dir():
-        raise LoadError(f"--lora {lora}: there is no such folder; give the one that peft's `save_pretrained` wrote")
+    options = check_options(model, drafter, config, dtype, lora)
     if memory is not None or remember:
         drafter, options = _with_memory(drafter, options, memory)
     ensure_installed(model)
     with terminal.waiting(f"loading {model}"), without_collection():
-        import torch
-
         from selfdraft.llm import LLM
-        from selfdraft.models.reference import quiet
 
-        quiet()
-        if threads is not None:
-            torch.set_num_threads(threads)
+        calm_libraries(threads)
         llm = LLM(
             model,
             drafter=drafter,
@@ -155,6 +148,17 @@ def _with_memory(
     return name, with_memory(name, named_options)
 
 
+def calm_libraries(threads: int | None) -> None:
+    """No progress bars and notices of transformers, and torch with so many threads."""
+    import torch
+
+    from selfdraft.models.reference import quiet
+
+    quiet()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 @contextmanager
 def without_collection() -> Iterator[None]:
     """No garbage collection inside: importing and loading make a million objects that stay, and hardly any garbage."""
@@ -183,10 +187,12 @@ def as_verb(options: type[T], run: Callable[[T], None]) -> Callable[..., None]:
     return verb
 
 
-def check_options(model: str, drafter: str | None, config: str | None, dtype: str) -> dict[str, object] | None:
+def check_options(
+    model: str, drafter: str | None, config: str | None, dtype: str, lora: Path | None = None
+) -> dict[str, object] | None:
     """The options of --speculative-config; all of these are checked before anything heavy is imported.
 
-    Errors: OptionError; LoadError when the model is a path and nothing is there that could be one.
+    Errors: OptionError; LoadError when the model is a path and nothing is there that could be one, or `lora` is none.
     """
     options = parse_config(config)
     check_early(drafter, options)
@@ -196,6 +202,8 @@ def check_options(model: str, drafter: str | None, config: str | None, dtype: st
 
     if model != "pocket" and model not in EMBEDDED and find_gguf(model) is None:
         place(model)
+    if lora is not None and not lora.expanduser().is_dir():
+        raise LoadError(f"--lora {lora}: there is no such folder; give the one that peft's `save_pretrained` wrote")
     return options
 
 

@@ -99,10 +99,10 @@ def _finished(output: Path, settings: Settings) -> Mapping[str, object] | None:
 
 def _check_model(llm: LLM, card: Mapping[str, object], output: Path) -> None:
     """A finished training is left as it is. Errors: OptionError when it was that of another model."""
-    from selfdraft.models.adapters import fingerprint
+    from selfdraft.models.identity import base_hash
     from selfdraft.train.output import tidy
 
-    if card.get("model") != fingerprint(llm.model):
+    if card.get("model") != base_hash(llm.model):
         raise OptionError(f"{output} holds a finished adapter of another model; choose another --output")
     tidy(output)  # a kill may have come between the last two files
     terminal.note(f"{output} holds this adapter already, finished; to train on other data choose another --output")
@@ -125,7 +125,7 @@ class _Own:
 
 def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, own: _Own) -> None:
     """The model's own continuations of the prompts, written into the output folder as they come."""
-    from selfdraft.models.adapters import fingerprint
+    from selfdraft.models.identity import base_hash
     from selfdraft.train.output import make_output
     from selfdraft.train.texts import read_prompts, write_own
     from selfdraft.types import SamplingParams
@@ -135,7 +135,7 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
     greedy = SamplingParams(max_tokens=own.most)
     sampled = SamplingParams(max_tokens=own.most, temperature=own.temperature)
     origin = {
-        "model": fingerprint(llm.model),
+        "model": base_hash(llm.model),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "prompts": hashlib.blake2b(json.dumps(prompts).encode(), digest_size=12).hexdigest(),
         "distill_tokens": own.most,

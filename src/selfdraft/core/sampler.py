@@ -17,8 +17,6 @@ from selfdraft.errors import EngineError
 from selfdraft.types import Logprob, SamplingParams
 
 BANNED = float("-inf")
-NAN = -1
-"""Stands for the best id of scores that hold NaN."""
 NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words_ids, logit_bias or the processors"
 
 
@@ -37,18 +35,6 @@ def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -
         raise EngineError(NOTHING_LEFT)
     noisy = scores[alive].double() + gumbel(seed, position, alive)
     return int(alive[noisy.argmax()])
-
-
-def likeliest(logits: Tensor) -> list[int]:
-    """The best id of every row of [n, vocab], ties to the lowest id; NAN where a score is NaN."""
-    if logits.device.type != "cpu":
-        best = logits.max(dim=-1)
-        found: list[int] = best.indices.masked_fill(best.values.isnan(), NAN).tolist()
-        return found
-    # torch compares number by number here, numpy sixteen at once; for both NaN is more than any number
-    scores = (logits.float() if logits.itemsize < 4 else logits).numpy()
-    places: list[int] = scores.argmax(axis=-1).tolist()
-    return [place if row[place] == row[place] else NAN for row, place in zip(scores, places, strict=True)]
 
 
 def process(
@@ -71,14 +57,14 @@ def process(
     return _truncate((scores - scores.max()) / coolest, sampling)
 
 
-def _checked(said: Tensor, given: Tensor) -> Tensor:
+def _checked(returned: Tensor, given: Tensor) -> Tensor:
     """What a processor returned. Errors: EngineError unless it is one score, and no NaN, for every token."""
-    if not isinstance(said, Tensor) or said.shape != given.shape:
-        what = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+    if not isinstance(returned, Tensor) or returned.shape != given.shape:
+        what = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise EngineError(f"a logits processor returned {what} instead of a tensor of {tuple(given.shape)} scores")
-    if said.max().isnan():  # NaN is more than any number
+    if returned.max().isnan():  # NaN is more than any number
         raise EngineError("a logits processor returned NaN; return -inf for tokens that must not come")
-    return said
+    return returned
 
 
 def _constrain(

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from selfdraft.core.rows import Rows
-from selfdraft.core.sampler import NAN, choose, likeliest, logprob, process
+from selfdraft.core.sampler import choose, logprob, process
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob
+
+NAN = -1
+"""Stands for the best id of scores that hold NaN."""
 
 
 @dataclass(slots=True)
@@ -61,22 +64,34 @@ def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]
         node = child
 
 
+def argmaxes(logits: Tensor) -> list[int]:
+    """The best id of every row of [n, vocab], ties to the lowest id; NAN where a score is NaN."""
+    if logits.device.type != "cpu":
+        best = logits.max(dim=-1)
+        found: list[int] = best.indices.masked_fill(best.values.isnan(), NAN).tolist()
+        return found
+    # torch compares number by number here, numpy sixteen at once; for both NaN is more than any number
+    scores = (logits.float() if logits.itemsize < 4 else logits).numpy()
+    places: list[int] = scores.argmax(axis=-1).tolist()
+    return [place if row[place] == row[place] else NAN for row, place in zip(scores, places, strict=True)]
+
+
 def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Result]:
     """Walk every sequence's tree. `logits` [len(rows.logit_rows), vocab] are the answers, in the order of the rows.
 
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
-    says = likeliest(logits) if len(logits) else []
+    answers = argmaxes(logits) if len(logits) else []
     results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
         start, stop = stop, stop + span.num_logits
-        if NAN in says[start:stop]:
+        if NAN in answers[start:stop]:
             raise EngineError("the model answered NaN; try a wider dtype, or check the checkpoint", sequence)
         if not span.num_logits:
             results.append(Result(span.draft))
             continue
         try:
-            results.append(_follow(sequence, span.draft, logits[start:stop], says[start:stop]))
+            results.append(_follow(sequence, span.draft, logits[start:stop], answers[start:stop]))
         except EngineError as error:
             error.request = sequence
             raise

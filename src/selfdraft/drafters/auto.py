@@ -65,6 +65,7 @@ class Auto:
 
     def _choose(self, sequences: SequenceOf[Sequence]) -> None:
         """Tree or copies: by the clock, when a request begins, as the profile may be of a busier machine."""
-        if any(sequence not in self.copies and sequence not in self.tree for sequence in sequences):
+        used, other = (self.tree, self.copies) if self.uses_tree else (self.copies, self.tree)
+        if any(sequence not in used and sequence not in other for sequence in sequences):
             seconds = self.guard.cost.at(1, 1, 0)
             self.uses_tree = not self.guard.measured or self.memory is not None or seconds >= TREE_FROM

@@ -44,8 +44,8 @@ class LayerSkip(Chaining):
         super().__init__(
             lambda rows: target.forward(rows, self.skip), SOURCE, num_speculative_tokens, rule, target.extras.clock
         )
-        told = any(option is not None for option in (skip_attention, skip_mlp, exit_layer, skip_set))
-        named = skip_set if told else target.extras.tuned_options.get(SOURCE, {}).get("skip_set")
+        given = any(option is not None for option in (skip_attention, skip_mlp, exit_layer, skip_set))
+        named = skip_set if given else target.extras.tuned_options.get(SOURCE, {}).get("skip_set")
         self.skip = choose_skip(target.extras.num_layers, skip_attention, skip_mlp, exit_layer, named)
 
 

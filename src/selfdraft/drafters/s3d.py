@@ -8,7 +8,6 @@ text.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 from selfdraft.core.rows import group_rows
 from selfdraft.core.sequence import Sequence
@@ -40,8 +39,8 @@ class S3D:
         masks = target.extras.masks_for(SOURCE)
         self.masks = masks.ids
         tuned = target.extras.tuned_options.get(SOURCE, {})
-        count: Any = num_masks if num_masks is not None else tuned.get("num_masks", len(self.masks))
-        width: Any = skip_width if skip_width is not None else tuned.get("skip_width", target.extras.num_layers // 2)
+        count = num_masks if num_masks is not None else tuned.get("num_masks", len(self.masks))
+        width = skip_width if skip_width is not None else tuned.get("skip_width", target.extras.num_layers // 2)
         within("num_masks", count, 1, len(self.masks))
         self.masks = self.masks[:count]
         self.skip = middle(target.extras.num_layers, width)
@@ -62,9 +61,9 @@ class S3D:
             rows = group_rows(groups, SOURCE)
             logits = self.target.forward(rows, self.skip)
             for i, span in zip(able, rows.spans, strict=True):
-                said = logits[span.start : span.start + span.size]
+                answers = logits[span.start : span.start + span.size]
                 last = sequences[i].tokens[-1]
-                drafts[i] = self.guesser.tree(last, places(said, sequences[i]), self._shift, budgets[i], SOURCE)
+                drafts[i] = self.guesser.tree(last, places(answers, sequences[i]), self._shift, budgets[i], SOURCE)
         self._began = self.clock()
         return drafts
 

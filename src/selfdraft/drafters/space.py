@@ -24,7 +24,7 @@ SOURCE = "space"
 
 
 @dataclass(slots=True)
-class _Note:
+class RequestMasks:
     """What is known about one sequence between two steps."""
 
     places: list[Place] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Space:
         self._held = [Mean(0.5, 4.0) for _ in self.masks]
         """For each mask, how often its guess was right when those before it were."""
         self._began = 0.0
-        self._notes: WeakKeyDictionary[Sequence, _Note] = WeakKeyDictionary()
+        self._notes: WeakKeyDictionary[Sequence, RequestMasks] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
@@ -65,7 +65,7 @@ class Space:
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
         if sequence.remaining <= 1:
             return EMPTY  # the next token is the last one
-        note = self._notes.setdefault(sequence, _Note())
+        note = self._notes.setdefault(sequence, RequestMasks())
         tree = self.guesser.tree(sequence.tokens[-1], note.places, self._shift, budget, SOURCE)
         tokens: list[int] = []
         parents: list[int] = []
@@ -105,7 +105,7 @@ class Space:
                 held.observe(float(depth < len(result.path)))
             note.places = self._read(note, sequence, result)
 
-    def _read(self, note: _Note, sequence: Sequence, result: Result) -> list[Place]:
+    def _read(self, note: RequestMasks, sequence: Sequence, result: Result) -> list[Place]:
         """What the masks behind the end of acceptance say; without a group there, the later masks of one before it."""
         point = result.nodes[result.path[-1]] if result.path else ROOT
         ahead = 0

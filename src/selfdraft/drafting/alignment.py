@@ -51,8 +51,8 @@ class Match:
 
     def push(self, text: list[int], state: State) -> None:
         """`text` got a token; `state` are the contexts of its end in the tree."""
-        told = self.tree.text
-        if self.length and self.place < len(told) and told[self.place] == text[-1]:
+        original = self.tree.text
+        if self.length and self.place < len(original) and original[self.place] == text[-1]:
             self.place += 1
             self.length += 1
         else:
@@ -60,7 +60,7 @@ class Match:
         if self.length < len(state):
             self.place, self.length = self.tree.latest(state), len(state)
             most = min(LONGEST, len(text), self.place)
-            while self.length < most and told[self.place - self.length - 1] == text[-self.length - 1]:
+            while self.length < most and original[self.place - self.length - 1] == text[-self.length - 1]:
                 self.length += 1
 
 
@@ -70,7 +70,7 @@ def kind_of_match(length: int) -> int:
 
 
 class Aligned(NamedTuple):
-    """A place in a told text: `run` tokens were right since the last of the recent `misses`."""
+    """A place in an original: `run` tokens were right since the last of the recent `misses`."""
 
     place: int
     run: int = 0
@@ -82,16 +82,16 @@ class Aligned(NamedTuple):
         return (run if run < RUN else RUN) * (MISSES + 1) + (misses if misses < MISSES else MISSES)
 
 
-def realign(told: list[int], at: Aligned, token: int) -> Aligned | None:
-    """Where the told text goes on behind `token`: there if it agrees, else behind the next such token near by, else
+def realign(original: list[int], at: Aligned, token: int) -> Aligned | None:
+    """Where the original goes on behind `token`: there if it agrees, else behind the next such token near by, else
     at the same place. None after too many differences."""
     place, run, misses = at
-    if place < len(told) and told[place] == token:
+    if place < len(original) and original[place] == token:
         fewer = 0 if run >= 30 else misses - 1 if run >= 4 and misses else misses
         return Aligned(place + 1, run + 1, fewer)
     if misses >= PATIENCE:
         return None
-    near = told[place + 1 : place + WINDOW]
+    near = original[place + 1 : place + WINDOW]
     if token in near:
         ahead = near.index(token)
         if BREAK not in near[:ahead]:

@@ -44,15 +44,15 @@ BELIEFS = _beliefs()
 """First beliefs by kind of evidence: order of the context, share of the continuation, whether it was the latest."""
 
 
-Told = Mapping[int, int]
-"""Token -> kind of evidence, for what may follow a place. Never changed once told."""
-SILENCE: Told = {}
+Guesses = Mapping[int, int]
+"""Token -> kind of evidence, for what may follow a place. Never changed once they were handed out."""
+SILENCE: Guesses = {}
 
 
 class Node:
     """An n-gram that occurred at least twice, as a context of what follows it."""
 
-    __slots__ = ("after", "best", "heard", "last", "ranked", "said", "seen", "told", "total", "whole")
+    __slots__ = ("after", "best", "guessed_at", "guesses", "last", "ranked", "seen", "total", "whole", "whole_at")
 
     def __init__(self, after: dict[int, Node | int], total: int, last: int) -> None:
         self.after = after
@@ -66,12 +66,12 @@ class Node:
         self.best: SequenceOf[int] = ()
         """The most frequent continuations when `total` was `ranked`."""
         self.ranked = 0
-        self.told: Told = SILENCE
-        """Continuations and their kinds when `total` was `said`."""
-        self.said = -1
-        self.whole: Told = SILENCE
-        """What is told of this context and all shorter ones when the text had `heard` tokens."""
-        self.heard = -1
+        self.guesses: Guesses = SILENCE
+        """Continuations and their kinds when `total` was `guessed_at`."""
+        self.guessed_at = -1
+        self.whole: Guesses = SILENCE
+        """The guesses of this context and all shorter ones when the text had `whole_at` tokens."""
+        self.whole_at = -1
 
 
 State = list[Node | int]
@@ -138,25 +138,25 @@ class ContextTree:
             break
         return found
 
-    def guess(self, state: State) -> Told:
+    def guess(self, state: State) -> Guesses:
         """What may follow: each token with the kind of the longest context that it followed."""
         text, found = self.text, SILENCE
         last = state[-1] if state else None
-        if isinstance(last, Node) and last.heard == len(text):
+        if isinstance(last, Node) and last.whole_at == len(text):
             return last.whole
         for order in range(len(state), 0, -1):
             node = state[order - 1]
             if isinstance(node, Node):
-                told = node.told if node.said == node.total else self._tell(node, order)
+                guesses = node.guesses if node.guessed_at == node.total else self._continuations(node, order)
             elif node < len(text) and text[node] != BREAK:
-                told = {text[node]: order * _KINDS}
+                guesses = {text[node]: order * _KINDS}
             else:
                 continue
-            found = {**told, **found} if found else told
+            found = {**guesses, **found} if found else guesses
             if len(found) >= ENOUGH:
                 break
         if isinstance(last, Node):
-            last.whole, last.heard = found, len(text)
+            last.whole, last.whole_at = found, len(text)
         return found
 
     def latest(self, state: State) -> int:
@@ -164,22 +164,22 @@ class ContextTree:
         node = state[-1]
         return node.last if isinstance(node, Node) else node
 
-    def _tell(self, node: Node, order: int) -> Told:
+    def _continuations(self, node: Node, order: int) -> Guesses:
         """Continuations of a context of that order with their kinds; kept until it is followed again."""
         after, total, base = node.after, node.total, order * _KINDS
         latest = self.text[node.last]
-        node.said = total
+        node.guessed_at = total
         if total == 1:
-            node.told = {latest: base + 1}
-            return node.told
-        told: dict[int, int] = {}
+            node.guesses = {latest: base + 1}
+            return node.guesses
+        guesses: dict[int, int] = {}
         for token in after if len(after) <= WIDEST else self._most(node, latest):
             child = after[token]
             seen = child.seen if isinstance(child, Node) else 1
             size = _CLASS[_STEPS * seen // total] if seen < total else len(SHARES) + 1
-            told[token] = base + 2 * size + 2 + (token == latest)
-        node.told = told
-        return told
+            guesses[token] = base + 2 * size + 2 + (token == latest)
+        node.guesses = guesses
+        return guesses
 
     def _most(self, node: Node, latest: int) -> SequenceOf[int]:
         """The most frequent continuations, ranked anew whenever the node has grown by an eighth, and the latest."""

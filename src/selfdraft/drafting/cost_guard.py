@@ -1,7 +1,7 @@
 """Decides whether a step drafts, what a row of its trees may cost, and books what drafting gained or lost.
 
 What a pass costs by its rows was measured, or is learned while decoding (`drafting/cost_model.py`). On text where
-drafting loses, it is paused and tried again later (`drafting/loss_budget.py`). A drafter has a guard and calls, in
+drafting loses, it is paused and tried again later (`LossBudget`). A drafter has a guard and calls, in
 each step: `drafts`, `row_costs`, `cut`, `book`; what it does itself runs inside `timed`.
 """
 
@@ -11,19 +11,63 @@ from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import LearnedCost, LiveCost, Profile, StepCost, Throughput, best_size
 from selfdraft.drafting.estimators import StepTime
-from selfdraft.drafting.loss_budget import LossBudget
 from selfdraft.types import Clock
 
 REST_EVERY = 16
 """During a pause one step of 16 is timed."""
 PLAIN_EVERY = 256
 """After 256 steps without a plain one the next is plain: else nobody would know what drafting saves."""
+
+SHARE = 0.004
+"""What is forgiven in each step, in plain steps: 0.4 % of the time may be lost to trials that fail."""
+START, MOST = 12.0, 32.0
+"""Plain steps that may be lost at first, and after any success."""
+TRIAL = 4.0
+"""Plain steps that must be there again before drafting is tried again, and what a new request is given for a trial."""
+RAREST = 4
+"""At least every fourth request is given a trial."""
+
+
+@dataclass(slots=True)
+class LossBudget:
+    """What drafting may still lose, counted in steps of plain decoding. Below zero it is paused.
+
+    Each step adds its gain or loss, and SHARE. So what fails costs at most START steps, and SHARE of the rest.
+    """
+
+    balance: float = START
+    paused: bool = False
+    patience: int = 1
+    """Requests until one is tried again though the budget is empty; doubled each time that fails."""
+    waited: int = 0
+
+    def rest(self) -> None:
+        """Book a step during a pause."""
+        self.balance += SHARE
+        if self.balance >= TRIAL:
+            self.paused = False
+
+    def begin(self) -> None:
+        """Book the begin of a request during a pause: its text may be of another kind."""
+        self.waited += 1
+        if self.waited >= self.patience:
+            self.paused, self.waited, self.patience = False, 0, min(2 * self.patience, RAREST)
+            self.balance = max(self.balance, TRIAL)
+
+    def book(self, gain: float) -> None:
+        """Book a step that brought `gain` plain steps more than it took; less than 0 when it lost."""
+        self.balance = min(self.balance + gain + SHARE, MOST)
+        if self.balance < 0:
+            self.paused = True
+        elif self.balance > START:
+            self.patience = 1
 
 
 class CostGuard:

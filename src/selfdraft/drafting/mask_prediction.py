@@ -172,14 +172,14 @@ class Guesser:
         within("num_speculative_tokens", self.nodes, 1, 256)
         within("branches", self.branches, 1, 16)
 
-    def tree(self, known: int, said: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
-        """The best tree behind the `known` token over what was `said` of the places behind it, within the budget."""
-        room = Budget(min(budget.max_nodes, self.nodes), min(budget.max_depth, len(said)), budget.max_probe_depth)
+    def tree(self, known: int, ahead: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
+        """The best tree behind the `known` token over the places `ahead` of it, within the budget."""
+        room = Budget(min(budget.max_nodes, self.nodes), min(budget.max_depth, len(ahead)), budget.max_probe_depth)
         if room.max_depth <= 0 or room.max_nodes <= 0:
             return EMPTY
 
         def after(depth: int, token: int, node: int, parent: int) -> Guess:
-            return said[depth].after(token, link, self.branches)
+            return ahead[depth].after(token, link, self.branches)
 
         prices = [self.row_cost.tokens] * room.max_nodes
         return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, prices, source)

@@ -12,12 +12,12 @@ from bisect import bisect
 from collections.abc import Sequence as SequenceOf
 from heapq import heappop, heappush, heapreplace
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from selfdraft.core.tree import EMPTY, ROOT, Draft
-from selfdraft.drafting.context_tree import Told
+from selfdraft.drafting.context_tree import Guesses
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.sources import Source
+from selfdraft.drafting.sources import Source, Standing
 from selfdraft.types import Budget
 
 STEPS = (0.015, 0.06, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.985)
@@ -55,10 +55,10 @@ class Counts:
         self._beliefs = beliefs
         self._means: dict[int, Mean] = {}
 
-    def observe(self, told: Told, depth: int, token: int) -> None:
-        """Book what was told of a place where the text went on with `token`."""
+    def observe(self, guesses: Guesses, depth: int, token: int) -> None:
+        """Book the guesses at a place where the text went on with `token`."""
         means, levels = self._means, self.levels[depth]
-        for guessed, kind in told.items():
+        for guessed, kind in guesses.items():
             mean = means.get(kind * CLASSES + depth) or self._begin(kind, depth)
             level = self.unit * (1 + bisect(STEPS, mean.after(1.0 if guessed == token else 0.0)))
             if level != levels[kind]:
@@ -103,9 +103,9 @@ class Paths:
         came = [0] * CLASSES
         for depth in range(1, accepted + 1):
             came[_CLASS[depth] if depth < len(_CLASS) else CLASSES - 1] += 1
-        for depth, (said, right) in enumerate(zip(foretold, came, strict=True)):
-            if said:
-                self._foretold[depth] = FADE * self._foretold[depth] + (1 - FADE) * WEIGHT + said
+        for depth, (expected, right) in enumerate(zip(foretold, came, strict=True)):
+            if expected:
+                self._foretold[depth] = FADE * self._foretold[depth] + (1 - FADE) * WEIGHT + expected
                 self._accepted[depth] = FADE * self._accepted[depth] + (1 - FADE) * WEIGHT + right
                 self.ratios[depth] = self._accepted[depth] / self._foretold[depth]
 
@@ -193,11 +193,11 @@ chance of the node's own path, product of the chances along it, tokens and chanc
 class Place(NamedTuple):
     """A place of the tree, or of the text, whose guesses were asked for."""
 
-    states: list[Any]
+    states: list[Standing]
     depth: int
     """Its class."""
-    told: list[tuple[Counts, Told]]
-    """What each source said that said anything."""
+    guesses: list[tuple[Counts, Guesses]]
+    """Those of each source that has any."""
     keys: dict[int, int]
     """Token -> key of its joint cell."""
 
@@ -209,7 +209,7 @@ class Merger:
         self.sources, self.credit = sources, credit
         self._asks = [(source.step, source.guess, credit.counts_of(source)) for source in sources]
         self._places: dict[int, Place] = {}
-        """What was said at ROOT and at nodes of the draft."""
+        """The guesses at ROOT and at nodes of the draft."""
         self._draft = EMPTY
         self._trail: tuple[list[int], Place | None] = [], None
         self._foretold: list[float] = []
@@ -225,12 +225,9 @@ class Merger:
         most = min(budget.max_nodes, len(prices)) if budget.max_depth > 0 else 0
         if most <= 0:
             return EMPTY
-        ranked, names, places = self.credit.ranked, self.credit.names, self._places
-        tokens: list[int] = []
-        parents: list[int] = []
-        scores: list[float] = []
-        sources: list[str] = []
-        heap: list[Branch] = []
+        ranked, names = self.credit.ranked, self.credit.names
+        tokens, parents, scores, sources = list[int](), list[int](), list[float](), list[str]()
+        places, heap = dict[int, Place](), list[Branch]()
         ratios, foretold = self.credit.paths.ratios, [0.0] * CLASSES
         place, node, reached, product, depth = self._behind(path), ROOT, 1.0, 1.0, 0
         while True:
@@ -264,14 +261,12 @@ class Merger:
             if depth < budget.max_depth:
                 place = self._after(places[parent], token, len(path) + depth)
         draft = Draft(tuple(tokens), tuple(parents), tuple(sources), len(tokens), tuple(scores))
-        if path:
-            self._places = {}  # they are no places of the text
-        else:
-            self._draft, self._foretold = draft, foretold
+        if not path:  # else they are no places of the text
+            self._places, self._draft, self._foretold = places, draft, foretold
         return draft
 
     def score(self, tokens: SequenceOf[int]) -> None:
-        """The text went on with `tokens`: book what every source said at each of these places, run or not.
+        """The text went on with `tokens`: book what every source guessed at each of these places, run or not.
 
         To be called before the sources read the tokens.
         """
@@ -282,8 +277,8 @@ class Merger:
         children = self._draft.children() if len(tokens) > 1 else {}
         for depth, token in enumerate(tokens, 1):
             self.credit.observe(place.keys, token)
-            for counts, told in place.told:
-                counts.observe(told, place.depth, token)
+            for counts, guesses in place.guesses:
+                counts.observe(guesses, place.depth, token)
             if depth < len(tokens):
                 node = children.get((node, token)) if node is not None else None
                 accepted += node is not None
@@ -311,15 +306,15 @@ class Merger:
         states = [ask[0](state, token) if state else None for ask, state in zip(asks, old, strict=True)]
         return self._place(states, _CLASS[depth] if depth < len(_CLASS) else CLASSES - 1)
 
-    def _place(self, states: list[Any], depth: int) -> Place:
+    def _place(self, states: list[Standing], depth: int) -> Place:
         """Ask every source; the key of a token sums up the levels of all that named it."""
         keys: dict[int, int] = {}
-        said: list[tuple[Counts, Told]] = []
+        found: list[tuple[Counts, Guesses]] = []
         base = TOGETHER[depth]
         for (_, guess, counts), state in zip(self._asks, states, strict=True):
-            if state and (told := guess(state)):
-                said.append((counts, told))
+            if state and (guesses := guess(state)):
+                found.append((counts, guesses))
                 levels = counts.levels[depth]
-                for token, kind in told.items():
+                for token, kind in guesses.items():
                     keys[token] = keys.get(token, base) + levels[kind]
-        return Place(states, depth, said, keys)
+        return Place(states, depth, found, keys)

@@ -15,8 +15,8 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.alignment import Aligned
 from selfdraft.drafting.context_tree import ContextTree
+from selfdraft.drafting.cost_guard import LossBudget
 from selfdraft.drafting.cost_model import RowCost
-from selfdraft.drafting.loss_budget import LossBudget
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
@@ -46,7 +46,7 @@ def every_source(recycling: object) -> Sources:
     return Sources(request=True, prediction=True, recycling=recycling)
 
 
-class Note:
+class RequestSources:
     """What is known about one sequence: its sources, and how far they have read."""
 
     def __init__(self, sequence: Sequence, sources: Sources, memory: Memory | None, credit: Credit) -> None:
@@ -63,8 +63,8 @@ class Note:
             found += [Contexts("memory", past), Alignments("memory-align", past)]
         if sources.prediction and sequence.sampling.prediction:
             tree = ContextTree(token for token in sequence.sampling.prediction if isinstance(token, int))
-            told = self._reader(Reader(tree, aligned=Aligned(0)), sequence.prompt_length)
-            found += [Alignments("prediction", told), Copies("prediction-copy", told)]
+            predicted = self._reader(Reader(tree, aligned=Aligned(0)), sequence.prompt_length)
+            found += [Alignments("prediction", predicted), Copies("prediction-copy", predicted)]
         self.merger = Merger(found, credit)
         self.catch_up(sequence)
 
@@ -102,7 +102,7 @@ class SourceTree:
         """What reading the successor table may still lose."""
         self._reading = 0.0
         """Seconds that it took in this step."""
-        self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()
+        self._notes: WeakKeyDictionary[Sequence, RequestSources] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         """Requests that there are notes of."""
@@ -159,10 +159,10 @@ class SourceTree:
                 if self.memory is not None:
                     self.memory.add(sequence.output)
 
-    def _note(self, sequence: Sequence) -> Note:
+    def _note(self, sequence: Sequence) -> RequestSources:
         note = self._notes.get(sequence)
         if note is None:
-            note = self._notes[sequence] = Note(sequence, self.sources, self.memory, self.credit)
+            note = self._notes[sequence] = RequestSources(sequence, self.sources, self.memory, self.credit)
         return note
 
 

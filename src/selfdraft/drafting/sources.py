@@ -6,19 +6,23 @@ is worth is measured (`mixing.py`).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from weakref import ref
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 from selfdraft.drafting.alignment import COPIED, FOLLOWED, KINDS, Aligned, Match, kind_of_match, realign
-from selfdraft.drafting.context_tree import BELIEFS, SILENCE, ContextTree, State, Told
+from selfdraft.drafting.context_tree import BELIEFS, SILENCE, ContextTree, Guesses, State
 from selfdraft.drafting.successors import Answers, likeliest, topk
 
 ANCHOR = 2
 """A match of 2 tokens or more leaves an alignment behind when it breaks."""
 SUCCESSORS = 8
 """Runners-up that are kept behind a token, as in the paper."""
+
+
+Standing: TypeAlias = Any
+"""Where a source stands in its text: what that is, only the source itself knows."""
 
 
 class Source(Protocol):
@@ -29,18 +33,18 @@ class Source(Protocol):
     """Prior acceptance of a candidate of each kind of evidence."""
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Standing:
         """Where the source stands at the end of the text."""
 
-    def step(self, state: Any, token: int) -> Any:
+    def step(self, state: Standing, token: int) -> Standing:
         """The state one token on."""
 
-    def guess(self, state: Any) -> Told:
+    def guess(self, state: Standing) -> Guesses:
         """What may follow."""
 
 
 class Reader:
-    """Reads a request's tokens beside a told text: the request's own, earlier outputs, or a prediction."""
+    """Reads a request's tokens beside an original: the request's own text, earlier outputs, or a prediction."""
 
     def __init__(self, tree: ContextTree, *, own: bool = False, aligned: Aligned | None = None) -> None:
         self.tree = tree
@@ -52,13 +56,13 @@ class Reader:
 
     def push(self, token: int) -> None:
         """The request's next token. Constant time, amortised."""
-        match, told, aligned = self.match, self.tree.text, self.aligned
+        match, original, aligned = self.match, self.tree.text, self.aligned
         length = match.length
-        broken = length >= ANCHOR and not (match.place < len(told) and told[match.place] == token)
+        broken = length >= ANCHOR and not (match.place < len(original) and original[match.place] == token)
         if broken:
             aligned = Aligned(match.place)
         if aligned is not None:
-            aligned = realign(told, aligned, token)
+            aligned = realign(original, aligned, token)
         if self.own:
             self.tree.push(token)
             self.contexts = self.tree.state
@@ -92,7 +96,7 @@ class Copies:
 
     def __init__(self, name: str, reader: Reader) -> None:
         self.name, self.reader = name, reader
-        self._told = reader.tree.text
+        self._original = reader.tree.text
 
     @property
     def state(self) -> tuple[int, int] | None:
@@ -101,12 +105,12 @@ class Copies:
 
     def step(self, state: tuple[int, int], token: int) -> tuple[int, int] | None:
         place, length = state
-        return (place + 1, length + 1) if place < len(self._told) and self._told[place] == token else None
+        return (place + 1, length + 1) if place < len(self._original) and self._original[place] == token else None
 
-    def guess(self, state: tuple[int, int]) -> Told:
+    def guess(self, state: tuple[int, int]) -> Guesses:
         place, length = state
-        told = self._told
-        return {told[place]: kind_of_match(length)} if place < len(told) and told[place] >= 0 else SILENCE
+        original = self._original
+        return {original[place]: kind_of_match(length)} if place < len(original) and original[place] >= 0 else SILENCE
 
 
 class Alignments:
@@ -116,22 +120,22 @@ class Alignments:
 
     def __init__(self, name: str, reader: Reader) -> None:
         self.name, self.reader = name, reader
-        self._told = reader.tree.text
+        self._original = reader.tree.text
 
     @property
     def state(self) -> Aligned | None:
         return self.reader.aligned
 
     def step(self, state: Aligned, token: int) -> Aligned | None:
-        return realign(self._told, state, token)
+        return realign(self._original, state, token)
 
-    def guess(self, state: Aligned) -> Told:
-        told, place, kind = self._told, state.place, state.kind
-        if place >= len(told) or told[place] < 0:
+    def guess(self, state: Aligned) -> Guesses:
+        original, place, kind = self._original, state.place, state.kind
+        if place >= len(original) or original[place] < 0:
             return SILENCE
-        if place + 1 >= len(told) or told[place + 1] < 0 or told[place + 1] == told[place]:
-            return {told[place]: kind}
-        return {told[place]: kind, told[place + 1]: kind + KINDS}
+        if place + 1 >= len(original) or original[place + 1] < 0 or original[place + 1] == original[place]:
+            return {original[place]: kind}
+        return {original[place]: kind, original[place + 1]: kind + KINDS}
 
 
 class Successors:
@@ -147,7 +151,7 @@ class Successors:
         self.name = name
         self._of = ref(sequence)  # the drafter's note must not keep its sequence alive
         self._greedy = sequence.sampling.greedy
-        self._told: dict[int, Told] = {}
+        self._guesses: dict[int, Guesses] = {}
         self._answers = Answers()
         self.awake = True
         """Whether it says anything."""
@@ -166,10 +170,10 @@ class Successors:
     def step(self, state: tuple[int, int], token: int) -> tuple[int, int]:
         return token, state[1] + 1
 
-    def guess(self, state: tuple[int, int]) -> Told:
+    def guess(self, state: tuple[int, int]) -> Guesses:
         token, place = state
         if self._greedy:
-            return self._told.get(token, SILENCE)
+            return self._guesses.get(token, SILENCE)
         found = self._answers.guess(token, self._sequence, place, SUCCESSORS)[0]
         return {follower: rank for rank, follower in enumerate(found)}
 
@@ -181,9 +185,9 @@ class Successors:
         order = [*range(len(draft), 0, -1), 0, *(node + 1 for node in result.path)]
         if self._greedy:
             best = topk(result.logits, SUCCESSORS)[1].tolist()
-            told = [dict(zip(found, range(SUCCESSORS), strict=False)) for found in best]
+            guesses = [dict(zip(found, range(SUCCESSORS), strict=False)) for found in best]
             for row in order:
-                self._told[tokens[row]] = told[row]
+                self._guesses[tokens[row]] = guesses[row]
             return
         scores, ids = likeliest(result.logits, self._sequence.sampling)
         for row in order:

@@ -5,10 +5,9 @@ Source: Token Recycling (arXiv 2408.08696), section 3; the noise of a sampled re
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel
@@ -104,7 +103,7 @@ def _topk_here(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return logits.gather(1, found), found
 
 
-def _order(logits: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
+def _order(logits: Tensor) -> NDArray[np.number]:
     """Numbers in the order of the logits. numpy knows no bfloat16: its bits are, negative ones turned round."""
     if logits.dtype != torch.bfloat16:
         return np.asarray(logits.numpy())

@@ -25,13 +25,13 @@ ACCURACIES = 4
 PRIOR, FADE = 4.0, 0.998
 
 
-class Note:
+class RequestCopy:
     """What is known of one request: its text, a prediction before it, and the copy that was looked up last."""
 
     def __init__(self, sequence: Sequence) -> None:
-        told = [token for token in sequence.sampling.prediction if isinstance(token, int)]
+        prediction = [token for token in sequence.sampling.prediction if isinstance(token, int)]
         self.index = SuffixAutomaton()
-        self.text = [*told, BREAK] if told else []
+        self.text = [*prediction, BREAK] if prediction else []
         for token in self.text:
             self.index.push(token)
         self.read = 0
@@ -60,7 +60,7 @@ class SuffixCopy:
     """Chains of copied tokens. What a copy is worth outlives a request; what was read does not."""
 
     def __init__(self) -> None:
-        self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()
+        self._notes: WeakKeyDictionary[Sequence, RequestCopy] = WeakKeyDictionary()
         self._means = [[Mean(belief, PRIOR, FADE) for belief in COPIED] for _ in range(ACCURACIES)]
         """By class of how copies held lately, and class of match length."""
         self._chances = [[mean.value for mean in means] for means in self._means]
@@ -97,7 +97,7 @@ class SuffixCopy:
     def _one(self, sequence: Sequence, budget: Budget, prices: SequenceOf[float]) -> Draft:
         note = self._notes.get(sequence)
         if note is None:
-            note = self._notes[sequence] = Note(sequence)
+            note = self._notes[sequence] = RequestCopy(sequence)
         note.look_up(sequence)
         most = min(len(note.copied), budget.max_depth, budget.max_nodes, len(prices))
         chances, reached, scores = self._chances[_recent_accuracy(note)], 1.0, list[float]()
@@ -110,6 +110,6 @@ class SuffixCopy:
         return Draft.chain(note.copied[: len(scores)], SOURCE, scores) if scores else EMPTY
 
 
-def _recent_accuracy(note: Note) -> int:
+def _recent_accuracy(note: RequestCopy) -> int:
     """The class of how often copies were right lately."""
     return min(int(ACCURACIES * note.held.value), ACCURACIES - 1)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from selfdraft.types import JsonObject
 
 
 def cache_folder(kind: str) -> Path:
@@ -76,7 +77,7 @@ def whole_folder(wanted: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def read_record(place: Path, identity: object) -> dict[str, Any] | None:
+def read_record(place: Path, identity: object) -> JsonObject | None:
     """What was kept in a file for this identity; None when there is none, it is broken, or it is another's."""
     try:
         found = json.loads(place.read_text("utf-8"))

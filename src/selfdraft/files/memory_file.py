@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.errors import OptionError, RequestError
@@ -14,7 +13,7 @@ from selfdraft.files.atomic import whole_file
 FORMAT = 1
 
 
-def fingerprint(tokenizer: Any, vocab: int) -> str:
+def fingerprint(tokenizer: object, vocab: int) -> str:
     """What tells one tokenizer from another: a hash of its vocabulary; without one the number of ids."""
     if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
         return f"vocab:{vocab}"

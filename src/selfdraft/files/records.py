@@ -8,14 +8,12 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from selfdraft.errors import RequestError
+from selfdraft.types import JsonObject
 
 FIELDS = ("prompt", "turns", "question", "instruction", "text")
 """Where a record keeps its prompt; of `turns` the first one counts."""
-
-Record = dict[str, Any]
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
@@ -28,7 +26,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     return prompts
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+def read_records(path: Path) -> Iterator[tuple[str, JsonObject]]:
     """(place, record) of a file, one by one: jsonl, also gzipped, or (`.json`) one list of objects.
 
     `place` is the file with the line, or the number of the record. Errors: RequestError names it and what is wrong.
@@ -50,7 +48,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def turns_of(record: Record, place: str) -> list[str]:
+def turns_of(record: JsonObject, place: str) -> list[str]:
     """What the user says in a record, turn by turn. Errors: RequestError."""
     for name in FIELDS:
         value = record.get(name)
@@ -60,7 +58,7 @@ def turns_of(record: Record, place: str) -> list[str]:
     raise RequestError(f"{place}: no prompt; a record needs one of {', '.join(FIELDS)} as a non-empty text")
 
 
-def _listed(path: Path) -> Iterator[tuple[str, Record]]:
+def _listed(path: Path) -> Iterator[tuple[str, JsonObject]]:
     try:
         records = json.loads(path.read_text("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -75,7 +73,7 @@ def _listed(path: Path) -> Iterator[tuple[str, Record]]:
         yield f"{path}, record {number}", _record(record, f"{path}, record {number}")
 
 
-def _object(line: str, place: str) -> Record:
+def _object(line: str, place: str) -> JsonObject:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -90,7 +88,7 @@ def _unreadable(error: Exception) -> str:
     return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
-def _record(value: object, place: str) -> Record:
+def _record(value: object, place: str) -> JsonObject:
     if not isinstance(value, dict):
         raise RequestError(f"{place}: a record must be an object with one of {', '.join(FIELDS)}")
     return value

@@ -9,16 +9,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import whole_file
-from selfdraft.types import Skip
-
-Record = dict[str, Any]
+from selfdraft.types import JsonObject, Skip
 
 
-def parse_sets(text: str, place: str) -> dict[str, Record]:
+def parse_sets(text: str, place: str) -> dict[str, JsonObject]:
     """The named sets of a file with all their facts. Errors: OptionError names `place` and what is wrong."""
     try:
         sets = json.loads(text)
@@ -37,7 +34,7 @@ def parse_sets(text: str, place: str) -> dict[str, Record]:
     return sets
 
 
-def pick_set(sets: Mapping[str, Record], name: str, place: str) -> Record:
+def pick_set(sets: Mapping[str, JsonObject], name: str, place: str) -> JsonObject:
     """The set of that name; without a name the only one. Errors: OptionError lists the names."""
     if name in sets:
         return sets[name]
@@ -47,7 +44,7 @@ def pick_set(sets: Mapping[str, Record], name: str, place: str) -> Record:
     raise OptionError(f"{place} holds {what}; there are: {', '.join(sets)}")
 
 
-def skip_of(record: Mapping[str, Any]) -> Skip:
+def skip_of(record: JsonObject) -> Skip:
     return Skip(frozenset(record["attention"]), frozenset(record["mlp"]))
 
 
@@ -67,7 +64,7 @@ def checked(skip: Skip, layers: int, names: tuple[str, str] = ("skip_attention",
     return skip
 
 
-def load_sets(path: Path) -> dict[str, Record]:
+def load_sets(path: Path) -> dict[str, JsonObject]:
     """The named sets of a file in the published format. Errors: OptionError."""
     try:
         text = path.read_text("utf-8")
@@ -94,13 +91,13 @@ def read_skip(place: str | Path, layers: int) -> Skip:
     return checked(skip_of(record), layers, (f"'attention' of {place}", f"'mlp' of {place}"))
 
 
-def save_set(path: Path, name: str, record: Mapping[str, Any]) -> None:
+def save_set(path: Path, name: str, record: Mapping[str, object]) -> None:
     """Put a set into a file under its name; the other sets of the file stay. Errors: OptionError."""
     sets = load_sets(path) if path.is_file() else {}
     write_json(path, {**sets, name: dict(record)})
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a document, lists of numbers on one line each. Errors: OptionError; then the old file is as it was."""
     check_writable(path)
     try:
@@ -121,7 +118,7 @@ def check_writable(path: Path) -> None:
         raise OptionError(f"{path} cannot be written: permission denied; give another place")
 
 
-def _pretty(value: Any, indent: str = "") -> str:
+def _pretty(value: object, indent: str = "") -> str:
     inner = indent + "  "
     if isinstance(value, dict) and value and any(isinstance(each, dict | list) for each in value.values()):
         items = [f"{inner}{json.dumps(str(key))}: {_pretty(each, inner)}" for key, each in value.items()]

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from selfdraft.errors import RequestError
-from selfdraft.files.records import Record, read_records
+from selfdraft.files.records import read_records
 from selfdraft.protocols import Target
+from selfdraft.types import JsonObject
 
 FAR = 2**31
 """More tokens than any text has."""
@@ -56,7 +56,7 @@ def read_logs(paths: Iterable[Path], limit: int | None = None) -> list[Logged]:
     return found
 
 
-def _logged(record: Record, place: str) -> Logged:
+def _logged(record: JsonObject, place: str) -> Logged:
     prompt = _tokens(record, "prompt_token_ids", place)
     output = _tokens(record, "generated_token_ids", place)
     whole = len(prompt) + len(output)
@@ -71,7 +71,7 @@ def _logged(record: Record, place: str) -> Logged:
     return Logged(prompt, output, bounds["limit"] or whole, frozenset(ends), **far, tokenizer=tokenizer)
 
 
-def _tokens(record: Record, name: str, place: str) -> tuple[int, ...]:
+def _tokens(record: JsonObject, name: str, place: str) -> tuple[int, ...]:
     value = record.get(name)
     if not isinstance(value, list) or not value:
         raise RequestError(f"{place}: {name} must be a non-empty list of token ids")
@@ -81,7 +81,7 @@ def _tokens(record: Record, name: str, place: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _positive(record: Record, name: str, place: str) -> int | None:
+def _positive(record: JsonObject, name: str, place: str) -> int | None:
     value = record.get(name)
     if value is not None and (type(value) is not int or value < 1):
         raise RequestError(f"{place}: {name} is {value!r}; it must be a whole number of at least 1")
@@ -97,7 +97,7 @@ def entry(
     ends: Iterable[int],
     chunk: int,
     tokenizer: str | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """A line of a log: tokens, and what bounded the live run on `target`."""
     return {
         "prompt_token_ids": list(prompt),
@@ -122,7 +122,7 @@ def check_log(path: Path | None) -> None:
         raise RequestError(f"--log {path} cannot be written: permission denied")
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
+def append(path: Path, record: Mapping[str, object]) -> None:
     """Add one line, in one write. Errors: RequestError."""
     try:
         with path.open("ab", buffering=0) as file:

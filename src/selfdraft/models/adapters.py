@@ -8,13 +8,11 @@ The adapter is stored in PEFT's LoRA format, the embeddings and what is known ab
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,9 @@ from selfdraft.core.rows import Rows
 from selfdraft.errors import LoadError
 from selfdraft.models import views
 from selfdraft.models.exactness import out_of, width_of
+from selfdraft.models.identity import base_hash
 from selfdraft.models.runner.trace_ops import gate
+from selfdraft.types import JsonObject
 
 CARD = "selfdraft.json"
 CHECKPOINT = "training.pt"
@@ -55,7 +55,7 @@ class MaskAdapter:
     layers: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     whole_spans: bool = False
     """In a pass with skipped sublayers the known tokens of a span with masks use the adapter too (S3D)."""
-    advice: Mapping[str, object] = field(default_factory=dict)
+    advice: JsonObject = field(default_factory=dict)
     """Options of the drafter that were found best for this adapter."""
     link: tuple[Tensor, Tensor] | None = None
     """(down [hidden, rank], up [rank, hidden]): what a row says is shifted by the token that came before.
@@ -162,19 +162,6 @@ def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skip
     return found
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash by which an adapter knows its model: sizes, some embeddings and all norms, as bfloat16 in any dtype."""
-    config = model.config.get_text_config()
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(f"{config.vocab_size} {config.hidden_size} {config.num_hidden_layers}".encode())
-    table = model.get_input_embeddings().weight
-    samples = [table[:: max(1, len(table) // 64), :16]]
-    samples += [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]]
-    for sample in samples:
-        digest.update(sample.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_adapter(folder: str | Path, model: PreTrainedModel) -> MaskAdapter:
     """The adapter that `selfdraft train` wrote into `folder`. Errors: LoadError says what is wrong, and the way out."""
     place = Path(folder).expanduser()
@@ -216,7 +203,7 @@ def find_adapters(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"selfdraft_*/{CARD}"))
 
 
-def _check_card(place: Path, card: dict[str, Any], model: PreTrainedModel) -> None:
+def _check_card(place: Path, card: JsonObject, model: PreTrainedModel) -> None:
     if not isinstance(card.get("method"), str) or not isinstance(card.get("model"), str):
         raise LoadError(f"{place / CARD}: 'method' and 'model' are missing; was it written by selfdraft train?")
     if card["method"] not in METHODS:
@@ -224,7 +211,7 @@ def _check_card(place: Path, card: dict[str, Any], model: PreTrainedModel) -> No
     for name in ("settings", "advice"):
         if not isinstance(card.get(name, {}), dict):
             raise LoadError(f"{place / CARD}: {name!r} is not a JSON object; was it written by selfdraft train?")
-    mine = fingerprint(model)
+    mine = base_hash(model)
     if card["model"] != mine:
         raise LoadError(
             f"{place}: this adapter was trained for another model ({card['model']}, this one is {mine}); "
@@ -258,7 +245,7 @@ def _layers(place: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tens
     return layers
 
 
-def _json(place: Path, name: str) -> dict[str, Any]:
+def _json(place: Path, name: str) -> JsonObject:
     try:
         content = json.loads((place / name).read_text("utf-8"))
     except FileNotFoundError:

@@ -116,7 +116,7 @@ def _lane_group(span: Span, shapes: Shapes, device: torch.device) -> Group:
     known = list(range(span.pending))
     paths = [known + [span.pending + node for node in leaf] for leaf in span.draft.leaves()] or [known]
     positions = span.positions
-    length = shapes.edge(max(positions[path[-1]] for path in paths), 0)
+    length = shapes.round_length(max(positions[path[-1]] for path in paths) + 1)
     width = shapes.round_width(max(len(path) for path in paths))
     in_place = all(row == i for path in paths for i, row in enumerate(path))
     keys = None

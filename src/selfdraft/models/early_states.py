@@ -30,18 +30,19 @@ class EarlyStates:
 
     def __init__(self) -> None:
         self.block = 0
-        self._trails: dict[int, _Trail] = {}
+        self.trails: dict[int, _Trail] = {}
+        """By slot; empty where no drafting pass has left anything."""
 
     def note(self, rows: Rows, hidden: Tensor, block: int) -> None:
         """Remember the rows of a drafting pass; `hidden` [n, hidden] are their states entering `block`."""
         if block != self.block:
-            self._trails.clear()
+            self.trails.clear()
             self.block = block
         tokens = rows.tokens.tolist()
         for span in rows.spans:
-            trail = self._trails.setdefault(span.slot, _Trail(span.base))
+            trail = self.trails.setdefault(span.slot, _Trail(span.base))
             if span.size != 1 or span.base != trail.start + len(trail.tokens):
-                trail = self._trails[span.slot] = _Trail(span.base)
+                trail = self.trails[span.slot] = _Trail(span.base)
             if span.size == 1:
                 trail.tokens.append(tokens[span.start])
                 trail.hidden.append(hidden[span.start])
@@ -49,7 +50,7 @@ class EarlyStates:
     def forget(self, rows: Rows) -> None:
         """Something else was written into the slots of these rows."""
         for span in rows.spans:
-            self._trails.pop(span.slot, None)
+            self.trails.pop(span.slot, None)
 
     def take(self, rows: Rows) -> dict[int, Tensor]:
         """Known hidden states by flat row index, for a full pass over `rows`; then all trails of its slots end.
@@ -57,9 +58,9 @@ class EarlyStates:
         Only chains are resumed: there every row stands where the drafting pass wrote its keys and values.
         """
         known: dict[int, Tensor] = {}
-        tokens = rows.tokens.tolist() if self._trails else []
+        tokens = rows.tokens.tolist() if self.trails else []
         for span in rows.spans:
-            trail = self._trails.pop(span.slot, None)
+            trail = self.trails.pop(span.slot, None)
             if trail is None or trail.start != span.base or not _is_chain(span):
                 continue
             for i in range(min(len(trail.tokens), span.size)):

@@ -45,9 +45,8 @@ class Shapes:
         multiple = max(self.width, self.rows)  # both are powers of two
         return -(-count // multiple) * multiple
 
-    def edge(self, position: int, context: int) -> int:
-        """First position behind `position` that belongs to another attention length."""
-        return (position // self.bucket + 1) * self.bucket if self.bucket else context
+    def round_length(self, count: int) -> int:
+        return -(-count // self.bucket) * self.bucket if self.bucket else count
 
 
 NATURAL = Shapes()

@@ -7,11 +7,11 @@ adapter and are compared with the stock model's own forward pass.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -47,6 +47,16 @@ from selfdraft.models.proof.shapes import probe_fast, probe_shapes
 from selfdraft.models.proof.whole_model import prove
 from selfdraft.models.target import GROWING, Exactness, HFTarget, context_of, ropes_of
 from selfdraft.types import Clock
+
+
+class Sizes(TypedDict):
+    """What a target is made with, whichever way its passes run; see `open_target`."""
+
+    slots: int
+    context: int | None
+    adapters: SequenceOf[MaskAdapter]
+    clock: Clock
+
 
 NO_ADAPTER = "selfdraft-merges-adapters-itself"
 """A subfolder that is nowhere: where transformers looks for an adapter, which it applies only if peft is installed."""
@@ -102,7 +112,7 @@ def load_model(
     return model.eval()
 
 
-def _config(where: str, trust_remote_code: bool, local: bool) -> Any:
+def _config(where: str, trust_remote_code: bool, local: bool) -> PreTrainedConfig:
     """The configuration. End ids that transformers does not take, such as null, are left out and logged."""
     with blaming(where):
         try:
@@ -180,7 +190,7 @@ def open_target(
         raise error(f"context={context}: this model has 1 to {most} positions here{why}")
     if runner not in ("auto", "plain", "fast"):
         raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
-    sizes: dict[str, Any] = {"slots": slots, "context": context, "adapters": adapters, "clock": clock}
+    sizes: Sizes = {"slots": slots, "context": context, "adapters": adapters, "clock": clock}
     if proofs is None:
         return _proven(model, exactness, runner, sizes)
     identity = identity_of(model, adapters, {"exactness": exactness, "runner": runner, "context": context})
@@ -195,9 +205,7 @@ def open_target(
     return target
 
 
-def _proven(
-    model: PreTrainedModel, exactness: Literal["bitwise", "token"], runner: str, sizes: Mapping[str, Any]
-) -> HFTarget:
+def _proven(model: PreTrainedModel, exactness: Literal["bitwise", "token"], runner: str, sizes: Sizes) -> HFTarget:
     """The target of `open_target`, tried and proved now."""
     why = "asked for"
     if runner != "plain":
@@ -214,7 +222,7 @@ def _proven(
     return target
 
 
-def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], **options: Any) -> HFTarget:
+def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], **sizes: Unpack[Sizes]) -> HFTarget:
     """A target with the fast runner. Its rows need no canonical shapes; that is tried, too, before it is promised."""
     if has_experts(model) or is_quantised(model):
         raise RunnerUnavailable("the fast runner has no experts and no quantised weights")
@@ -226,7 +234,7 @@ def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], *
         level = Exactness("token", "asked for")
     else:
         raise OptionError(f"exactness={exactness!r} is unknown; there are 'bitwise' and 'token'")
-    target = HFTarget(model, exactness=level, fast=True, **options)
+    target = HFTarget(model, exactness=level, fast=True, **sizes)
     prove(target, model)
     return target
 
@@ -270,7 +278,7 @@ def check_supported(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"{name} has experts, which transformers does not compute in float64; use float32")
 
 
-def check_config(config: Any) -> None:
+def check_config(config: PreTrainedConfig) -> None:
     """The part of `check_supported` that needs no weights. Errors: UnsupportedModel."""
     kind = getattr(config, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
@@ -93,14 +92,3 @@ def logit_gap(model: Model, prefix: SequenceOf[int], one: int, other: int) -> fl
     device = next(model.parameters()).device
     logits = model(torch.tensor([list(prefix)], device=device), use_cache=False).logits[0, -1].double()
     return float(logits[one] - logits[other])
-
-
-def weights_hash(model: Model) -> str:
-    """A name for these very weights: of every parameter its name, type, shape and first and last values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        flat = weight.detach().reshape(-1)
-        ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
-        digest.update(ends.view(torch.uint8).numpy().tobytes() if ends.numel() else b"")
-    return digest.hexdigest()

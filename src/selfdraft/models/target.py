@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows
@@ -26,7 +26,7 @@ from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.runner import Runner
 from selfdraft.protocols import DraftExtras, MaskTokens
-from selfdraft.types import Clock, PassVariant, Rounded, Skip
+from selfdraft.types import Clock, JsonObject, PassVariant, Rounded, Skip
 
 register(NAME, attend)
 
@@ -73,7 +73,7 @@ class HFTarget:
         self.clock = clock
         self.exactness = exactness
         self.last: Plan | None = None
-        self.tuned: dict[str, Mapping[str, object]] = {one.method: one.advice for one in adapters}
+        self.tuned: dict[str, JsonObject] = {one.method: one.advice for one in adapters}
         """By method, options found best on this model."""
         self.profile: Profile | None = None
         """Whoever measures one puts it here."""
@@ -94,7 +94,7 @@ class HFTarget:
             for adapter in self.adapters
             if adapter.link is not None
         }
-        self.cache = KVCache(slots, shapes.edge(255, 256))
+        self.cache = KVCache(slots, shapes.round_length(256))
         self.runner: Runner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
@@ -107,7 +107,7 @@ class HFTarget:
         """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
         twin = copy.copy(self)
         twin.runner, twin.runs, twin.slots, twin.last = None, "plain", 1, None
-        twin.cache, twin._early = KVCache(1, self.shapes.edge(255, 256)), EarlyStates()
+        twin.cache, twin._early = KVCache(1, self.shapes.round_length(256)), EarlyStates()
         return twin
 
     @property
@@ -148,7 +148,8 @@ class HFTarget:
         return self._context
 
     def next_boundary(self, position: int) -> int:
-        return self.shapes.edge(position, self._context)
+        bucket = self.shapes.bucket
+        return (position // bucket + 1) * bucket if bucket else self._context
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         if all(map(int.__eq__, order, range(len(order)))):
@@ -184,7 +185,7 @@ class HFTarget:
     def _full(self, rows: Rows) -> Tensor:
         """All blocks for all rows; what a drafting pass has computed of the first blocks is taken from there."""
         block = self._early.block
-        known = self._early.take(rows)
+        known = self._early.take(rows) if self._early.trails else {}
         if not known:
             return self._pass(self._view, rows)[0]
         hidden: dict[int, Tensor] = dict(known)
@@ -278,7 +279,9 @@ class HFTarget:
 
     def _make_room(self, rows: Rows) -> None:
         last = max(span.base + span.size for span in rows.spans)
-        self.cache.reserve(max(last, self.shapes.edge(int(rows.positions.max()), 0)))
+        if self.shapes.bucket:
+            last = max(last, self.next_boundary(int(rows.positions.max())))
+        self.cache.reserve(last)
         for span in rows.spans:
             self.cache.claim(span.slot, span.base, span.size)
 
@@ -304,7 +307,7 @@ GROWING = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the current length."""
 
 
-def ropes_of(config: Any) -> list[dict[str, Any]]:
+def ropes_of(config: PreTrainedConfig) -> list[JsonObject]:
     """The rotary settings of a text configuration: one, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [each for each in rope.values() if isinstance(each, dict)] or [rope]

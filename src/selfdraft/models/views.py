@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfdraft.errors import UnsupportedModel
 from selfdraft.models.attention import NAME, Plan
@@ -25,13 +25,15 @@ PRE_NORMS = (
 """Norms before attention and before the MLP, as the families name them."""
 POST_NORMED = frozenset({"pre_feedforward_layernorm", "post_feedforward_layernorm"})
 """Beside one of these `post_attention_layernorm` follows the attention."""
+States: TypeAlias = Tensor | tuple[Tensor, ...]
+"""What a block returns: hidden states, in some families with more behind them."""
 PAIRED = ("GptOssMLP",)
 """MLPs whose block unpacks (hidden states, router scores)."""
 
 
 def clone(model: PreTrainedModel, attention: str = NAME) -> PreTrainedModel:
     """The same weights in fresh module shells whose configuration asks for one of our attention functions."""
-    configs: dict[int, Any] = {}
+    configs: dict[int, PreTrainedConfig] = {}
 
     def fresh(module: nn.Module) -> nn.Module:
         if not (module._modules or hasattr(module, "config") or module.training):
@@ -195,14 +197,16 @@ class Noting(nn.Module):
         if hasattr(block, "attention_type"):
             self.attention_type = block.attention_type
 
-    def forward(self, hidden_states: Tensor, *args: Any, selfdraft: Plan, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, selfdraft: Plan, **kwargs: object) -> States:
         selfdraft.hidden = hidden_states
-        return self.block(hidden_states, *args, selfdraft=selfdraft, **kwargs)
+        said: States = self.block(hidden_states, *args, selfdraft=selfdraft, **kwargs)
+        return said
 
 
 class Resuming(Noting):
     """A block that takes its hidden states from the call's plan instead of from the block before."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, selfdraft: Plan, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, selfdraft: Plan, **kwargs: object) -> States:
         assert selfdraft.hidden is not None
-        return self.block(selfdraft.hidden, *args, selfdraft=selfdraft, **kwargs)
+        said: States = self.block(selfdraft.hidden, *args, selfdraft=selfdraft, **kwargs)
+        return said

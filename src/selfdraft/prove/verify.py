@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.engine.engine import Engine
@@ -40,7 +39,7 @@ class Report:
     logit_rows_equal: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         mismatches = [{name: getattr(m, name) for name in Mismatch.__slots__} for m in self.mismatches]
         return {
             "tokens_compared": self.tokens_compared,

@@ -13,7 +13,6 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +157,7 @@ class Replayed:
         tokens = sum(self.rows.values()) + self.stats.num_accepted_draft_tokens
         return tokens * time_of(times, 1) / seconds if seconds else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         steps = sum(self.rows.values())
         learning = [both - one for both, one in zip(self.host, self.drafting, strict=False)]
         ratio = self.reliability.ratio

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from selfdraft.types import Skip
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 HELD_OUT_BATCHES = 4
 
@@ -65,8 +66,8 @@ def train(
     skips = settings.skips(student.layers)
     ordered = sorted(texts, key=lambda text: len(text.tokens))
     learned, measured = split(ordered)
-    optimizer: Any = torch.optim.AdamW(student.trainable(), betas=(0.9, 0.98), weight_decay=0.0)
-    model, optimizer = accelerator.prepare(student, optimizer)
+    adam = torch.optim.AdamW(student.trainable(), betas=(0.9, 0.98), weight_decay=0.0)
+    model, optimizer = accelerator.prepare(student, adam)
     origin = {"model": student.fingerprint, "precision": accelerator.mixed_precision, "texts": digest(ordered)}
     step, mean = _resume(checkpoint, student, optimizer, settings, origin)
     if step == settings.steps:  # killed after the last step, before its result was written
@@ -90,7 +91,9 @@ def train(
         yield Progress(step, mean, acceptance)
 
 
-def _learn(model: Any, optimizer: Any, batch: Batch, settings: Settings, accelerator: Accelerator) -> float:
+def _learn(
+    model: Student, optimizer: AcceleratedOptimizer, batch: Batch, settings: Settings, accelerator: Accelerator
+) -> float:
     """One step of the optimizer; the loss, over all processes. Errors: OptionError, and nothing is changed then."""
     with accelerator.autocast():
         said, wanted, counts = model(batch)
@@ -196,7 +199,12 @@ def digest(texts: SequenceOf[Text]) -> str:
 
 
 def save(
-    path: Path, student: Student, optimizer: Any, settings: Settings, done: Progress, origin: Mapping[str, str]
+    path: Path,
+    student: Student,
+    optimizer: AcceleratedOptimizer,
+    settings: Settings,
+    done: Progress,
+    origin: Mapping[str, str],
 ) -> None:
     """Write a checkpoint; a kill leaves the old one whole."""
     weights = [p.detach().cpu() for p in student.trainable()]
@@ -213,7 +221,7 @@ def save(
 
 
 def _resume(
-    path: Path, student: Student, optimizer: Any, settings: Settings, origin: Mapping[str, str]
+    path: Path, student: Student, optimizer: AcceleratedOptimizer, settings: Settings, origin: Mapping[str, str]
 ) -> tuple[int, float]:
     """(steps done, the loss of the last one), from the checkpoint if there is one. Errors: OptionError."""
     if not path.exists():

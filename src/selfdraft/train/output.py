@@ -7,12 +7,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from selfdraft.errors import OptionError
-from selfdraft.models.adapters import CARD, CHECKPOINT, fingerprint
+from selfdraft.models.adapters import CARD, CHECKPOINT
+from selfdraft.models.identity import base_hash
 from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.train.settings import Settings
 from selfdraft.train.student import Student
@@ -23,7 +23,7 @@ PART = "unfinished"
 """Folder in which results are written before they are moved to their places."""
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path) -> dict[str, object] | None:
     """The card of a finished run in `folder`, or None. Errors: OptionError when it cannot be read."""
     path = folder / CARD
     try:
@@ -88,7 +88,7 @@ def write_adapter(
     """
     part = folder / PART
     shutil.rmtree(part, ignore_errors=True)
-    card = {"method": settings.recipe, "model": fingerprint(model), "settings": settings.as_dict(), **facts}
+    card = {"method": settings.recipe, "model": base_hash(model), "settings": settings.as_dict(), **facts}
     try:
         part.mkdir(parents=True)
         student.save(part)

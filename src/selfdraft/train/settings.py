@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from selfdraft.errors import OptionError
 from selfdraft.types import Skip, middle, within
@@ -70,7 +70,7 @@ class Settings:
         warm = max(1, self.steps // 50)
         return self.learning_rate * min((step + 1) / warm, 1.0 - step / self.steps)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "skip_widths": list(self.skip_widths)}
 
 

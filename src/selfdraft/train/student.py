@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from selfdraft.models import views
-from selfdraft.models.adapters import EMBEDDINGS, fingerprint, linked
+from selfdraft.models.adapters import EMBEDDINGS, linked
 from selfdraft.models.attention import additive_mask, kernel, register
+from selfdraft.models.identity import base_hash
 from selfdraft.models.reference import Model
 from selfdraft.types import Skip
 
@@ -123,11 +124,11 @@ class Student(nn.Module):
         from peft import get_peft_model
 
         self.lead, self.tuned = lead, tuned
-        self.fingerprint = fingerprint(base)
+        self.fingerprint = base_hash(base)
         self.layers = int(base.config.get_text_config().num_hidden_layers)
         base.requires_grad_(False)
         self._teacher = [views.clone(base, NAME).eval()]  # in a list: its weights are not this module's to save
-        self.model: Any = views.clone(base, NAME).eval()
+        self.model: Model = views.clone(base, NAME).eval()
         if lora is not None:
             with torch.random.fork_rng(devices=[]):  # PEFT draws from the generator of the process
                 torch.default_generator.manual_seed(seed)
@@ -219,7 +220,7 @@ class Student(nn.Module):
         sees = torch.cat([sees, own.expand(count, -1, -1)], 2)
         return Pack(sees, torch.cat([text.places, queries], 1), queries, text.store)
 
-    def _drafting(self, skip: Skip | None) -> Any:
+    def _drafting(self, skip: Skip | None) -> Model:
         if skip is None:
             return self.model
         if skip not in self._views:

@@ -13,8 +13,9 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.files.atomic import whole_file
-from selfdraft.files.records import FIELDS, Record, read_records, turns_of
+from selfdraft.files.records import FIELDS, read_records, turns_of
 from selfdraft.train.settings import first_change
+from selfdraft.types import JsonObject
 
 Encode = Callable[[str], list[int]]
 RECORDS = (".jsonl", ".json", ".gz")
@@ -185,7 +186,7 @@ def _read(path: Path) -> str:
         raise RequestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _tokens(record: Record, name: str, place: str, vocab: int | None) -> list[int]:
+def _tokens(record: JsonObject, name: str, place: str, vocab: int | None) -> list[int]:
     """Token ids of a field; none when it is not there. Errors: RequestError."""
     tokens = record.get(name) or []
     if not isinstance(tokens, list):

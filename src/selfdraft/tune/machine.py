@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from selfdraft.core.rows import Rows, pack
 from selfdraft.core.sequence import Sequence, open_sequence
@@ -22,7 +18,8 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import cache_folder, write_record
-from selfdraft.models.machine import cpu_name
+from selfdraft.models.identity import config_hash
+from selfdraft.models.machine import machine_of
 from selfdraft.models.runner.kernel_build import SOURCE
 from selfdraft.models.target import HFTarget
 from selfdraft.tune.passes import Bench, beside_the_pass
@@ -49,21 +46,14 @@ BATCH = 4
 """Sequences of the pass by which the price of a further sequence is measured."""
 
 
-def identity(target: HFTarget) -> dict[str, Any]:
+def identity(target: HFTarget) -> dict[str, object]:
     """Everything that a profile depends on: model, types, shapes, device, threads, versions."""
     model = target._view
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else platform.processor()
     return {
-        "model": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=12).hexdigest(),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "model": config_hash(model),
         "shapes": str(target.shapes),
-        "device": f"{weight.device.type} {device or platform.machine()} {cpu_name()}".strip(),
-        "threads": torch.get_num_threads(),
         "runner": "plain" if target.runner is None else hashlib.blake2b(SOURCE.read_bytes(), digest_size=6).hexdigest(),
-        "torch": torch.__version__,
-        "selfdraft": version("selfdraft"),
+        **machine_of(model),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -60,15 +60,16 @@ class Costs:
         """t_v: cost of a step that verifies so many drafts, in plain steps."""
         return 1 + (self.passes[drafts] - self.passes[0]) / self.step
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def costs_from(record: Any, layers: int, most: int, place: str) -> Costs:
+def costs_from(record: object, layers: int, most: int, place: str) -> Costs:
     """Costs that were measured before. Errors: OptionError when they are no costs, or of another model."""
+    given = record if isinstance(record, dict) else {}
     try:
-        lists = {name: tuple(float(x) for x in record[name]) for name in ("passes", "attention", "mlp", "block")}
-        costs = Costs(context=int(record["context"]), step=float(record["step"]), link=float(record["link"]), **lists)
+        lists = {name: tuple(float(x) for x in given[name]) for name in ("passes", "attention", "mlp", "block")}
+        costs = Costs(context=int(given["context"]), step=float(given["step"]), link=float(given["link"]), **lists)
     except (TypeError, KeyError, ValueError) as error:
         raise OptionError(f"{place} holds no measured costs: give a file that 'selfdraft tune' wrote") from error
     if len(costs.block) != layers:
@@ -203,7 +204,7 @@ class _Watched:
         self.target, self.now = target, clock_of(target)
         self.seconds = 0.0
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.target, name)
 
     def forward(self, rows: Rows, skip: Skip | None = None) -> Tensor:

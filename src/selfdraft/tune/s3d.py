@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from selfdraft.drafters.none import NoDrafter
 from selfdraft.drafters.s3d import S3D
@@ -25,7 +25,7 @@ from selfdraft.tune.passes import Bench, Request, beside_the_pass
 from selfdraft.tune.speedup import expected_by_depth, single_pass_speed
 from selfdraft.types import Budget
 
-Numbers = np.ndarray[Any, Any]
+Numbers = NDArray[np.float64]
 POWERS = np.geomspace(0.25, 16.0, 60)
 """Exponents that are tried for the curve of acceptance."""
 
@@ -85,7 +85,7 @@ class Curve:
         pairs = ((width, masks) for width in range(low, high + 1) for masks in range(1, len(self.verify) + 1))
         return sorted((Choice(*pair, self.speed(*pair)) for pair in pairs), key=lambda choice: -choice.speed)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "best": self.all()[0].options, "settings": [asdict(choice) for choice in self.all()]}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +64,7 @@ class _Timed(nn.Module):
         if hasattr(inner, "attention_type"):
             self.attention_type = inner.attention_type  # some models pick the mask by it
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         began = self.watch.now()
         answer = self.inner(*args, **kwargs)
         getattr(self.watch.times, self.kind)[self.index] += self.watch.now() - began

@@ -13,10 +13,11 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO
 
 from selfdraft.bench.peers import Answer, worker
 from selfdraft.errors import OptionError, PeerError
+from selfdraft.types import JsonObject
 
 PROBING = 60.0
 """Seconds for looking up a version."""
@@ -57,7 +58,7 @@ class Foreign:
     load, and to answer. Errors: PeerError names the peer, what happened to it, and its last words.
     """
 
-    def __init__(self, label: str, engine: str, python: str, settings: Mapping[str, Any], seconds: float) -> None:
+    def __init__(self, label: str, engine: str, python: str, settings: JsonObject, seconds: float) -> None:
         self.label, self._seconds = label, seconds
         self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._heard = b""
@@ -101,7 +102,7 @@ class Foreign:
                 if pipe is not None:
                     pipe.close()
 
-    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, message: Mapping[str, object]) -> JsonObject:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # reading tells why
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -151,7 +152,7 @@ def _environment(python: str, threads: int | None) -> dict[str, str]:
     return environment
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _parsed(line: bytes) -> JsonObject:
     try:
         said = json.loads(line)
     except ValueError:

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ def _values(model: Model) -> dict[str, Value]:
     }
 
 
-def _window(config: Any) -> bool:
+def _window(config: object) -> bool:
     return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 

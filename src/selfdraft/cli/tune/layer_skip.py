@@ -34,9 +34,9 @@ from selfdraft.cli.tune.prompts import (
     read_prompts,
 )
 from selfdraft.errors import OptionError
+from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
-    from selfdraft.files.skip_sets import Record
     from selfdraft.tune.layer_skip.tuner import Check, Options, Subject, Tuning
 
 Output = Annotated[Path | None, typer.Option(help="Where the set goes. Default: skip-MODEL.json here.")]
@@ -152,7 +152,7 @@ def search(
         show_set(best, name, output)
 
 
-def best_of(tuning: Tuning, options: Options, *, quiet: bool) -> Record:
+def best_of(tuning: Tuning, options: Options, *, quiet: bool) -> JsonObject:
     """The set with the highest measured speed; with nothing measured the best predicted one."""
     with terminal.waiting("looking at the deeper drafts of the best"):
         found = tuning.finalists()
@@ -207,7 +207,7 @@ def lengths_of(given: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def show_set(record: Record, name: str, path: Path) -> None:
+def show_set(record: JsonObject, name: str, path: Path) -> None:
     """A set that was found: what it leaves out, what it is worth, how to use it."""
     blocks = [f"{kind} of blocks {', '.join(map(str, record[kind])) or '-'}" for kind in ("attention", "mlp")]
     terminal.out.print(f"left out: {'; '.join(blocks)}")

@@ -42,7 +42,7 @@ as they were given, exactly as without `adaptive`."""
 
 
 @dataclass(slots=True)
-class Note:
+class RequestWindow:
     """What is known about one sequence."""
 
     window: Window
@@ -91,7 +91,7 @@ class Lookahead:
         self._drafted: tuple[float, float] = (0.0, 0.0)
         """When the last draft was ready, and how long it took together with the learning before it."""
         self._learning = 0.0
-        self._notes: WeakKeyDictionary[Sequence, Note] = WeakKeyDictionary()
+        self._notes: WeakKeyDictionary[Sequence, RequestWindow] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         began = self._began = self.clock()
@@ -144,7 +144,7 @@ class Lookahead:
             fed = 0 if self.from_prompt else sequence.prompt_length
             most = sizes.most if self.adaptive else sizes.guesses
             pool = Pool(sizes.size, most, sequence.prompt_length)
-            note = self._notes[sequence] = Note(Window(sizes.width, sizes.size - 1, pool, fed))
+            note = self._notes[sequence] = RequestWindow(Window(sizes.width, sizes.size - 1, pool, fed))
         note.nodes, note.ran = [], False
         if sequence.remaining <= 1:
             return EMPTY  # the next token is the last one: nothing to accept, nothing to learn for
@@ -164,7 +164,7 @@ class Lookahead:
         note.ran = True
         return draft.with_probes(window.tokens(), window_parents(window.width, window.height), SOURCE)
 
-    def _guesses(self, note: Note, sequence: Sequence, depth: int) -> list[Guess]:
+    def _guesses(self, note: RequestWindow, sequence: Sequence, depth: int) -> list[Guess]:
         """Paths behind the last token, most trusted first; none goes on behind an end or below `depth`."""
         text, window = sequence.tokens, note.window
         found = [Guess(path, TEXT, 0) for path in window.copies(text)]
@@ -177,7 +177,7 @@ class Lookahead:
             Guess(cut(g.tokens[:depth], sequence.stop_ids), g.source, g.rank, g.matched, g.from_window) for g in found
         ]
 
-    def _runners_up(self, note: Note, sequence: Sequence, depth: int, rank: int) -> list[Guess]:
+    def _runners_up(self, note: RequestWindow, sequence: Sequence, depth: int, rank: int) -> list[Guess]:
         """Paths out of what the model answered before: some first tokens, each with its likeliest continuation."""
         text, found = sequence.tokens, list[Guess]()
         firsts, probe = note.answers.guess(text[-1], sequence, len(text), BRANCHES)
@@ -207,12 +207,12 @@ class Lookahead:
         parents = tuple(row[nodes[place].parent] for place in chosen)
         return Draft(tuple(nodes[place].token for place in chosen), parents, (SOURCE,) * len(chosen), len(chosen))
 
-    def _learn(self, note: Note, sequence: Sequence, result: Result) -> None:
+    def _learn(self, note: RequestWindow, sequence: Sequence, result: Result) -> None:
         """Score every guess by the text, then read the model's answers."""
-        said = self._score(note, result)
+        hits = self._score(note, result)
         if note.nodes or note.ran:
-            note.counts.book(note.nodes, said)
-            self._total.book(note.nodes, said)
+            note.counts.book(note.nodes, hits)
+            self._total.book(note.nodes, hits)
         window = note.window
         if sequence.finished:
             return
@@ -226,9 +226,9 @@ class Lookahead:
         if note.ran and probes == window.width * window.height - 1:
             window.learn(self._answers(window, sequence, result, top), sequence.tokens)
 
-    def _score(self, note: Note, result: Result) -> list[int]:
+    def _score(self, note: RequestWindow, result: Result) -> list[int]:
         """The accepted guesses, from the root down. Guesses that were not run are judged by the text, too."""
-        said, above, sizes = list[int](), {ROOT: 0}, self.sizes
+        hits, above, sizes = list[int](), {ROOT: 0}, self.sizes
         for place, node in enumerate(note.nodes):
             if node.parent not in above or node.depth > len(result.tokens):
                 continue
@@ -239,11 +239,11 @@ class Lookahead:
             if right:
                 above[place] = node.depth
                 if node.depth <= len(result.path):
-                    said.append(place)
-        alone = len(list(takewhile(lambda place: not note.nodes[place].guess.from_window, said)))
+                    hits.append(place)
+        alone = len(list(takewhile(lambda place: not note.nodes[place].guess.from_window, hits)))
         if sizes.running:
-            sizes.gain.observe(len(said) - alone)
-        return said
+            sizes.gain.observe(len(hits) - alone)
+        return hits
 
     def _recall(self, answers: Answers, last: int, result: Result, scores: Tensor, ids: Tensor) -> None:
         """Note the likeliest tokens after every row; what rows of the text say stands above the rest."""

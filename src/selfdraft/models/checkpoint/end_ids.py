@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -57,9 +56,9 @@ def turn_end(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     return None if longest in (tokenizer.bos_token_id, tokenizer.unk_token_id) else longest
 
 
-def whole_ends(config: Mapping[str, Any]) -> dict[str, Any]:
+def whole_ends(config: Mapping[str, object]) -> dict[str, object]:
     """A config.json's entries, with what is no whole number taken out of each `eos_token_id`, and logged."""
-    kept: dict[str, Any] = {}
+    kept: dict[str, object] = {}
     for name, value in config.items():
         if name == "eos_token_id":
             odd = [one for one in _listed(value) if not _is_whole(one)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -53,7 +52,7 @@ def check_pointer(file: Path) -> None:
             )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, object]:
     """The object in a JSON file. Errors: LoadError."""
     found = _parsed(file)
     if not isinstance(found, dict):
@@ -61,7 +60,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _parsed(file: Path) -> Any:
+def _parsed(file: Path) -> object:
     """Errors: LoadError."""
     check_pointer(file)
     try:

@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,10 @@ from selfdraft.models.checkpoint.folder import check_pointer
 from selfdraft.models.checkpoint.load_errors import blaming
 from selfdraft.models.checkpoint.places import PART
 from selfdraft.models.checkpoint.weights import check_weights
+from selfdraft.types import JsonObject
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCK = re.compile(r"blk\.(?P<number>\d+)\.")
@@ -92,7 +96,7 @@ def check(file: Path) -> torch.dtype:
     return next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32)
 
 
-def _tensors(file: Path) -> SequenceOf[Any]:
+def _tensors(file: Path) -> SequenceOf[ReaderTensor]:
     """The table of tensors. Errors: LoadError."""
     from gguf import GGUFReader
 
@@ -106,11 +110,11 @@ def _tensors(file: Path) -> SequenceOf[Any]:
         raise _truncated(file, f"its table of tensors cannot be read: {error}") from error
 
 
-def _metadata(file: Path) -> dict[str, Any]:
+def _metadata(file: Path) -> JsonObject:
     """Keys and values of the file's head; lists of texts are only counted. Errors: LoadError."""
     check_pointer(file)
     try:
-        metadata: dict[str, Any] = read_gguf_metadata(str(file))[0]
+        metadata: JsonObject = read_gguf_metadata(str(file))[0]
     except (struct.error, IndexError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise _truncated(file, f"its head cannot be read: {error}") from error
     except (ValueError, OSError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -108,7 +107,7 @@ def _check_files(folder: Path) -> None:
         raise LoadError(f"{folder}: no {WEIGHTS} ({why}); save the adapter as safetensors")
 
 
-def _check_keys(folder: Path, tuned: Any) -> None:
+def _check_keys(folder: Path, tuned: object) -> None:
     """Errors: LoadError when the file has not just what the adapter's configuration and the model ask for."""
     from peft import get_peft_model_state_dict
 
@@ -127,7 +126,7 @@ def _check_keys(folder: Path, tuned: Any) -> None:
         )
 
 
-def unwrapped(model: Any, lora: str | Path | None = None) -> PreTrainedModel:
+def unwrapped(model: object, lora: str | Path | None = None) -> PreTrainedModel:
     """The transformers model inside what `torch.compile` or a parallel wrapper made of it; the object stays as it is.
 
     Errors: OptionError for `lora` with a loaded model; LoadError for a PeftModel, whose weights are not merged yet, and

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,7 +28,15 @@ SHOWN = 3
 Stacks = list[tuple[str, int]]
 
 
-def check_weights(where: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+class LoadingInfo(TypedDict):
+    """What transformers says of the keys that it read; a mismatched one with its size in the file and the model's."""
+
+    missing_keys: Iterable[str]
+    unexpected_keys: Iterable[str]
+    mismatched_keys: Iterable[tuple[str, SequenceOf[int], SequenceOf[int]]]
+
+
+def check_weights(where: str | Path, model: PreTrainedModel, info: LoadingInfo) -> None:
     """Refuse a model that was not read whole; `info` is the loading info of transformers' `from_pretrained`.
 
     What is left over and changes nothing is logged in one line. Errors: LoadError names the first keys.

@@ -7,7 +7,7 @@ at a time is copied to float32; it starts from the states of the wide pass, so t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ class _Noted(nn.Module):
         if hasattr(block, "attention_type"):
             self.attention_type = block.attention_type
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        said = self.block(hidden_states, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> views.States:
+        said: views.States = self.block(hidden_states, *args, **kwargs)
         self.notes.before[self.index] = hidden_states
         self.notes.behind[self.index] = said[0] if isinstance(said, tuple) else said
         return said
@@ -63,7 +63,7 @@ class _Noted(nn.Module):
 class _Alone(views.Resuming):
     """A block that starts from the states in the plan of the call, and leaves what it says there."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, selfdraft: Plan, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, selfdraft: Plan, **kwargs: object) -> views.States:
         said = super().forward(hidden_states, *args, selfdraft=selfdraft, **kwargs)
         selfdraft.hidden = said[0] if isinstance(said, tuple) else said
         return said

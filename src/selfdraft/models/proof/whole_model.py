@@ -15,7 +15,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,7 +189,7 @@ def _own_attention(model: PreTrainedModel) -> str:
 
 
 @torch.inference_mode()
-def _stock(stock: PreTrainedModel, case: Case, context: AbstractContextManager[Any]) -> Tensor:
+def _stock(stock: PreTrainedModel, case: Case, context: AbstractContextManager[object]) -> Tensor:
     """Logits of the stock pass for every row that is asked for: both texts whole, in one pass without a cache."""
     device = next(stock.parameters()).device
     with context:
@@ -200,7 +199,7 @@ def _stock(stock: PreTrainedModel, case: Case, context: AbstractContextManager[A
 
 @torch.inference_mode()
 def _unrest(
-    stock: PreTrainedModel, case: Case, logits: Tensor, context: AbstractContextManager[Any] | None = None
+    stock: PreTrainedModel, case: Case, logits: Tensor, context: AbstractContextManager[object] | None = None
 ) -> float:
     """How far the stock model is from itself: each row once more as the last of a text of its own."""
     device = next(stock.parameters()).device
@@ -234,7 +233,7 @@ def _check_calls(target: HFTarget, name: str) -> None:
             raise UnsupportedModel(f"{name}: layer {layer} attends with window {window}, its config says {wanted}")
 
 
-def window_of(config: Any, layer: int) -> int | None:
+def window_of(config: object, layer: int) -> int | None:
     """The sliding window of a layer in tokens, as the text configuration says; None: it sees everything."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

@@ -7,6 +7,7 @@ say in float32. In float64 the same weights give the same logits to ten digits, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
@@ -31,8 +32,12 @@ class Wide(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., Tensor],
+        types: SequenceOf[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
         if func in CASTS:
             return args[0].to(self.dtype)
@@ -40,20 +45,20 @@ class Wide(TorchFunctionMode):
             return func(*args, **kwargs).to(self.dtype)
         if getattr(func, "__name__", "") == "__get__":  # a property: of a weight it says what the weight is
             return func(*args, **kwargs)
-        args, kwargs = self._named(args), {name: self._named(value) for name, value in kwargs.items()}
+        args, kwargs = tuple(map(self._named, args)), {name: self._named(value) for name, value in kwargs.items()}
         if not self._found((args, kwargs)):
             return func(*args, **kwargs)
         if func is F.linear and args[1].numel() > PART and args[1].dtype != self.dtype:
             return self._linear(*args, **kwargs)
-        return func(*self._widened(args), **{name: self._widened(value) for name, value in kwargs.items()})
+        return func(*map(self._widened, args), **{name: self._widened(value) for name, value in kwargs.items()})
 
-    def _named(self, value: Any) -> Any:
+    def _named(self, value: object) -> object:
         """The same arguments, every floating dtype among them being the wide one."""
         if isinstance(value, torch.dtype):
             return self.dtype if value.is_floating_point else value
         return tuple(map(self._named, value)) if type(value) is tuple else value
 
-    def _found(self, value: Any) -> bool:
+    def _found(self, value: object) -> bool:
         """Whether a wide tensor is among the arguments; without one they are weights and stay short."""
         if isinstance(value, Tensor):
             return value.dtype == self.dtype
@@ -61,10 +66,12 @@ class Wide(TorchFunctionMode):
             return any(map(self._found, value.values()))
         return isinstance(value, tuple | list) and any(map(self._found, value))
 
-    def _widened(self, value: Any) -> Any:
+    def _widened(self, value: object) -> object:
         if isinstance(value, Tensor):
             return value.to(self.dtype) if value.is_floating_point() and value.dtype != self.dtype else value
-        return type(value)(map(self._widened, value)) if type(value) in (tuple, list) else value
+        if type(value) is tuple:
+            return tuple(map(self._widened, value))
+        return [*map(self._widened, value)] if type(value) is list else value
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A linear layer of many outputs, some of them at a time."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from selfdraft.errors import RunnerUnavailable
 
 aten = torch.ops.aten
+Returned: TypeAlias = Tensor | SequenceOf[Tensor]
 VIEWS = frozenset(
     {
         "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice",
@@ -33,11 +35,11 @@ VIEWS = frozenset(
 class Node:
     """One operation, or an input of the pass (then `target` is None)."""
 
-    target: Any
-    args: Any
-    kwargs: Any
-    value: Any
-    """An example of what it returns: sizes and types count, not the numbers."""
+    target: OpOverload | None
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    value: Tensor
+    """An example of what it returns, of several tensors the first: sizes and types count, not the numbers."""
     part: int | None = None
     """Which one of several returned tensors is meant."""
     source: Node | None = None
@@ -48,13 +50,12 @@ class Node:
 class Graph:
     inputs: list[Node] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    """Nodes, or tensors that depend on no input."""
+    outputs: list[Node] = field(default_factory=list)
 
     def drop_unused(self) -> None:
         """Drop every operation that no output depends on."""
         used: set[Node] = set()
-        stack = [one for one in self.outputs if isinstance(one, Node)]
+        stack = [*self.outputs]
         while stack:
             node = stack.pop()
             if node not in used:
@@ -76,22 +77,27 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known[id(tensor)] = node
         self.alive.append(tensor)
 
-    def node_of(self, one: Any) -> Any:
+    def node_of(self, one: object) -> object:
         return self.known.get(id(one), one) if isinstance(one, Tensor) else one
 
     def __torch_dispatch__(
-        self, func: Any, types: SequenceOf[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: SequenceOf[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Returned:
         kwargs = dict(kwargs or {})
         if not any(id(leaf) in self.known for leaf in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)  # made of constants alone
+            constant: Returned = func(*args, **kwargs)
+            return constant
         with self:
-            said = func.decompose(*args, **kwargs)
-        if said is not NotImplemented:
-            return said
+            parts: Returned = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         named_args, named_kwargs = tree_map(self.node_of, (args, kwargs))
         said = _returned(func, args, kwargs)
-        node = Node(func, named_args, named_kwargs, said)
+        node = Node(func, named_args, named_kwargs, said if isinstance(said, Tensor) else said[0])
         self.graph.nodes.append(node)
         if isinstance(said, Tensor):
             self.note(said, node)
@@ -103,12 +109,13 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return said
 
 
-def _returned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _returned(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Returned:
     """Tensors of the sizes and types that the operation returns; a view is taken as it is."""
     if func.namespace == "aten" and func.overloadpacket.__name__ in VIEWS:
-        return func(*args, **kwargs)
+        view: Returned = func(*args, **kwargs)
+        return view
 
-    def described(one: Any) -> Any:
+    def described(one: object) -> object:
         if not isinstance(one, Tensor):
             return one
         return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
@@ -117,12 +124,13 @@ def _returned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     there = {name: "meta" if name == "device" and one is not None else one for name, one in kwargs.items()}
     said = func(*tree_map(described, args), **tree_map(described, there))
 
-    def made(one: Any) -> Any:
+    def made(one: object) -> object:
         if not isinstance(one, Tensor):
             return one
         return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device)
 
-    return tree_map(made, said)
+    found: Returned = tree_map(made, said)
+    return found
 
 
 def record(forward: Callable[..., SequenceOf[Tensor]], inputs: SequenceOf[Tensor]) -> Graph:
@@ -137,8 +145,8 @@ def record(forward: Callable[..., SequenceOf[Tensor]], inputs: SequenceOf[Tensor
             mode.note(one, node)
         with mode:
             said = forward(*given)
-    graph.outputs = [mode.node_of(one) for one in said]
-    if not all(isinstance(one, Node) for one in graph.outputs):
+    graph.outputs = [node for node in map(mode.node_of, said) if isinstance(node, Node)]
+    if len(graph.outputs) < len(said):
         raise RunnerUnavailable("what the model says does not depend on its input")
     graph.drop_unused()
     return graph

@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
@@ -58,6 +59,10 @@ class Value:
     @property
     def offset(self) -> int:
         return int(self.layout.storage_offset())
+
+
+Known: TypeAlias = Value | Tensor | SequenceOf[Value | Tensor | None] | None
+"""What a node of the graph stands for: a traced tensor, a constant, or the tensors of an operation with several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +127,8 @@ class _Writer:
         self.graph, self.rows, self.asked = graph, rows, asked
         self.instrs: list[Instr] = []
         self.heads: dict[int, tuple[int, int, int]] = {}
-        self.known: dict[Node, Any] = {}
-        self.direct: dict[str, Callable[..., Any]] = {
+        self.known: dict[Node, Known] = {}
+        self.direct: dict[str, Callable[..., Known]] = {
             "mm.default": self._mm,
             "addmm.default": self._addmm,
             "bmm.default": self._bmm,
@@ -156,23 +161,26 @@ class _Writer:
         width = math.prod(size for size in example.shape if size not in (self.rows, self.asked))
         return self._lay(Buffer(example.dtype, width, self.asked in example.shape, slot), example.shape)
 
-    def _fresh_output(self, value: Value, slot: Slot) -> Value:
+    def _fresh_output(self, value: Known, slot: Slot) -> Value:
         """The value as the whole contents of a buffer of its own, in a slot."""
+        if not isinstance(value, Value):
+            raise RunnerUnavailable("what the model says does not depend on its input")
         whole = value.layout.numel() == value.buffer.width * (self.asked if value.buffer.answers else self.rows)
         if value.buffer.slot is not None or not whole or not self._plain(value):
             value = self._copied(value)
         value.buffer.slot = slot
         return value
 
-    def _call(self, node: Node) -> Any:
-        if node.source is not None:
-            return self.known[node.source][node.part]
+    def _call(self, node: Node) -> Known:
+        target = node.target
+        if target is None:
+            return self._part(node)
         args, kwargs = tree_map(lambda one: self.known[one] if isinstance(one, Node) else one, (node.args, node.kwargs))
-        target: Any = node.target
         name = str(target)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if not any(isinstance(leaf, Value) for leaf in leaves):
-            return target(*args, **kwargs)  # made of constants alone
+            constant: Known = target(*args, **kwargs)
+            return constant
         if name == "selfdraft.attend.default":
             return self._attend(*args)
         if name == "selfdraft.gated.default":
@@ -184,9 +192,10 @@ class _Writer:
             family = short.partition(".")[0]
             example = node.value
             if family in VIEWS:
-                return self._view(target, args, kwargs)
+                return self._view(target, *args, **kwargs)
             if family in SAME:
-                return args[0]
+                same: Known = args[0]
+                return same
             if short in self.direct:
                 return self.direct[short](example, *args, **kwargs)
             if short in UNARY:
@@ -196,6 +205,14 @@ class _Writer:
             if short in REDUCING:
                 return self._reduce(REDUCING[short], example, *args, **kwargs)
         raise RunnerUnavailable(f"the fast runner does not know the operation {name}")
+
+    def _part(self, node: Node) -> Known:
+        """One of several tensors that an operation returned."""
+        several = None if node.source is None else self.known[node.source]
+        assert isinstance(several, list | tuple)
+        assert node.part is not None
+        found: Known = several[node.part]
+        return found
 
     # Layouts
 
@@ -218,14 +235,13 @@ class _Writer:
         width = math.prod(size for size in example.shape if size not in (self.rows, self.asked))
         return self._lay(Buffer(example.dtype, width, self.asked in example.shape), example.shape)
 
-    def _view(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        value = args[0]
+    def _view(self, target: OpOverload, value: Value, *rest: object, **options: object) -> Value | list[Value]:
         try:
-            seen = target(value.layout, *args[1:], **kwargs)
+            seen = target(value.layout, *rest, **options)
         except RuntimeError:  # what torch can see as a view of its own copy is none of ours yet
             value = self._copied(value)
             try:
-                seen = target(value.layout, *args[1:], **kwargs)
+                seen = target(value.layout, *rest, **options)
             except RuntimeError as error:
                 raise RunnerUnavailable(f"a view mixes rows: {error}") from error
         if isinstance(seen, Tensor):
@@ -280,15 +296,15 @@ class _Writer:
             if size not in (1, self.rows, self.asked)
         ]
 
-    def _each(self, code: int, example: Tensor, *inputs: Any) -> Value:
+    def _each(self, code: int, example: Tensor, *inputs: Value | Tensor | float) -> Value:
         out = self._new(example)
         self._write(code, out, *(self._number(one) for one in inputs))
         return out
 
-    def _number(self, one: Any) -> Value | Tensor:
+    def _number(self, one: Value | Tensor | float) -> Value | Tensor:
         return one if isinstance(one, Value | Tensor) else torch.tensor(float(one), dtype=torch.float32)
 
-    def _to_copy(self, example: Tensor, x: Value, **_: Any) -> Value:
+    def _to_copy(self, example: Tensor, x: Value, **_: object) -> Value:
         return x if example.dtype == x.layout.dtype else self._each(COPY, example, x)
 
     def _gelu(self, example: Tensor, x: Value, approximate: str = "none") -> Value:
@@ -301,7 +317,7 @@ class _Writer:
     def _rsub(self, example: Tensor, x: Value, other: float) -> Value:
         return self._each(BINARY["sub"], example, other, x)
 
-    def _zeros(self, example: Tensor, *_: Any, **__: Any) -> Tensor:
+    def _zeros(self, example: Tensor, *_: object, **__: object) -> Tensor:
         return torch.zeros((), dtype=example.dtype).expand(example.shape)
 
     def _clamp(self, example: Tensor, x: Value, low: float | None = None, high: float | None = None) -> Value:
@@ -325,7 +341,7 @@ class _Writer:
         ]
         return self._cat(example, wide, dim)
 
-    def _reduce(self, code: int, example: Tensor, x: Value, dims: SequenceOf[int], *_: Any, **__: Any) -> Value:
+    def _reduce(self, code: int, example: Tensor, x: Value, dims: SequenceOf[int], *_: object, **__: object) -> Value:
         if [dim % x.layout.ndim for dim in dims] != [x.layout.ndim - 1]:
             raise RunnerUnavailable(f"the fast runner sums over the last dimension only, not over {list(dims)}")
         out = self._new(example)
@@ -351,16 +367,22 @@ class _Writer:
         )
 
     def _layer_norm(
-        self, example: Any, x: Value, shape: SequenceOf[int], weight: Tensor | None, bias: Tensor | None, epsilon: float
+        self,
+        example: Tensor,
+        x: Value,
+        shape: SequenceOf[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        epsilon: float,
     ) -> list[Value | None]:
         if len(shape) != 1:
             raise RunnerUnavailable("the fast runner norms over the last dimension only")
-        out = self._new(example[0])
+        out = self._new(example)
         rest = tuple(None if one is None else one.contiguous() for one in (weight, bias))
         self._last_dim(LAYER_NORM, out, Value(out.buffer, out.layout.select(-1, 0)), x, rest, epsilon)
         return [out, None, None]
 
-    def _embedding(self, example: Tensor, weight: Tensor, ids: Value, *_: Any) -> Value:
+    def _embedding(self, example: Tensor, weight: Tensor, ids: Value, *_: object) -> Value:
         if not isinstance(weight, Tensor) or not isinstance(ids, Value) or ids.buffer.width != 1:
             raise RunnerUnavailable("the fast runner embeds one id for each row")
         table = weight.contiguous()
@@ -378,7 +400,7 @@ class _Writer:
         )
         return out
 
-    def _index(self, example: Tensor, x: Value, at: SequenceOf[Any]) -> Value:
+    def _index(self, example: Tensor, x: Value, at: SequenceOf[Value | None]) -> Value:
         """The rows asked for."""
         if not isinstance(x, Value) or len(at) != 2 or at[0] is not None or not isinstance(at[1], Value):
             raise RunnerUnavailable("the fast runner picks rows only")
@@ -391,7 +413,7 @@ class _Writer:
     def _mm(self, example: Tensor, x: Value, weight: Tensor) -> Value:
         return self._linear(example, x, weight, None)
 
-    def _addmm(self, example: Tensor, bias: Tensor, x: Value, weight: Tensor, **scales: Any) -> Value:
+    def _addmm(self, example: Tensor, bias: Tensor, x: Value, weight: Tensor, **scales: object) -> Value:
         if scales or not isinstance(bias, Tensor):
             raise RunnerUnavailable("the fast runner adds plain biases only")
         return self._linear(example, x, weight, bias.expand(weight.shape[1]).contiguous())

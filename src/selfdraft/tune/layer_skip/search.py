@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, combinations
-from typing import Any
+from typing import TYPE_CHECKING
 
 from selfdraft.drafters.layer_skip import usual_skip
 from selfdraft.errors import OptionError
@@ -21,6 +21,9 @@ from selfdraft.tune.layer_skip.teacher_forcing import Forcing
 from selfdraft.tune.passes import Costs
 from selfdraft.tune.speedup import best_length, expected_tokens
 from selfdraft.types import Skip
+
+if TYPE_CHECKING:
+    import optuna
 
 NEIGHBOURS = 4
 """The last quarter of the trials goes to the neighbours of the best set."""
@@ -146,7 +149,7 @@ class _Proposer:
 
     def __init__(self, study: Study, sampler: str) -> None:
         self.study, self.optuna, self.name = study, study.optuna, sampler
-        self._memory: Any = None
+        self._memory: optuna.Study | None = None
         self._told = 0
 
     def ask(self, seed: str) -> Skip:
@@ -161,10 +164,10 @@ class _Proposer:
         self._memory.tell(trial, state=self.optuna.trial.TrialState.FAIL)
         return skip
 
-    def _on(self) -> Any:
+    def _on(self) -> optuna.distributions.CategoricalDistribution:
         return self.optuna.distributions.CategoricalDistribution([False, True])
 
-    def _make(self, seed: int) -> Any:
+    def _make(self, seed: int) -> optuna.samplers.BaseSampler:
         samplers = self.optuna.samplers
         if self.name == "tpe":
             return samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0, constant_liar=False)

@@ -13,11 +13,15 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import check_writable
-from selfdraft.types import Skip
+from selfdraft.types import JsonObject, Skip
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+    from optuna.trial import FrozenTrial
 
 NAME = "layer_skip"
 SETUP = "setup"
@@ -39,7 +43,7 @@ class Scored:
     value: float
     """What the search maximises."""
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, float]:
         return {"agreement": self.agreement, "c": self.c, "num_speculative_tokens": self.drafts, "speed": self.speed}
 
 
@@ -59,7 +63,7 @@ def switches(skip: Skip, layers: int) -> dict[str, bool]:
     return {f"{kind}.{i}": i in blocks for kind, blocks in kinds for i in range(layers)}
 
 
-def skip_from(params: Mapping[str, Any]) -> Skip:
+def skip_from(params: Mapping[str, bool]) -> Skip:
     on = [name.partition(".") for name, value in params.items() if value]
     return Skip(*(frozenset(int(i) for kind, _, i in on if kind == wanted) for wanted in ("attention", "mlp")))
 
@@ -80,7 +84,7 @@ class Study:
         self.known = {one.skip: one for one in self.scored}
 
     @classmethod
-    def create(cls, path: Path, layers: int, setup: Mapping[str, Any]) -> Study:
+    def create(cls, path: Path, layers: int, setup: JsonObject) -> Study:
         """A new study; its file appears only when `setup` is in it."""
         check_writable(path)
         beside = path.with_name(path.name + ".new")
@@ -100,19 +104,19 @@ class Study:
         return cls(path, layers)
 
     @staticmethod
-    def _open(path: Path) -> Any:
+    def _open(path: Path) -> RDBStorage:
         return needs_optuna().storages.RDBStorage(f"sqlite:///{path}")
 
     @property
-    def setup(self) -> Mapping[str, Any]:
-        setup: Mapping[str, Any] = self._facts[SETUP]
+    def setup(self) -> JsonObject:
+        setup: JsonObject = self._facts[SETUP]
         return setup
 
-    def fact(self, name: str) -> Any:
+    def fact(self, name: str) -> JsonObject | None:
         """A fact noted before, or None."""
         return self._facts.get(name)
 
-    def note(self, name: str, fact: Any) -> None:
+    def note(self, name: str, fact: JsonObject) -> None:
         with blaming(self.path):
             self._study.set_user_attr(name, fact)
         self._facts[name] = fact
@@ -124,7 +128,7 @@ class Study:
         self.scored.append(one)
         self.known.setdefault(one.skip, one)
 
-    def trial(self, one: Scored) -> Any:
+    def trial(self, one: Scored) -> FrozenTrial:
         """The set as a finished trial of Optuna."""
         on = self.optuna.distributions.CategoricalDistribution([False, True])
         params = switches(one.skip, self.layers)
@@ -142,7 +146,7 @@ def _check_is_study(path: Path) -> None:
             raise sqlite3.OperationalError("no such study")
 
 
-def _scored(trial: Any) -> Scored:
+def _scored(trial: FrozenTrial) -> Scored:
     facts = trial.user_attrs
     return Scored(
         skip_from(trial.params),

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters.layer_skip import LayerSkip
@@ -16,7 +15,8 @@ from selfdraft.drafters.none import NoDrafter
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.files.skip_sets import lists_of, skip_of
-from selfdraft.models.reference import Model, weights_hash
+from selfdraft.models.identity import weights_hash
+from selfdraft.models.reference import Model
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
 from selfdraft.tune.layer_skip.search import Scorer, Search, check_sampler, frontier
@@ -25,7 +25,7 @@ from selfdraft.tune.layer_skip.study import Scored, Study, needs_optuna
 from selfdraft.tune.layer_skip.teacher_forcing import Forced, Forcing, Text
 from selfdraft.tune.passes import Costs, costs_from, fixed, measure_costs, measure_round
 from selfdraft.tune.sublayer_times import clock_of
-from selfdraft.types import SamplingParams, Skip, within
+from selfdraft.types import JsonObject, SamplingParams, Skip, within
 
 THRESHOLDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Exit thresholds among which the replay chooses."""
@@ -43,7 +43,7 @@ class Subject:
     target: HFTarget
     prompts: SequenceOf[SequenceOf[int]]
     eos: frozenset[int] = frozenset()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     """The conditions: machine, dtype, threads."""
 
 
@@ -77,7 +77,7 @@ class Options:
             within("max_cost", self.max_cost, 0.0, 1.0, open_low=True)
 
     @property
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> JsonObject:
         """The settings that one study keeps; trials and confirmations may grow."""
         names = ("seed", "sampler", "max_new_tokens", "temperature", "num_speculative_tokens", "max_cost")
         return {name: getattr(self, name) for name in names}
@@ -133,7 +133,7 @@ class Tuning:
         }
         return Study.create(options.study, subject.target.layers, setup)
 
-    def _check(self, setup: Mapping[str, Any]) -> None:
+    def _check(self, setup: JsonObject) -> None:
         place = self.options.study
         if setup["fingerprint"] != weights_hash(self.subject.model):
             raise OptionError(f"study {place} is of another model or dtype: give another --study, or its own model")
@@ -150,7 +150,7 @@ class Tuning:
         """Makers of the requests that were answered by these texts."""
         return [request_of(self.subject, text, self.options.sampling) for text in texts]
 
-    def finalists(self) -> list[dict[str, Any]]:
+    def finalists(self) -> list[JsonObject]:
         """The best of the search with their deeper drafts, the fastest by replay first."""
         known = self.study.fact("finalists") or {}
         found = []
@@ -163,7 +163,7 @@ class Tuning:
         by = "agreement" if self.options.max_cost is not None else "predicted"
         return sorted(found, key=lambda record: -record[by])
 
-    def _look_deeper(self, one: Scored) -> dict[str, Any]:
+    def _look_deeper(self, one: Scored) -> JsonObject:
         most = self.options.num_speculative_tokens
         forced = self.forcing.draft(one.skip, most)
         draft = self.costs.draft(one.skip)
@@ -184,7 +184,7 @@ class Tuning:
             "predicted_acceptance": run.acceptance,
         }
 
-    def confirmed(self, records: SequenceOf[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def confirmed(self, records: SequenceOf[JsonObject]) -> Iterator[JsonObject]:
         """The records with what was measured: decoding with each in alternation with plain decoding."""
         measured = self.study.fact("measured") or {}
         for record in records:
@@ -195,7 +195,7 @@ class Tuning:
                 self.study.note("measured", measured)
             yield {**record, **measured[key]}
 
-    def record(self, best: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, best: JsonObject) -> JsonObject:
         """The set with everything that its figures depend on."""
         setup = self.study.setup
         return {
@@ -208,7 +208,7 @@ class Tuning:
             "costs": setup["costs"],
         }
 
-    def evidence(self, least_agreement: float = 0.85, most_cost: float = 0.65) -> dict[str, Any]:
+    def evidence(self, least_agreement: float = 0.85, most_cost: float = 0.65) -> JsonObject:
         """Every single sublayer, every pair, the best of the sets, and whether any reaches both figures."""
         stages = {"single": list[Scored](), "pair": list[Scored]()}
         for one in self.study.scored:
@@ -233,7 +233,7 @@ class Tuning:
         }
 
 
-def _row(one: Scored) -> dict[str, Any]:
+def _row(one: Scored) -> JsonObject:
     return {**lists_of(one.skip), "agreement": round(one.agreement, 4), "c": round(one.c, 4)}
 
 
@@ -308,7 +308,7 @@ def confirm(
     drafts: int,
     threshold: float,
     options: Options,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Time the parts of a set's rounds, then whole decoding of the very texts that its speed was predicted on."""
     round_ = measure_round(subject.target, longest_of(texts), costs, skip, [drafts])
     speed, acceptance = measured_speed(
@@ -339,7 +339,7 @@ class Check:
         """Of the prediction, relative to what was measured."""
         return self.predicted / self.measured - 1
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return {**asdict(self), "error": self.error}
 
 
