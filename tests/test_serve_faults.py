@@ -216,7 +216,7 @@ class Process:
     """`selfdraft serve` on the pocket model."""
 
     def __init__(self, *options: str, folder: Path) -> None:
-        self.log = (folder / "log").open("w+b")
+        self.log = (folder / "log").open("wb")
         command = [sys.executable, "-m", "selfdraft", "serve", "--model", "pocket", "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=self.log, env={**os.environ, "COLUMNS": "200"})
         wait_until(lambda: b"/v1 with" in self.text or self.process.poll() is not None)
@@ -234,6 +234,7 @@ class Process:
             return False
 
     def end(self) -> int:
+        self.log.close()
         return self.process.wait()
 
 
@@ -287,10 +288,11 @@ def test_kill_and_start_again(tmp_path: Path) -> None:
     for _ in range(2):
         server = Process(folder=tmp_path)
         with CLIENT.stream("POST", server.url + CHAT, json=body_of("Hi", 500, stream=True)) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             server.process.kill()
             with pytest.raises(httpx.TransportError):
-                list(response.iter_lines())
+                list(lines)
         assert server.end() == -signal.SIGKILL
 
 

@@ -31,23 +31,23 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain is not None:
-            super().handle_exit(sig, frame)
+            self.should_exit = self.force_exit = True
             return
         self.server.worker.draining = True
         _log.info(
             "ending: %d requests have %.0f seconds", self.server.worker.busy, self.server.settings.shutdown_timeout
         )
         loop = asyncio.get_running_loop()
-        self._drain = loop.create_task(self._end(sig, frame))
+        self._drain = loop.create_task(self._end())
 
-    async def _end(self, sig: int, frame: FrameType | None) -> None:
+    async def _end(self) -> None:
         worker, left = self.server.worker, self.server.settings.shutdown_timeout
         while worker.busy and left > 0 and not self.should_exit:
             await asyncio.sleep(POLL)
             left -= POLL
         await asyncio.to_thread(worker.stop)
         await asyncio.sleep(POLL)  # the last events of those that were aborted
-        super().handle_exit(sig, frame)
+        self.should_exit = True  # and not uvicorn's own way, which raises the signal again: this is a clean end
 
     async def watch(self) -> None:
         """End the process when the engine was given up: nothing else would mend it."""

@@ -101,7 +101,7 @@ class Keys:
         """The name of the caller with this key; None for a wrong one. Takes the same time for each wrong key."""
         if not self.digests:
             return "anybody"
-        digest = hashlib.sha256((given or "").encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256((given or "").encode("utf-8", "surrogatepass")).digest()
         found = False
         for known in self.digests:
             found |= hmac.compare_digest(digest, known)
