@@ -15,6 +15,7 @@ from selfdraft import LLM
 from selfdraft.serve.app import Server
 from selfdraft.serve.run import bind, config_of
 from selfdraft.serve.settings import Settings
+from selfdraft.serve.tracing import Tracer
 from tests.clocks import Ticking
 
 
@@ -43,9 +44,9 @@ class Served:
 
 
 @contextmanager
-def serving(llm: LLM, settings: Settings | None = None) -> Iterator[Served]:
+def serving(llm: LLM, settings: Settings | None = None, tracer: Tracer | None = None) -> Iterator[Served]:
     """A server in a thread of its own; at the end it must be quiet."""
-    server = Server(llm, settings or Settings(model_name="pocket", details=True))
+    server = Server(llm, settings or Settings(model_name="pocket", details=True), tracer)
     sock = bind("127.0.0.1", 0)
     running = uvicorn.Server(config_of(server))
     thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[sock])), daemon=True)

@@ -31,6 +31,7 @@ from selfdraft.serve.requests import (
 )
 from selfdraft.serve.service import Job, Service
 from selfdraft.serve.settings import Keys, Settings
+from selfdraft.serve.tracing import Tracer, describe, tracer_from_environment
 from selfdraft.serve.worker import EngineWorker
 
 PAGE = Path(__file__).parent / "page"
@@ -63,9 +64,10 @@ def body_of(model: type[Strict]) -> dict[str, object]:
 class Server:
     """The application around one LLM. `worker` runs its engine; `app` is the ASGI application."""
 
-    def __init__(self, llm: LLM, settings: Settings, metrics: Metrics | None = None) -> None:
+    def __init__(self, llm: LLM, settings: Settings, tracer: Tracer | None = None) -> None:
         self.llm, self.settings = llm, settings
-        self.metrics = metrics or Metrics(vllm=settings.vllm_metrics)
+        self.tracer = tracer or tracer_from_environment()
+        self.metrics = Metrics(vllm=settings.vllm_metrics)
         self.service = Service(llm, settings)
         self.worker = EngineWorker(llm.engine, self.metrics, max_queue=settings.max_queue, kv_tokens=settings.kv_tokens)
         self.started = int(time.time())
@@ -129,6 +131,7 @@ class Server:
         try:
             job = await run_in_threadpool(make)
             call = AwaitedCall(self.worker, job.call)
+            self._trace(job, request)
             call.submit()
         except Exception as error:
             raise ApiError.of(error) from error
@@ -142,6 +145,21 @@ class Server:
         except Exception as error:
             raise ApiError.of(error) from error
         return JSONResponse(document)
+
+    def _trace(self, job: Job, request: Request) -> None:
+        """A span from now to the end of the call."""
+        if self.tracer is None:
+            return
+        span, notify = self.tracer.start_span("generate"), job.call.notify
+
+        def notified() -> None:
+            notify()
+            if job.call.done:
+                for key, value in describe(job, request.state.request_id).items():
+                    span.set_attribute(key, value)
+                span.end()
+
+        job.call.notify = notified
 
     async def _events(self, call: AwaitedCall, writer: Writer) -> AsyncIterator[bytes]:
         """The events of a stream; an error in its midst is an event, and the last one."""
