@@ -27,10 +27,12 @@ function headers() {
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-// Without credentials: the browser's own window for passwords must not come before the page's.
+// Where the page itself wants a key, the browser has asked for it as a password and sends it along. A key that was
+// given to the page goes instead of it.
 async function ask(path, options) {
+  const credentials = loadKey() ? "omit" : "same-origin";
   try {
-    return await fetch(path, { ...options, headers: headers(), credentials: "omit" });
+    return await fetch(path, { ...options, headers: headers(), credentials });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Failure("gone", "The server cannot be reached. Is it still running?");

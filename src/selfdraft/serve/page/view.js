@@ -63,7 +63,7 @@ export class TurnView {
     if (answer.running) return "";
     if (!answer.text && answer.state !== "done") return "There is no answer.";
     const parts = [ENDS[answer.state], answer.size ? count(answer.size, "token") : ""];
-    if (answer.finish === "length") parts.push("ended at the most tokens that the settings allow");
+    if (answer.finish === "length") parts.push("ended at the maximum of tokens");
     if (answer.state === "done" && !answer.text) parts.unshift("The model said nothing.");
     if (!answer.whole) parts.push("without colours: a stop text cut through a token");
     return parts.filter(Boolean).join(" · ");
