@@ -28,7 +28,7 @@ export const count = (number, one, many = `${one}s`) => `${number} ${number === 
 
 // Spaces and line ends as signs, for places where one token stands alone.
 export function visible(text) {
-  return text.replace(/^ /, "·").replaceAll("\n", "↵").replaceAll("\t", "⇥");
+  return text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 }
 
 // Runs `work` at most once in `wait` milliseconds, and always once more after the last call.

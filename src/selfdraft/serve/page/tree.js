@@ -5,9 +5,10 @@ import { classOf, titleOf } from "./sources.js";
 
 const ROW = 50;
 const HEIGHT = 24;
-const GAP = 26;
+const GAP = 20;
 const LETTER = 7.3;
 const LONGEST = 14;
+const SMALLEST = 0.7; // a wide tree shrinks so far to fit, and then scrolls
 
 function shortened(text) {
   const shown = visible(text) || "∅";
@@ -114,12 +115,11 @@ export function drawTree(tree, before, label, pace) {
   const edges = nodes.slice(1).map(edge);
   // edges of the path over the others
   edges.sort((one, other) => one.classList.contains("accepted") - other.classList.contains("accepted"));
-  return makeSvg(
-    "svg",
-    { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label, class: pace },
-    ...edges,
-    ...nodes.map(box),
-  );
+  const view = { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, class: pace };
+  const drawing = makeSvg("svg", view, ...edges, ...nodes.map(box));
+  drawing.style.setProperty("max-width", `${width}px`);
+  drawing.style.setProperty("min-width", `${width * SMALLEST}px`);
+  return drawing;
 }
 
 // Tokens of each step as bars: what was accepted, and the bonus token on top of it.
