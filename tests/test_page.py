@@ -458,6 +458,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab_only(page: Page) -> None:
     expect(page.locator("#key-why")).to_contain_text("does not take this key")
     page.fill("#key-value", KEY)
     page.keyboard.press("Enter")
+    expect(answer_of(page)).not_to_be_empty()
     assert finish(page)
     assert KEY not in page.evaluate("() => JSON.stringify(localStorage)")
     assert KEY in page.evaluate("() => JSON.stringify(sessionStorage)")
