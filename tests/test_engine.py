@@ -118,7 +118,7 @@ def test_admit_first_come_first_served(waiting: int, free: list[int]) -> None:
     queue = deque(request([i + 1]) for i in range(waiting))
     before, slots, room = list(queue), set(free), Slots(0, 4)
     room.free = free
-    admitted = scheduler.admit(queue, room, {})
+    admitted = [sequence for sequence, _ in scheduler.admit(queue, room, {})]
     assert admitted == before[: len(slots)]
     assert [*admitted, *queue] == before
     taken = {sequence.slot for sequence in admitted}

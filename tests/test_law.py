@@ -197,6 +197,9 @@ class TableTarget:
         assert rows.positions[list(rows.logit_rows)].tolist() == [len(path) - 1 for path in paths]
         return torch.stack([self.table(path) for path in paths])
 
+    def reuse(self, slot: int, source: int, count: int) -> None:
+        raise AssertionError("each sequence has its own slot")
+
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         self.memory = self.memory[:base] + [self.rows[row] for row in order]
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from selfdraft import LLM, SamplingParams
+from selfdraft.core.kv_cache import KVCache
+from selfdraft.core.rows import Rows, Span
 from selfdraft.core.sequence import Sequence, open_sequence
+from selfdraft.core.tree import EMPTY
 from selfdraft.drafters import NAMES, build
 from selfdraft.engine import scheduler
 from selfdraft.engine.engine import Engine
-from selfdraft.engine.slots import LEAST, Held, Reuse, Slots
+from selfdraft.engine.slots import LEAST, Held, Reuse, Slots, Taken
 from selfdraft.errors import MissingMasks
 from selfdraft.testing import FakeTarget
 from selfdraft.types import SamplingParams as Sampling
@@ -21,60 +25,71 @@ CHUNK = 4
 
 def held(slots: Slots, tokens: range, owner: str = "a", prompt: int = 0) -> int:
     """A slot that a request of these tokens has left."""
-    slot, _ = slots.take([*tokens], None)
-    slots.give(slot, Held((*tokens,), prompt or len(tokens), owner))
-    return slot
+    taken = slots.take([*tokens], None)
+    slots.give(taken.slot, Held([*tokens], prompt or len(tokens), owner, taken.slot))
+    return taken.slot
 
 
-def test_the_slot_with_the_longest_common_beginning_is_taken() -> None:
+def test_a_request_that_goes_on_takes_its_slot() -> None:
     slots = Slots(4, CHUNK, "all")
-    first, second = slots.take([1], None)[0], slots.take([1], None)[0]
-    slots.give(first, Held((*range(20),), 20, "a"))
-    slots.give(second, Held((*range(30),), 30, "a"))
-    assert slots.take([*range(25), 99, 98], "a") == (second, 25)
-    assert slots.take([*range(25), 99, 98], "a") == (first, 20)
-    assert slots.take([*range(25)], "a")[1] == 0
+    short = slots.take([1], None).slot
+    long = slots.take([1], None).slot
+    slots.give(short, Held([*range(20)], 20, "a", short))
+    slots.give(long, Held([*range(30)], 30, "a", long))
+    assert slots.take([*range(25), 99, 98], "a") == Taken(long, long, 25)
+    assert slots.take([*range(25), 99, 98], "a") == Taken(short, short, 20)
+    assert slots.take([*range(25)], "a").count == 0
+
+
+def test_of_another_conversation_the_common_beginning_is_copied() -> None:
+    """All chats begin with the same system message: that must not cost one of them its slot."""
+    slots = Slots(3, CHUNK, "all")
+    used = held(slots, range(100))
+    taken = slots.take([*range(30), 555, 556], "a")
+    assert (taken.source, taken.count) == (used, 30)
+    assert taken.slot != used
+    assert used in slots.held
+
+
+def test_what_a_running_request_has_prefilled_is_copied() -> None:
+    slots = Slots(2, CHUNK, "all")
+    first = slots.take([*range(50)], "a").slot
+    taken = slots.take([*range(50)], "a", [Held([*range(40)], 50, "a", first)])
+    assert taken == Taken(1 - first, first, 40)
 
 
 def test_at_least_one_token_is_left_to_run() -> None:
     slots = Slots(1, CHUNK, "all")
     held(slots, range(20))
-    assert slots.take([*range(20)], "a") == (0, 19)
+    assert slots.take([*range(20)], "a").count == 19
 
 
 def test_another_owner_and_none_reuse_nothing() -> None:
     for owner in ("b", None):
         slots = Slots(1, CHUNK, "all")
         held(slots, range(20))
-        assert slots.take([*range(20)], owner) == (0, 0)
-
-
-def test_what_was_taken_once_is_not_given_twice() -> None:
-    slots = Slots(2, CHUNK, "all")
-    held(slots, range(20))
-    assert slots.take([*range(20)], "a")[1] == 19
-    assert slots.take([*range(20)], "a")[1] == 0
+        assert slots.take([*range(20)], owner, [Held([*range(20)], 20, "a", 7)]).count == 0
 
 
 def test_chunks_of_an_earlier_prompt_alone_where_rows_depend_on_their_pass() -> None:
     slots = Slots(1, CHUNK, "chunks")
-    slot, _ = slots.take([1], None)
-    slots.give(slot, Held((*range(30),), 15, "a"))
-    assert slots.take([*range(40)], "a") == (slot, 12)
+    slot = slots.take([1], None).slot
+    slots.give(slot, Held([*range(30)], 23, "a", slot))
+    assert slots.take([*range(40)], "a").count == 20
 
 
-def test_a_short_common_beginning_does_not_choose_a_slot() -> None:
+def test_a_short_common_beginning_is_not_worth_it() -> None:
     slots = Slots(2, CHUNK, "all")
     used = held(slots, range(LEAST - 1))
-    assert slots.take([*range(LEAST - 1), 99], "a") == (1 - used, 0)
+    assert slots.take([*range(LEAST - 1), 99], "a") == Taken(1 - used, 1 - used, 0)
 
 
 def test_without_owners_the_slot_that_was_used_last_is_taken_again() -> None:
     slots = Slots(3, CHUNK)
-    slot, _ = slots.take([1], None)
+    slot = slots.take([1], None).slot
     for _ in range(4):
         slots.give(slot, None)
-        assert slots.take([1], None)[0] == slot
+        assert slots.take([1], None).slot == slot
 
 
 def test_the_slot_that_was_left_longest_ago_is_given_up_first() -> None:
@@ -82,7 +97,7 @@ def test_the_slot_that_was_left_longest_ago_is_given_up_first() -> None:
     first = held(slots, range(20))
     second = held(slots, range(100, 120))
     assert {first, second} == {0, 1}
-    assert slots.take([*range(50, 70)], "a") == (first, 0)
+    assert slots.take([*range(50, 70)], "a").slot == first
 
 
 def test_forget() -> None:
@@ -199,3 +214,28 @@ def test_steps_of_several_drafters_take_turns() -> None:
     assert all(len(kinds) == 1 for kinds in seen), "a step has one drafter"
     assert seen[:4] in ([{0}, {1}, {0}, {1}], [{1}, {0}, {1}, {0}])
     assert scheduler.next_group(requests, dict.fromkeys(requests, one), other) == requests
+
+
+def test_a_copy_over_a_slot_that_a_broken_request_left_has_no_nan() -> None:
+    cache = KVCache(2, 64)
+    rows = torch.ones(1, 20, 4)
+    cache.write(0, 0, 0, rows, rows)
+    cache.write(0, 1, 0, torch.full((1, 30, 4), float("nan")), torch.full((1, 30, 4), float("nan")))
+    cache.copy(1, 0, 12)
+    for tensor in (cache.keys[0], cache.values[0]):
+        assert torch.equal(tensor[1, :, :12], torch.ones(1, 12, 4))
+        assert not tensor[1, :, 12:].any()
+
+
+def test_what_an_earlier_request_drafted_in_a_slot_is_no_state_of_the_next_one() -> None:
+    """Hidden states that a layer-skip draft left, by a step that failed, at the place where the next request begins."""
+    llm = LLM("pocket", drafter="layer_skip", dtype="float32", max_num_seqs=2, enable_prefix_caching=True)
+    target = llm.target
+    target._early.note(rows_of(0, 20, 5), torch.zeros(1, int(target.config.hidden_size)), 2)
+    assert target._early.trails
+    target.reuse(0, 0, 20)
+    assert not target._early.trails
+
+
+def rows_of(slot: int, base: int, token: int) -> Rows:
+    return Rows(torch.tensor([token]), torch.tensor([base]), (Span(slot, base, 0, 1, EMPTY, 1),), (0,))

@@ -96,6 +96,9 @@ class Target(Protocol):
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         """Of the last forward's rows of this slot, cache these (in order) behind the first `base` tokens."""
 
+    def reuse(self, slot: int, source: int, count: int) -> None:
+        """A new sequence of `slot` begins with the first `count` tokens that `source`, often the same, has cached."""
+
     def next_boundary(self, position: int) -> int:
         """First position behind `position` where the shape of attention changes; drafts end before it.
 

@@ -130,6 +130,11 @@ class FakeTarget:
             assert cells[place].path == tokens[: place + 1], "a kept row saw something else than what is kept"
         self.memory[slot] = list(tokens)
 
+    def reuse(self, slot: int, source: int, count: int) -> None:
+        assert count <= len(self.cells[source]), "what is reused is not there"
+        self.cells[slot] = self.cells[source][:count]
+        self.memory[slot] = self.memory[source][:count]
+
     def _prefix(self, span: Span, cheap: bool) -> tuple[int, ...]:
         """The tokens that a span stands behind."""
         cells = self.cells[span.slot]

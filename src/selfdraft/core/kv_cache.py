@@ -115,6 +115,17 @@ class KVCache:
         """Keys and values [1, heads, length, dim] of a slot, without a copy."""
         return self.keys[layer][slot : slot + 1, :, :length], self.values[layer][slot : slot + 1, :, :length]
 
+    @torch.inference_mode()
+    def copy(self, slot: int, source: int, count: int) -> None:
+        """Make the first `count` places of `source` those of `slot`; nothing else of `slot` is left (it may be NaN)."""
+        self.claim(slot, 0, count)
+        for store in (self.keys, self.values):
+            for layer, tensor in store.items():
+                tensor[slot, :, :count] = tensor[source, :, :count]
+                tensor[slot, :, count : self._written.get((layer, slot), 0)] = 0
+        for layer in self.keys:
+            self._written[layer, slot] = count
+
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         """Move rows base + order[i] to base + i; only rows that are out of place move."""
         first = next((i for i, row in enumerate(order) if row != i), None)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 from selfdraft.engine import scheduler
-from selfdraft.engine.slots import Held, Reuse, Slots
+from selfdraft.engine.slots import Reuse, Slots
 from selfdraft.engine.step import step
 from selfdraft.errors import EngineError, PromptTooLong, RequestError
 from selfdraft.protocols import Drafter, Target
@@ -90,7 +90,10 @@ class Engine:
         or, where a stopping criterion raises, those before its own, which cannot go on: abort it. Those that are
         finished have left their slots. Errors: EngineError, with the request that it belongs to, if it is one's alone.
         """
-        self.running += scheduler.admit(self.waiting, self.slots, self._owners)
+        for sequence, taken in scheduler.admit(self.waiting, self.slots, self._owners, self.running):
+            self.running.append(sequence)
+            if taken.count:
+                self.target.reuse(taken.slot, taken.source, taken.count)
         group = scheduler.next_group(self.running, self._drafters, self._last) if self.running else []
         work = scheduler.plan(group, self.chunk, self.rows)
         if not work:
@@ -153,7 +156,4 @@ class Engine:
         for sequence in [s for s in self.running if s.finished]:
             self.running.remove(sequence)
             owner = self._owners.get(sequence)
-            held = None
-            if owner is not None:
-                held = Held(tuple(sequence.tokens[: sequence.num_cached]), sequence.prompt_length, owner)
-            self.slots.give(sequence.slot, held)
+            self.slots.give(sequence.slot, scheduler.held_by(sequence, owner) if owner is not None else None)

@@ -7,19 +7,29 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 from selfdraft.core.sequence import Sequence
-from selfdraft.engine.slots import Slots
+from selfdraft.engine.slots import Held, Slots, Taken
 from selfdraft.protocols import Drafter
 
 
-def admit(waiting: deque[Sequence], slots: Slots, owners: Mapping[Sequence, str]) -> list[Sequence]:
+def admit(
+    waiting: deque[Sequence], slots: Slots, owners: Mapping[Sequence, str], running: SequenceOf[Sequence] = ()
+) -> list[tuple[Sequence, Taken]]:
     """Give free slots to waiting sequences, first come first served. `owners`: who may reuse what a slot holds."""
-    admitted = []
+    admitted: list[tuple[Sequence, Taken]] = []
     while waiting and slots.free:
         sequence = waiting.popleft()
-        sequence.slot, sequence.num_cached = slots.take(sequence.tokens, owners.get(sequence))
-        sequence.stats.num_cached_tokens = sequence.num_cached
-        admitted.append(sequence)
+        owner = owners.get(sequence)
+        held = [held_by(one, owners[one]) for one in running if one in owners] if owner is not None else []
+        taken = slots.take(sequence.tokens, owner, held)
+        sequence.slot, sequence.num_cached = taken.slot, taken.count
+        sequence.stats.num_cached_tokens = taken.count
+        admitted.append((sequence, taken))
     return admitted
+
+
+def held_by(sequence: Sequence, owner: str) -> Held:
+    """What the slot of a sequence holds."""
+    return Held(sequence.tokens[: sequence.num_cached], sequence.prompt_length, owner, sequence.slot)
 
 
 def next_group(running: SequenceOf[Sequence], drafters: Mapping[Sequence, Drafter], last: Drafter) -> list[Sequence]:

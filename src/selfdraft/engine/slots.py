@@ -1,6 +1,6 @@
 """Slots of the KV cache: which are free, and what a free one still holds of the request that left it.
 
-A request whose prompt begins with what a slot holds takes this slot, and only the rest of its prompt is prefilled.
+A request whose prompt begins with what a slot holds takes this slot, or a copy, and only the rest is prefilled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,21 @@ LEAST = 8
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Tokens that a free slot holds, in order; the first `prompt` of them were a prompt. `owner` may reuse them."""
+    """Tokens that a slot holds, in order; the first `prompt` of them were a prompt. `owner` may reuse them."""
 
-    tokens: tuple[int, ...]
+    tokens: SequenceOf[int]
     prompt: int
     owner: str
+    slot: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A slot that a request was given: its first `count` tokens lie in the slot `source`."""
+
+    slot: int
+    source: int
+    count: int
 
 
 class Slots:
@@ -34,19 +44,30 @@ class Slots:
         self.held: dict[int, Held] = {}
         """By free slot."""
 
-    def take(self, tokens: SequenceOf[int], owner: str | None) -> tuple[int, int]:
-        """A free slot for a request, and how many of its first `tokens` the slot holds; at least one is left to run.
+    def take(self, tokens: SequenceOf[int], owner: str | None, running: SequenceOf[Held] = ()) -> Taken:
+        """A free slot for a request, and where the first of its `tokens` lie already; at least one is left to run.
 
-        `owner` None, or another owner, reuses nothing. There must be a free slot.
+        `owner` None, or another owner, reuses nothing. `running` requests are looked at, too: what they have prefilled
+        can be copied. A slot whose request goes on is taken as it is; of another one the common beginning is copied,
+        so that the beginning that all chats share does not cost one of them its slot. There must be a free slot.
         """
-        found = {slot: self._known(slot, tokens, owner) for slot in self.free}
-        best = max(self.free, key=found.__getitem__)
-        if found[best] < LEAST:
-            # the one used last first: its memory is the system's no longer
-            best = next((slot for slot in reversed(self.free) if slot not in self.held), self.free[0])
-        self.free.remove(best)
-        self.held.pop(best, None)
-        return best, found[best]
+        known = {slot: self._common(held, tokens, owner) for slot, held in self.held.items()}
+        best = max(known, key=known.__getitem__, default=-1)
+        count = known.get(best, 0)
+        if count and 2 * count >= len(self.held[best].tokens):
+            return self._taken(best, best, count)
+        others = {held.slot: self._common(held, tokens, owner) for held in running}
+        copied = max(others, key=others.__getitem__, default=-1)
+        if others.get(copied, 0) > count:
+            best, count = copied, others[copied]
+        # the one used last first: its memory is the system's no longer
+        slot = next((slot for slot in reversed(self.free) if slot not in self.held), self.free[0])
+        return self._taken(slot, best if count else slot, count)
+
+    def _taken(self, slot: int, source: int, count: int) -> Taken:
+        self.free.remove(slot)
+        self.held.pop(slot, None)
+        return Taken(slot, source, count)
 
     def give(self, slot: int, held: Held | None) -> None:
         """A slot is free again, and holds this."""
@@ -58,9 +79,9 @@ class Slots:
         """Reuse nothing of what this owner's requests left; None: of anybody's."""
         self.held = {slot: held for slot, held in self.held.items() if owner is not None and held.owner != owner}
 
-    def _known(self, slot: int, tokens: SequenceOf[int], owner: str | None) -> int:
-        held = self.held.get(slot)
-        if owner is None or held is None or held.owner != owner:
+    def _common(self, held: Held, tokens: SequenceOf[int], owner: str | None) -> int:
+        """How many first tokens of a request may be taken from there."""
+        if owner is None or held.owner != owner:
             return 0
         most = min(len(tokens) - 1, len(held.tokens))
         if self.reuse == "chunks":

@@ -52,6 +52,10 @@ class EarlyStates:
         for span in rows.spans:
             self.trails.pop(span.slot, None)
 
+    def drop(self, slot: int) -> None:
+        """Another sequence has this slot now."""
+        self.trails.pop(slot, None)
+
     def take(self, rows: Rows) -> dict[int, Tensor]:
         """Known hidden states by flat row index, for a full pass over `rows`; then all trails of its slots end.
 

@@ -157,6 +157,11 @@ class HFTarget:
         with torch.inference_mode():  # the cache was made in it and may only be written in it
             (self.runner or self.cache).keep(slot, base, order)
 
+    def reuse(self, slot: int, source: int, count: int) -> None:
+        self._early.drop(slot)
+        if source != slot:
+            self.cache.copy(slot, source, count)
+
     @torch.inference_mode()
     def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         self._make_room(rows)

@@ -72,6 +72,9 @@ class LogTarget:
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         pass
 
+    def reuse(self, slot: int, source: int, count: int) -> None:
+        """Nothing is cached, so there is nothing to copy."""
+
     def next_boundary(self, position: int) -> int:
         return (position // self._edge + 1) * self._edge
 

@@ -31,6 +31,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.wait = status, message, param, code, wait
+        self.challenge = "Bearer"
+        """How a browser or client is asked for a key, with status 401."""
 
     @classmethod
     def of(cls, error: BaseException) -> ApiError:
@@ -57,6 +59,5 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         headers = {"Retry-After": str(self.wait)} if self.wait is not None else {}
-        if self.status == 401:
-            headers["WWW-Authenticate"] = 'Basic realm="selfdraft: any name, the API key as password", charset="UTF-8"'
+        headers |= {"WWW-Authenticate": self.challenge} if self.status == 401 else {}
         return JSONResponse(self.document(), self.status, headers)

@@ -69,7 +69,8 @@ class Service:
         self.methods = tuple(dict.fromkeys([llm.drafter_name, "none", *allowed]))
         for name in self.methods[1:]:
             self._drafters[name, None] = self._built(name, {})
-        self._drafters[llm.drafter_name, None] = GrammarDrafter(llm.engine.drafter)
+        own = llm.engine.drafter
+        self._drafters[llm.drafter_name, None] = own if llm.drafter_name == "none" else GrammarDrafter(own)
 
     @property
     def drafter(self) -> Drafter:
@@ -271,8 +272,10 @@ class Service:
         return self._drafters[key]
 
     def _built(self, method: str, options: Mapping[str, object]) -> Drafter:
+        """A drafter that obeys grammars; `none` is plain decoding and drafts nothing, not even what is forced."""
         try:
-            return GrammarDrafter(build(method, self.llm.target, options))
+            found = build(method, self.llm.target, options)
+            return found if method == "none" else GrammarDrafter(found)
         except OptionError as error:
             raise ApiError(400, str(error), "speculative_config") from error
 
