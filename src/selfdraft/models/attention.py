@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
@@ -174,6 +173,8 @@ def _tree_group(span: Span, chosen: SequenceOf[int], multiple: int, device: torc
 
 def register(name: str, function: Callable[..., object]) -> None:
     """Make an attention function known to transformers under a name of our own; no name of theirs is changed."""
+    from transformers import AttentionInterface  # brings all of its modelling code
+
     AttentionInterface.register(name, function)
 
 

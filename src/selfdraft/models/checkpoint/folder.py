@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typing import TYPE_CHECKING
 
 from selfdraft.errors import LoadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Weight files that run code when they are read; never opened."""
@@ -22,6 +23,8 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def check_folder(folder: Path, trust_remote_code: bool) -> None:
     """Errors: LoadError names the file that is missing, broken or not the file itself."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     file = folder / "config.json"
     if not file.is_file():
         raise LoadError(f"{folder}: no config.json and no .gguf file; give the folder that `save_pretrained` wrote")

@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.files.atomic import cache_folder, read_record, write_record
@@ -24,6 +24,9 @@ from selfdraft.models.identity import hash_of, samples_of, whole_hash
 from selfdraft.models.machine import machine_of
 from selfdraft.models.runner import kernel_build
 from selfdraft.models.target import Exactness
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 1
 
@@ -90,14 +93,15 @@ def identity_of(
     model: PreTrainedModel, adapters: SequenceOf[MaskAdapter], options: Mapping[str, str | int | None]
 ) -> dict[str, object]:
     """Everything that a proof depends on, ready for JSON: weights, code, options, machine, versions."""
+    weight = next(p for p in model.parameters() if p.is_floating_point())
     return {
         "format": FORMAT,
         "model": whole_hash(model),
         "adapters": [hash_of(*samples_of(_named(adapter))) for adapter in adapters],
         "options": dict(options),
         "runner": "none" if options.get("runner") == "plain" else _runner(),
-        "transformers": transformers.__version__,
-        **machine_of(model),
+        "transformers": version("transformers"),
+        **machine_of(weight.dtype, weight.device),
         "code": _code(),
     }
 
