@@ -78,7 +78,14 @@ class Stock:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Stock:
-        return cls(Facts.of(model), lambda: model)
+        stock = cls(Facts.of(model), lambda: model)
+        stock._model = model
+        return stock
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._model is not None
 
     @property
     def model(self) -> PreTrainedModel:

@@ -103,11 +103,11 @@ class HFTarget:
         self.runner: Runner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
-        self._traced = traced
+        self.traced = traced
         if fast:
             self.runs = "fast"
             self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters))
-            self._traced = traced or self.runner.tape(self._view)
+            self.traced = traced or self.runner.tape(self._view)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -234,7 +234,7 @@ class HFTarget:
             logits, plan = self._run(self._view if model is None else model, rows, hidden)
             return logits, None if plan.hidden is None else plan.hidden[0]
         embeds = self._inputs(rows.tokens[None]).get("inputs_embeds") if rows.probing else None
-        traced = self._traced if model is None and embeds is None else None
+        traced = self.traced if model is None and embeds is None else None
         if traced is None:
             traced = self._tape(self.runner, model, embedded=embeds is not None, resuming=hidden is not None)
         self.last = Plan(self.cache, rows.spans, [], [*traced.calls])

@@ -39,7 +39,7 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
             )
         raise LoadError(f"{folder}: transformers does not know model type {kind!r}; check config.json or upgrade")
     check_pointer(folder / "generation_config.json")
-    for part in _weight_files(folder):
+    for part in weight_files(folder):
         check_pointer(part)
 
 
@@ -79,7 +79,7 @@ def has_weights(folder: Path) -> bool:
     return (folder / WHOLE).is_file() or (folder / INDEX).is_file()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers will read the weights from. Errors: LoadError when one is missing."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
