@@ -22,6 +22,7 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import table
 from selfdraft.errors import LoadError, RunnerUnavailable
 from selfdraft.files.arrays import read_arrays, write_arrays
+from selfdraft.files.atomic import cache_folder
 from selfdraft.models.facts import Stock
 from selfdraft.models.load import load_model
 from selfdraft.models.pocket import POCKET
@@ -54,7 +55,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of this test's own, but for the built kernels, and the folder of kept starts in it."""
     kernels = tmp_path / "cache" / "kernels"
     kernels.parent.mkdir()
-    real = Path(os.environ["XDG_CACHE_HOME"]) / "selfdraft" / "kernels"
+    real = cache_folder("kernels").resolve()
     real.mkdir(parents=True, exist_ok=True)
     kernels.symlink_to(real)
     monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "cache"))
@@ -290,6 +291,15 @@ def elsewhere(file: Path) -> None:
     write_arrays(file, facts, arrays)
 
 
+def outside(file: Path) -> None:
+    """A whole file with a pointer behind its tensor."""
+    found = read_arrays(file)
+    assert found is not None
+    facts, arrays = found
+    arrays["pointers"][3, 2] += 1 << 30
+    write_arrays(file, facts, arrays)
+
+
 ODD: dict[str, Callable[[Path], None]] = {
     "cut": cut,
     "flipped": flipped,
@@ -301,6 +311,7 @@ ODD: dict[str, Callable[[Path], None]] = {
     "proof": other("proof", lambda _: None),
     "tokenizer": other("tokenizer", lambda _: ["transformers.nowhere", "Nothing"]),
     "elsewhere": elsewhere,
+    "outside": outside,
 }
 
 

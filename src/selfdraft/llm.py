@@ -78,8 +78,8 @@ class LLM:
     `max_num_batched_tokens`: about how many rows one pass may have.
     `enable_prefix_caching`: a prompt that begins as an earlier request did (the next turn of a chat) prefills only what
     is new. The text stays the same. Slots that were used keep their memory.
-    `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
-    proves it again and keeps nothing. A loaded transformers model is proved each time.
+    `cache`: what was proved and traced of a model at load is kept in the user's cache folder, and the next start is
+    quick; False does it again and keeps nothing. A loaded transformers model is proved each time.
     `generation_config`: what a request without SamplingParams means. 'none' is greedy, as this library promises; 'auto'
     takes temperature, top_k, top_p, min_p and repetition_penalty of the checkpoint, as vLLM does; a folder, those of
     its generation_config.json. `default_sampling_params()` says them.

@@ -44,13 +44,13 @@ class KeptStart:
 
 
 class StartFile:
-    """The file of one checkpoint folder and one set of options."""
+    """The file of one checkpoint folder, one set of options and one number of threads."""
 
     def __init__(self, folder: Path, options: Mapping[str, str | int | None], root: Path | None = None) -> None:
         self.name = str(folder)
         """The folder as it was given, by which a tokenizer is called."""
         self.folder, self.options = folder.resolve(), dict(options)
-        key = json.dumps([FORMAT, str(self.folder), self.options], sort_keys=True)
+        key = json.dumps([FORMAT, str(self.folder), self.options, torch.get_num_threads()], sort_keys=True)
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         self.place = (root or cache_folder("starts")) / f"{name}.start"
 

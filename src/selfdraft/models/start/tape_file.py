@@ -77,10 +77,13 @@ def unpacked(file: TapeFile, mapped: MappedWeights) -> Traced:
         raise ValueError("the tape is of another layout")
     constants = _aligned(arrays["constants"])
     places = [mapped.tensor(place) for place in named_places(file).values()]
-    bases = np.array([*(place.data_ptr() for place in places), constants.data_ptr()], np.int64)
+    held = [*places, constants]  # CONSTANT is the last one
+    bases = np.array([tensor.data_ptr() for tensor in held], np.int64)
     at, source, offset = arrays["pointers"].T
-    instrs.view(np.int64).reshape(-1)[at] = bases[source] + offset  # CONSTANT is the last one
-    tape = Tape(steps, instrs, facts["arena"], facts["scratch"], (constants, *places))
+    if (offset < 0).any() or (offset >= np.array([tensor.nbytes for tensor in held])[source]).any():
+        raise ValueError("a pointer of the tape leaves its tensor")
+    instrs.view(np.int64).reshape(-1)[at] = bases[source] + offset
+    tape = Tape(steps, instrs, facts["arena"], facts["scratch"], tuple(held))
     heads = {layer: (keyed, wide, deep) for layer, keyed, wide, deep in facts["heads"]}
     calls = tuple((layer, window) for layer, window in facts["calls"])
     return Traced(tape, calls, heads, facts["vocab"], facts["notes"])
