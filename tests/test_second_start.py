@@ -170,7 +170,7 @@ def test_families(tmp_path: Path, name: str, dtype: str) -> None:
     except RunnerUnavailable as error:
         pytest.skip(str(error))
     assert target.traced is not None
-    kept = tape_file.packed(target.traced, model, tmp_path)
+    kept = tape_file.packed(target.traced, model, MappedWeights(tmp_path))
     again = HFTarget(Stock.of(model), slots=2, fast=True, traced=tape_file.unpacked(kept, MappedWeights(tmp_path)))
     assert same_bits(logits_of(target), logits_of(again))
 

@@ -206,12 +206,13 @@ def keep(file: StartFile, identity: Mapping[str, Any], opened: Opened) -> bool:
     if target.traced is None or target.runs != "fast" or target.max_length < TRIED:
         return False
     try:
-        tape = packed(target.traced, stock.model, file.folder)
+        mapped = MappedWeights(file.folder)
+        tape = packed(target.traced, stock.model, mapped)
         proof = Record.of(target.exactness, target.shapes, target.runs)
         hashes = tuple(hashes_of(target.adapters))
         kind = None if opened.tokenizer is None else _kind(opened.tokenizer, file.name)
         start = KeptStart(target.facts, stock.frame, proof, hashes, kind, tape)
-        again = unpacked(tape, MappedWeights(file.folder))
+        again = unpacked(tape, mapped)
         if not agrees(*(_trial(HFTarget(stock, fast=True, traced=one)) for one in (target.traced, again))):
             raise NotKept("its pass over mapped weights has other bits")
         if files_of(file.folder) != identity["files"]:

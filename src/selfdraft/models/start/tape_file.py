@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,12 +40,12 @@ class TapeFile:
     arrays: Mapping[str, Numbers]
 
 
-def packed(traced: Traced, model: PreTrainedModel, folder: Path) -> TapeFile:
-    """The traced pass of a model that was loaded from this folder. Errors: NotKept."""
+def packed(traced: Traced, model: PreTrainedModel, mapped: MappedWeights) -> TapeFile:
+    """The traced pass of a model that was loaded from the folder of these weights. Errors: NotKept."""
     tape = traced.tape
     held = _held(tape.kept)
     pointers = [*_pointers(tape, held)]
-    sources = _Sources(model, folder)
+    sources = _Sources(model, mapped)
     rows = [(at, *sources.of(held[address])) for at, address in pointers]
     facts = {
         "arena": tape.arena,
@@ -137,10 +136,10 @@ def _word_of(layout: np.dtype[np.void], field: str) -> int:
 class _Sources:
     """Where the tensors of a tape come from: weights that lie in the files as they are, and constants."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, mapped: MappedWeights) -> None:
         self.weights: dict[str, weights.Place] = {}
         self.constants = bytearray()
-        self._mapped, self._places = MappedWeights(folder), weights.places_in(folder)
+        self._mapped, self._places = mapped, weights.places_in(mapped.folder)
         self._prefix = f"{model.base_model_prefix}."
         self._named = [(name, one) for name, one in model.named_parameters() if one.numel() and one.is_contiguous()]
         self._offsets: dict[tuple[int, int], int] = {}
