@@ -8,21 +8,22 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from selfdraft.files.atomic import whole_file
+from selfdraft.types import JsonObject
 
 FACTS = "facts"
 """The name of the array that holds the facts, as bytes of JSON."""
 SEAL = 16
 """Bytes of the hash that the file begins with."""
 
-Arrays = Mapping[str, np.ndarray[Any, Any]]
+Numbers: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 
-def write_arrays(place: Path, facts: Mapping[str, object], arrays: Arrays) -> None:
+def write_arrays(place: Path, facts: Mapping[str, object], arrays: Mapping[str, Numbers]) -> None:
     """Keep arrays, and facts that are ready for JSON. Errors: OSError; TypeError and ValueError for other facts."""
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     packed = io.BytesIO()
@@ -33,7 +34,7 @@ def write_arrays(place: Path, facts: Mapping[str, object], arrays: Arrays) -> No
         part.write_bytes(_seal(body) + body)
 
 
-def read_arrays(place: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]] | None:
+def read_arrays(place: Path) -> tuple[JsonObject, dict[str, Numbers]] | None:
     """(facts, arrays) as they were written; None when there is no such file, or a byte of it has changed."""
     try:
         held = place.read_bytes()

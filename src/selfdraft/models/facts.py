@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -58,7 +58,7 @@ class Facts:
         return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
     @classmethod
-    def of_dict(cls, given: Mapping[str, Any]) -> Facts:
+    def of_dict(cls, given: JsonObject) -> Facts:
         """Errors: TypeError, AttributeError or RuntimeError for what `as_dict` did not make."""
         dtype, device = getattr(torch, given["dtype"]), torch.device(given["device"])
         return cls(**{**given, "dtype": dtype, "device": device})

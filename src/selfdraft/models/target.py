@@ -94,11 +94,8 @@ class HFTarget:
         self._device = self.facts.device
         tables = [adapter.embeddings.to(self._device) for adapter in self.adapters]
         self._masks = torch.cat(tables) if tables else None
-        self._links = {
-            adapter.method: tuple(part.to(self._device) for part in adapter.link)
-            for adapter in self.adapters
-            if adapter.link is not None
-        }
+        linking = {one.method: one.link for one in self.adapters if one.link is not None}
+        self._links = {name: tuple(part.to(self._device) for part in link) for name, link in linking.items()}
         self.cache = KVCache(slots, shapes.round_length(256))
         self.runner: Runner | None = None
         self.runs = "plain"

@@ -12,7 +12,6 @@ import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from selfdraft.models.checkpoint.folder import INDEX, WHOLE
 from selfdraft.models.facts import Facts
 from selfdraft.models.proof.kept import Record, surroundings
 from selfdraft.models.start.tape_file import TapeFile
+from selfdraft.types import JsonObject
 
 FORMAT = 1
 ADAPTER = "adapter_config.json"
@@ -54,12 +54,12 @@ class StartFile:
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         self.place = (root or cache_folder("starts")) / f"{name}.start"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """Everything that a kept start depends on. Errors: OSError."""
         around = surroundings(None, torch.device("cpu"), self.options)
         return {"format": FORMAT, "folder": str(self.folder), "files": files_of(self.folder), **around}
 
-    def read(self, identity: Mapping[str, Any]) -> KeptStart | None:
+    def read(self, identity: JsonObject) -> KeptStart | None:
         """What was kept for this identity; None when there is nothing.
 
         Errors: OSError, TypeError, ValueError, LookupError or AttributeError where a sealed file holds something else.
@@ -79,7 +79,7 @@ class StartFile:
             TapeFile(told["tape"], arrays),
         )
 
-    def write(self, identity: Mapping[str, Any], start: KeptStart) -> None:
+    def write(self, identity: JsonObject, start: KeptStart) -> None:
         """Keep a start for this identity.
 
         Errors: OSError; TypeError and ValueError for facts that JSON does not hold.

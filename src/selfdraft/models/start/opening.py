@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
 from selfdraft.models.start.tape_file import NotKept, agrees, named_places, packed, unpacked
 from selfdraft.models.start.weights import MappedWeights, Place
 from selfdraft.models.target import HFTarget
-from selfdraft.types import Clock, SamplingParams
+from selfdraft.types import Clock, JsonObject, SamplingParams
 
 if TYPE_CHECKING:
     from selfdraft.models.reference import Model, Tokenizer
@@ -90,7 +90,7 @@ def open_model(model: str | Path | Model, wanted: Wanted, *, cache: bool) -> Ope
     return opened
 
 
-def _start_file(folder: Path, wanted: Wanted) -> tuple[StartFile | None, dict[str, Any]]:
+def _start_file(folder: Path, wanted: Wanted) -> tuple[StartFile | None, JsonObject]:
     """The file of this start and its identity now; None where none is kept."""
     plain = wanted.runner == "plain" or wanted.lora is not None or wanted.trust_remote_code
     if plain or not keepable(folder):
@@ -131,7 +131,7 @@ def _adapters(wanted: Wanted, folder: Path | None) -> list[str | Path | MaskAdap
     return [*wanted.adapters, *(find_adapters(folder) if folder is not None else [])]
 
 
-def reopened(file: StartFile, identity: Mapping[str, Any], wanted: Wanted) -> Opened | None:
+def reopened(file: StartFile, identity: JsonObject, wanted: Wanted) -> Opened | None:
     """The model out of a kept start; None where there is none that holds."""
     try:
         kept = file.read(identity)
@@ -163,7 +163,7 @@ def reopened(file: StartFile, identity: Mapping[str, Any], wanted: Wanted) -> Op
 
 def _load_late(
     file: StartFile,
-    identity: Mapping[str, Any],
+    identity: JsonObject,
     dtype: torch.dtype | None,
     mapped: MappedWeights,
     places: Mapping[str, Place],
@@ -200,7 +200,7 @@ def _made(folder: str, kind: tuple[str, str]) -> Tokenizer:
     return made
 
 
-def keep(file: StartFile, identity: Mapping[str, Any], opened: Opened) -> bool:
+def keep(file: StartFile, identity: JsonObject, opened: Opened) -> bool:
     """Keep a start for the next one, tried before it is written. Returns whether it is kept."""
     target, stock = opened.target, opened.stock
     if target.traced is None or target.runs != "fast" or target.max_length < TRIED:

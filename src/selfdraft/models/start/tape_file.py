@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from selfdraft.files.arrays import Numbers
 from selfdraft.models.runner.tape import ALIGNED, ARG, INSTR, STEP, Place, Tape
 from selfdraft.models.runner.trace import Traced
 from selfdraft.models.start import weights
 from selfdraft.models.start.weights import MappedWeights
+from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Numbers = np.ndarray[Any, Any]
+Coded = np.ndarray[tuple[int], np.dtype[np.void]]
 OPERANDS = (("out", 1), ("inputs", 3))
 """The fields of an instruction that say where to read or write, and how many there are in each."""
 CONSTANT = -1
@@ -36,7 +38,7 @@ class NotKept(Exception):
 class TapeFile:
     """What is written down of a traced pass: facts for JSON, and arrays."""
 
-    facts: Mapping[str, Any]
+    facts: JsonObject
     arrays: Mapping[str, Numbers]
 
 
@@ -71,7 +73,7 @@ def packed(traced: Traced, model: PreTrainedModel, mapped: MappedWeights) -> Tap
 def unpacked(file: TapeFile, mapped: MappedWeights) -> Traced:
     """The traced pass over mapped weights. Errors: those of `MappedWeights`; TypeError, ValueError, LookupError."""
     facts, arrays = file.facts, file.arrays
-    steps, instrs = arrays["steps"], arrays["instrs"].copy()
+    steps, instrs = (cast("Coded", arrays[name].copy()) for name in ("steps", "instrs"))
     if steps.dtype != STEP or instrs.dtype != INSTR:
         raise ValueError("the tape is of another layout")
     constants = _aligned(arrays["constants"])
