@@ -27,9 +27,10 @@ from selfdraft.models import views
 from selfdraft.models.attention import Group
 from selfdraft.models.checkpoint.end_ids import eos_ids
 from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.facts import context_of
 from selfdraft.models.load import check_supported, load_model, load_tokenizer, open_target
 from selfdraft.models.proof.whole_model import prove
-from selfdraft.models.target import HFTarget, context_of
+from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams, Skip
 from tests.clocks import on_passes
 from tests.models import random_adapters, run

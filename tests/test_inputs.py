@@ -471,7 +471,9 @@ def test_defaults_of_a_folder(tmp_path: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     model().save_pretrained(path)
-    talker().tokenizer.save_pretrained(path)
+    tokenizer = talker().tokenizer
+    assert tokenizer is not None
+    tokenizer.save_pretrained(path)
     return path
 
 

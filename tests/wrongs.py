@@ -58,6 +58,7 @@ def attention_table() -> dict[str, Any]:
     """transformers' table of attention functions."""
     from transformers import AttentionInterface
 
+    attention.register(attention.NAME, attend)
     table: dict[str, Any] = AttentionInterface._global_mapping
     return table
 

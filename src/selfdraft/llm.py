@@ -32,13 +32,10 @@ from selfdraft.files.memory_file import fingerprint, load_memory, save_memory
 from selfdraft.files.skip_sets import read_skip
 from selfdraft.files.token_log import entry
 from selfdraft.methods import drafter_of
-from selfdraft.models import load
-from selfdraft.models.adapters import MaskAdapter, find_adapters, load_adapters
-from selfdraft.models.checkpoint.embedded import checkpoint
-from selfdraft.models.checkpoint.end_ids import eos_ids
-from selfdraft.models.checkpoint.lora import unwrapped
-from selfdraft.models.proof.kept import ProofStore
+from selfdraft.models.adapters import MaskAdapter
+from selfdraft.models.checkpoint.end_ids import ends_of
 from selfdraft.models.reference import Model, Tokenizer
+from selfdraft.models.start.opening import Wanted, open_model
 from selfdraft.outputs import CompletionOutput as CompletionOutput
 from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
 from selfdraft.prompts import (
@@ -81,8 +78,8 @@ class LLM:
     `max_num_batched_tokens`: about how many rows one pass may have.
     `enable_prefix_caching`: a prompt that begins as an earlier request did (the next turn of a chat) prefills only what
     is new. The text stays the same. Slots that were used keep their memory.
-    `cache`: what was proved of a model at load is kept in the user's cache folder, and the next start is quick; False
-    proves it again and keeps nothing. A loaded transformers model is proved each time.
+    `cache`: what was proved and traced of a model at load is kept in the user's cache folder, and the next start is
+    quick; False does it again and keeps nothing. A loaded transformers model is proved each time.
     `generation_config`: what a request without SamplingParams means. 'none' is greedy, as this library promises; 'auto'
     takes temperature, top_k, top_p, min_p and repetition_penalty of the checkpoint, as vLLM does; a folder, those of
     its generation_config.json. `default_sampling_params()` says them.
@@ -118,21 +115,15 @@ class LLM:
         wanted, settings = pick_dtype(dtype), read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
-        self.model, self.tokenizer, folder = _loaded(model, wanted, tokenizer, lora, trust_remote_code)
-        self.target = load.open_target(
-            self.model,
-            slots=max_num_seqs,
-            exactness=exactness,
-            context=max_model_len,
-            adapters=load_adapters([*adapters, *_adapters_beside(folder)], self.model),
-            runner=runner,
-            proofs=ProofStore() if cache and folder is not None else None,
-            clock=clock,
+        opening = Wanted(
+            wanted, tokenizer, adapters, lora, exactness, runner, max_num_seqs, max_model_len, trust_remote_code, clock
         )
+        self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
         self._take_skip_set(folder)
         self.exactness = self.target.exactness
-        self.eos = eos_ids(self.model, self.tokenizer)
-        self._defaults = generation_defaults(settings, self.model)
+        facts = self.target.facts
+        self.eos = ends_of(facts.ends, facts.vocab, self.tokenizer)
+        self._defaults = generation_defaults(facts.generation if settings is None else settings)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": max_num_batched_tokens}
         self._owner = "llm" if enable_prefix_caching else None
         self.stats = Stats()
@@ -150,6 +141,11 @@ class LLM:
         """From now on requests run with this drafter."""
         self.engine, self.drafter_name = self._engine(drafter, options), drafter
         self.shared = SharedEngine(self.engine, self._owner)
+
+    @property
+    def model(self) -> Model:
+        """The stock model; after a second start it is loaded when it is first asked for."""
+        return self._stock.model
 
     def _engine(self, drafter: str, options: Mapping[str, object]) -> Engine:
         if needs_of(find(drafter, options)).pass_cost and self.target.profile is None:
@@ -457,27 +453,6 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError(f"{what} needs a tokenizer: pass LLM(..., tokenizer=...) or give token ids")
         return self.tokenizer
-
-
-def _adapters_beside(folder: Path | None) -> list[Path]:
-    """Adapters that lie in a checkpoint's folder."""
-    return [] if folder is None else find_adapters(folder)
-
-
-def _loaded(
-    model: str | Path | Model,
-    dtype: torch.dtype | None,
-    tokenizer: Tokenizer | None,
-    lora: str | Path | None,
-    trust_remote_code: bool,
-) -> tuple[Model, Tokenizer, Path | None]:
-    """Model, tokenizer, and the folder that they came from; None for a model that was loaded already."""
-    if not isinstance(model, str | Path):
-        return unwrapped(model, lora), tokenizer, None
-    path = checkpoint(model, note=_log.warning)
-    loaded = load.load_model(path, dtype=dtype, trust_remote_code=trust_remote_code, lora=lora)
-    tokenizer = tokenizer or load.load_tokenizer(path, trust_remote_code=trust_remote_code)
-    return loaded, tokenizer, Path(path).expanduser()
 
 
 def pick_dtype(name: str) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from selfdraft.errors import OptionError, RequestError, shown
 from selfdraft.types import JsonObject, SamplingParams
 
 if TYPE_CHECKING:
-    from selfdraft.models.reference import Model, Tokenizer
+    from selfdraft.models.reference import Tokenizer
 
 DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """What is taken from a checkpoint's generation config."""
@@ -62,14 +62,11 @@ def stop_tokens(stops: Iterable[str], tokenizer: Tokenizer, known: Callable[[int
     return found
 
 
-def generation_defaults(settings: Mapping[str, object] | None, model: Model) -> SamplingParams:
-    """The params of requests that give none, out of a generation config; None is the one that came with the model.
+def generation_defaults(settings: Mapping[str, object]) -> SamplingParams:
+    """The params of requests that give none, out of the settings of a generation config.
 
     A checkpoint that samples and names no temperature means 1, as in transformers. Errors: OptionError.
     """
-    if settings is None:
-        config = getattr(model, "generation_config", None)
-        settings = {name: getattr(config, name, None) for name in (*DEFAULTS, "do_sample")}
     options: JsonObject = {name: settings.get(name) for name in DEFAULTS}
     if options["temperature"] is None and settings.get("do_sample") is True:
         options["temperature"] = 1.0

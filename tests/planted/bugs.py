@@ -802,10 +802,46 @@ BUGS = (
         "target.next_boundary(last) - last)",
         "a draft reaches into another shape of attention",
     ),
+    Bug(
+        "start-of-other-files",
+        "models/start/kept.py",
+        "about.st_mtime_ns, about.st_ctime_ns]",
+        "about.st_mtime_ns, about.st_mtime_ns]",
+        "a weight that was changed behind the times of its file is not noticed",
+    ),
+    Bug(
+        "start-of-any-identity",
+        "models/start/kept.py",
+        'found[0].get("identity") != identity',
+        'found[0].get("identity") is None',
+        "what was kept for other files, options and versions is run",
+    ),
+    Bug(
+        "start-untried",
+        "models/start/opening.py",
+        "if not agrees(",
+        "if not target and not agrees(",
+        "a tape is kept without being tried over mapped weights",
+    ),
+    Bug(
+        "start-own-weights",
+        "models/start/opening.py",
+        "model.get_parameter(name).data = mapped.tensor(place)",
+        "model.get_parameter(name).data = mapped.tensor(place).clone()",
+        "the stock model of a kept start is a second copy of the weights",
+    ),
+    Bug(
+        "start-of-other-adapters",
+        "models/start/opening.py",
+        "if tuple(hashes_of(adapters)) != kept.adapters:",
+        "if len(adapters) < len(kept.adapters):",
+        "a kept start is taken for adapters that were not there when it was proved",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
 COPYING, MERGED = "tests/test_copying.py::test_", "tests/test_merged.py::test_"
+START = "tests/test_second_start.py::test_"
 TEXT, HF = "tests/test_text.py::test_", "tests/test_hf.py::test_"
 RUNNER, SKIPPING = "tests/test_runner.py::test_", "tests/test_layer_skip.py::test_"
 QUICK = (
@@ -871,5 +907,9 @@ QUICK = (
     ORACLE + "adversaries[hidden-canonical]",
     ORACLE + "auto_whatever_rows_cost[quick-16-fast bfloat16]",
     ORACLE + "auto_whatever_rows_cost[wide-16-fast float32]",
+    START + "a_changed_weight_is_noticed",
+    START + "the_trial_of_bits_can_tell",
+    START + "the_stock_model_comes_late_over_the_same_weights",
+    START + "what_is_odd_is_passed_over_and_written_anew[adapters]",
 )
 """Seconds, not minutes; the cheapest first."""

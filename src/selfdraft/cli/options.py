@@ -310,7 +310,7 @@ def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:
     """The conditions under which an open model runs here."""
     from selfdraft.prove.doctor import machine
 
-    dtype = str(next(llm.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(llm.target.facts.dtype).removeprefix("torch.")
     return Conditions(model, lora, dtype, llm.exactness, llm.target.runs, machine())
 
 

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from selfdraft.core.rows import Rows
 from selfdraft.errors import LoadError
@@ -28,6 +28,9 @@ from selfdraft.models.exactness import out_of, width_of
 from selfdraft.models.identity import base_hash
 from selfdraft.models.runner.trace_ops import gate
 from selfdraft.types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARD = "selfdraft.json"
 CHECKPOINT = "training.pt"
@@ -121,11 +124,10 @@ def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate)
             return module
         return views.with_children(module, lambda name, child: along(child, f"{path}.{name}" if path else name))
 
-    changed = along(stock, "")
+    changed = cast("PreTrainedModel", along(stock, ""))
     if parts:
         path, ((number, _, _), *_) = next(iter(parts.items()))
         raise LoadError(f"the adapter of {adapters[number].method!r} has a layer {path!r}, the model has not")
-    assert isinstance(changed, PreTrainedModel)
     return changed
 
 
@@ -162,20 +164,37 @@ def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skip
     return found
 
 
-def load_adapter(folder: str | Path, model: PreTrainedModel) -> MaskAdapter:
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What an adapter is checked against: the name of its base model, and the sizes that it has to fit."""
+
+    base: str
+    hidden: int
+    layers: Mapping[str, tuple[int, int]]
+    """Input and output width of every linear-like layer, by its path."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Frame:
+        wide = {path: (module, out_of(module)) for path, module in model.named_modules()}
+        layers = {path: (width_of(module), out) for path, (module, out) in wide.items() if out is not None}
+        return cls(base_hash(model), int(model.config.get_text_config().hidden_size), layers)
+
+
+def load_adapter(folder: str | Path, model: PreTrainedModel | Frame) -> MaskAdapter:
     """The adapter that `selfdraft train` wrote into `folder`. Errors: LoadError says what is wrong, and the way out."""
+    frame = model if isinstance(model, Frame) else Frame.of(model)
     place = Path(folder).expanduser()
     card = _json(place, CARD)
-    _check_card(place, card, model)
+    _check_card(place, card, frame)
     tensors = _tensors(place / EMBEDDINGS)
     embeddings = tensors.get("embeddings")
-    hidden = int(model.config.get_text_config().hidden_size)
+    hidden = frame.hidden
     if embeddings is None or embeddings.ndim != 2 or embeddings.shape[1] != hidden:
         shape = None if embeddings is None else tuple(embeddings.shape)
         raise LoadError(f"{place / EMBEDDINGS}: mask embeddings of shape {shape}; the model needs [masks, {hidden}]")
     settings, advice = card.get("settings") or {}, card.get("advice", {})
     needed = settings.get("rank") and not settings.get("sar_sft")
-    layers = _layers(place, model) if needed or (place / WEIGHTS).exists() else {}
+    layers = _layers(place, frame) if needed or (place / WEIGHTS).exists() else {}
     link = None
     if "link_down" in tensors or "link_up" in tensors:
         link = _link(place / EMBEDDINGS, tensors, hidden)
@@ -189,7 +208,7 @@ def _link(path: Path, tensors: Mapping[str, Tensor], hidden: int) -> tuple[Tenso
     return down, up
 
 
-def load_adapters(places: SequenceOf[str | Path | MaskAdapter], model: PreTrainedModel) -> list[MaskAdapter]:
+def load_adapters(places: SequenceOf[str | Path | MaskAdapter], model: PreTrainedModel | Frame) -> list[MaskAdapter]:
     """Adapters out of folders, or given as they are; of several for one method the first counts. Errors: LoadError."""
     found: dict[str, MaskAdapter] = {}
     for place in places:
@@ -203,7 +222,7 @@ def find_adapters(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"selfdraft_*/{CARD}"))
 
 
-def _check_card(place: Path, card: JsonObject, model: PreTrainedModel) -> None:
+def _check_card(place: Path, card: JsonObject, frame: Frame) -> None:
     if not isinstance(card.get("method"), str) or not isinstance(card.get("model"), str):
         raise LoadError(f"{place / CARD}: 'method' and 'model' are missing; was it written by selfdraft train?")
     if card["method"] not in METHODS:
@@ -211,7 +230,7 @@ def _check_card(place: Path, card: JsonObject, model: PreTrainedModel) -> None:
     for name in ("settings", "advice"):
         if not isinstance(card.get(name, {}), dict):
             raise LoadError(f"{place / CARD}: {name!r} is not a JSON object; was it written by selfdraft train?")
-    mine = base_hash(model)
+    mine = frame.base
     if card["model"] != mine:
         raise LoadError(
             f"{place}: this adapter was trained for another model ({card['model']}, this one is {mine}); "
@@ -219,7 +238,7 @@ def _check_card(place: Path, card: JsonObject, model: PreTrainedModel) -> None:
         )
 
 
-def _layers(place: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
+def _layers(place: Path, frame: Frame) -> dict[str, tuple[Tensor, Tensor]]:
     """(down [in, rank], up [rank, out]) by module path out of PEFT's files; the scale is put into `up`."""
     config = _json(place, "adapter_config.json")
     odd = [name for name in PLAIN if config.get(name)]
@@ -230,7 +249,6 @@ def _layers(place: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tens
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise LoadError(f"{place / 'adapter_config.json'}: lora_alpha={alpha!r} and r={rank!r} are no numbers to use")
     tensors = _tensors(place / WEIGHTS)
-    modules = dict(model.named_modules())
     layers = {}
     while tensors:
         name = next(iter(tensors))
@@ -238,8 +256,8 @@ def _layers(place: Path, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tens
         down, up = (tensors.pop(f"{PREFIX}{path}.lora_{part}.weight", None) for part in "AB")
         if down is None or up is None:
             raise LoadError(f"{place / WEIGHTS}: tensor {name!r} is no half of a plain LoRA pair")
-        wide = out_of(modules[path]) if path in modules else None
-        if wide is None or (*down.shape, *up.shape) != (rank, width_of(modules[path]), wide, rank):
+        wide, out = frame.layers.get(path, (None, None))
+        if wide is None or (*down.shape, *up.shape) != (rank, wide, out, rank):
             raise LoadError(f"{place}: layer {path!r} of the adapter does not fit this model")
         layers[path] = (down.T.contiguous(), (alpha / rank * up.T).contiguous())
     return layers

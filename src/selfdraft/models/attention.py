@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
@@ -172,8 +172,11 @@ def _tree_group(span: Span, chosen: SequenceOf[int], multiple: int, device: torc
     return Group(span.slot, rows, write, rows[: len(chosen)], None, sees[None].to(device), places, queries)
 
 
+@cache
 def register(name: str, function: Callable[..., object]) -> None:
-    """Make an attention function known to transformers under a name of our own; no name of theirs is changed."""
+    """Make an attention function known to transformers, once, under a name of our own; no name of theirs is changed."""
+    from transformers import AttentionInterface  # brings all of its modelling code
+
     AttentionInterface.register(name, function)
 
 

@@ -18,10 +18,13 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLES = 256
 """Numbers of a weight that are read to tell it from another: these, evenly spread, and its first and last."""

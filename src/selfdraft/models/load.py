@@ -41,11 +41,12 @@ from selfdraft.models.checkpoint.lora import base_of, is_lora, merged
 from selfdraft.models.checkpoint.places import find_gguf, place
 from selfdraft.models.checkpoint.weights import check_weights
 from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
+from selfdraft.models.facts import GROWING, context_of, ropes_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
 from selfdraft.models.proof.kept import ProofStore, Record, identity_of
 from selfdraft.models.proof.shapes import probe_fast, probe_shapes
 from selfdraft.models.proof.whole_model import prove
-from selfdraft.models.target import GROWING, Exactness, HFTarget, context_of, ropes_of
+from selfdraft.models.target import Exactness, HFTarget
 from selfdraft.types import Clock
 
 

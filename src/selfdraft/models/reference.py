@@ -6,20 +6,23 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
-Model: TypeAlias = PreTrainedModel
-Tokenizer: TypeAlias = PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Model: TypeAlias = "PreTrainedModel"
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+"""For annotations only: importing this module brings no modelling code of transformers."""
 
 
 def quiet() -> None:
     """No progress bars and notices of the libraries, for programs whose output is the text."""
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
@@ -39,6 +42,8 @@ def greedy(model: Model, prompt: SequenceOf[int], most: int, ends: frozenset[int
 @contextmanager
 def _own_settings(model: Model) -> Iterator[GenerationConfig]:
     """Fresh settings of greedy decoding. The checkpoint's, a repetition penalty or beams, are put away meanwhile."""
+    from transformers import GenerationConfig
+
     own = model.generation_config
     model.generation_config = GenerationConfig()  # what stands here counts where a call says None
     try:
@@ -82,6 +87,8 @@ def decode(
 
 def folder_of(name: str | Path) -> Path:
     """The folder of a checkpoint that was loaded by this name: itself, or the hub's copy on this machine."""
+    from transformers.utils import cached_file
+
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else Path(str(cached_file(str(name), "config.json"))).parent
 

@@ -11,16 +11,19 @@ for every half line; bits 4q to 4q + 3 of 16-bit lane j are the code of weight 3
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from selfdraft.models import views
 from selfdraft.models.adapters import Gate
 from selfdraft.models.runner.trace_ops import product
 from selfdraft.types import Clock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LINE = 128
 GROUPS = {8: LINE, 4: LINE // 2}
@@ -162,8 +165,7 @@ def rounding(stock: PreTrainedModel, bits: int, gate: Gate, clock: Clock) -> tup
             return module
         return views.with_children(module, lambda _, child: along(child))
 
-    changed = along(stock)
-    assert isinstance(changed, PreTrainedModel)
+    changed = cast("PreTrainedModel", along(stock))
     size = sum(layer.bytes for layer in made.values())
     return changed, Copy(clock() - began, size, len(made), len(kept))
 

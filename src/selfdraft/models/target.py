@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows
@@ -20,15 +19,18 @@ from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.models import views
 from selfdraft.models.adapters import Gate, MaskAdapter, gate_rows, gated, linked
-from selfdraft.models.attention import NAME, Plan, attend, make_plan, register
+from selfdraft.models.attention import Plan, make_plan
 from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.facts import Facts, Stock
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.runner import Runner
+from selfdraft.models.runner.trace import Traced
 from selfdraft.protocols import DraftExtras, MaskTokens
 from selfdraft.types import Clock, JsonObject, PassVariant, Rounded, Skip
 
-register(NAME, attend)
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +51,14 @@ class HFTarget:
     `model` is used through a view and never touched. `shapes` sets the exactness level (`exactness.py`).
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
-    `fast` runs passes as tapes (`runner/`) instead of through transformers. `clock` is what drafters and measurements
-    read, in seconds.
+    `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass,
+    where it is known already. `clock` is what drafters and measurements read, in seconds.
     Errors: RunnerUnavailable when that cannot be done.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Stock,
         *,
         slots: int = 1,
         context: int | None = None,
@@ -64,10 +66,11 @@ class HFTarget:
         adapters: SequenceOf[MaskAdapter] = (),
         exactness: Exactness = UNPROBED,
         fast: bool = False,
+        traced: Traced | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self.config = model.config.get_text_config()
-        self.vocab = int(self.config.vocab_size)
+        self.facts = model.facts if isinstance(model, Stock) else Facts.of(model)
+        self.vocab = self.facts.vocab
         self.shapes = shapes
         self.slots = slots
         self.clock = clock
@@ -77,31 +80,49 @@ class HFTarget:
         """By method, options found best on this model."""
         self.profile: Profile | None = None
         """Whoever measures one puts it here."""
-        self._view = views.clone(model).eval()
         self.adapters = tuple(adapters)
         self._gate = Gate()
-        self._gated = gated(self._view, self.adapters, self._gate) if adapters else self._view
+        self._stock = model if isinstance(model, Stock) else None
+        if not isinstance(model, Stock):  # a view holds the modules, and lets the model itself go
+            self._view = views.clone(model).eval()
+            self._gated = gated(self._view, self.adapters, self._gate)
         self._views: dict[object, PreTrainedModel] = {}
         self.copies: dict[int, Copy] = {}
         """What the rounded copies took that were made so far, by bits."""
         self._early = EarlyStates()
-        self._context = context or context_of(model)
-        self._device = next(model.parameters()).device
+        self._context = context or self.facts.context
+        self._device = self.facts.device
         tables = [adapter.embeddings.to(self._device) for adapter in self.adapters]
         self._masks = torch.cat(tables) if tables else None
-        self._links = {
-            adapter.method: tuple(part.to(self._device) for part in adapter.link)
-            for adapter in self.adapters
-            if adapter.link is not None
-        }
+        linking = {one.method: one.link for one in self.adapters if one.link is not None}
+        self._links = {name: tuple(part.to(self._device) for part in link) for name, link in linking.items()}
         self.cache = KVCache(slots, shapes.round_length(256))
         self.runner: Runner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
+        self.traced = traced
         if fast:
             self.runs = "fast"
-            self.runner = Runner(model, self.cache, len(self.adapters))
-            self.runner.tape(self._view)
+            self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters))
+            self.traced = traced or self.runner.tape(self._view)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The text configuration of the model."""
+        text: PreTrainedConfig = self._view.config.get_text_config()
+        return text
+
+    @cached_property
+    def _view(self) -> PreTrainedModel:
+        """The whole model as this target runs it; of a kept start it is loaded when something asks for it."""
+        assert self._stock is not None
+        with torch.inference_mode(False):
+            return views.clone(self._stock.model).eval()
+
+    @cached_property
+    def _gated(self) -> PreTrainedModel:
+        with torch.inference_mode(False):
+            return gated(self._view, self.adapters, self._gate)
 
     def plainly(self) -> HFTarget:
         """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
@@ -141,7 +162,7 @@ class HFTarget:
 
     @property
     def layers(self) -> int:
-        return int(self.config.num_hidden_layers)
+        return self.facts.layers
 
     @property
     def max_length(self) -> int:
@@ -192,7 +213,7 @@ class HFTarget:
         block = self._early.block
         known = self._early.take(rows) if self._early.trails else {}
         if not known:
-            return self._pass(self._view, rows)[0]
+            return self._pass(None, rows)[0]
         hidden: dict[int, Tensor] = dict(known)
         left = unknown_part(rows, known)
         if left is not None:
@@ -203,22 +224,31 @@ class HFTarget:
         states = torch.stack([hidden[row] for row in range(len(rows))])
         return self._pass(self._cut("rest", block, views.resuming), rows, states)[0]
 
-    def _pass(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """One pass of a view. Returns logits of the rows asked for, and the states [n, hidden] noted on the way.
+    def _pass(
+        self, model: PreTrainedModel | None, rows: Rows, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass of a view, None being the whole. Returns logits of the rows asked for, and the states [n, hidden]
+        noted on the way.
 
         `hidden` [n, hidden] is where a view that resumes begins.
         """
         if self.runner is None:
-            logits, plan = self._run(model, rows, hidden)
+            logits, plan = self._run(self._view if model is None else model, rows, hidden)
             return logits, None if plan.hidden is None else plan.hidden[0]
         embeds = self._inputs(rows.tokens[None]).get("inputs_embeds") if rows.probing else None
-        self._gate.traced = True
-        try:
-            traced = self.runner.tape(model, embedded=embeds is not None, resuming=hidden is not None)
-        finally:
-            self._gate.traced = False
+        traced = self.traced if model is None and embeds is None else None
+        if traced is None:
+            traced = self._tape(self.runner, model, embedded=embeds is not None, resuming=hidden is not None)
         self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
         return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self._gate.rows)
+
+    def _tape(self, runner: Runner, model: PreTrainedModel | None, *, embedded: bool, resuming: bool) -> Traced:
+        """The tape of a view, in which any row may use any adapter."""
+        self._gate.traced = True
+        try:
+            return runner.tape(self._view if model is None else model, embedded=embedded, resuming=resuming)
+        finally:
+            self._gate.traced = False
 
     def _run(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Plan]:
         """The plain path: one pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
@@ -289,30 +319,3 @@ class HFTarget:
         self.cache.reserve(last)
         for span in rows.spans:
             self.cache.claim(span.slot, span.base, span.size)
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """Most positions the model has; transformers names it differently from family to family.
-
-    Rotary frequencies that depend on the current length ('dynamic', 'longrope') would make old keys wrong as the text
-    grows; they are constant up to a first length, and that is the context then.
-    """
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-    most = next((int(value) for name in names if (value := getattr(config, name, None))), 2048)
-    for rope in ropes_of(config):
-        if rope.get("rope_type") in GROWING:
-            first = rope.get("original_max_position_embeddings")
-            first = first or getattr(config, "original_max_position_embeddings", None)
-            most = min(most, int(first or most))
-    return most
-
-
-GROWING = ("dynamic", "longrope")
-"""Kinds of rotary embedding whose frequencies depend on the current length."""
-
-
-def ropes_of(config: PreTrainedConfig) -> list[JsonObject]:
-    """The rotary settings of a text configuration: one, or one for each type of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [each for each in rope.values() if isinstance(each, dict)] or [rope]

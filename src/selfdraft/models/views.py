@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfdraft.errors import UnsupportedModel
-from selfdraft.models.attention import NAME, Plan
+from selfdraft.models.attention import NAME, Plan, attend, register
 from selfdraft.types import Skip
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "fc2")
@@ -47,9 +49,9 @@ def clone(model: PreTrainedModel, attention: str = NAME) -> PreTrainedModel:
             shell.config = configs[id(config)]
         return shell
 
-    view = fresh(model)
-    assert isinstance(view, PreTrainedModel)
-    return view
+    if attention == NAME:
+        register(NAME, attend)
+    return cast("PreTrainedModel", fresh(model))
 
 
 def shallow(module: nn.Module) -> nn.Module:
@@ -63,6 +65,8 @@ def shallow(module: nn.Module) -> nn.Module:
 
 def blocks(model: nn.Module, count: int) -> nn.ModuleList:
     """The list of decoder blocks. Errors: UnsupportedModel when there is none of `count` blocks."""
+    from transformers import PreTrainedModel
+
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
     for module in (decoder or model).modules():  # the tower of a vision model may have as many blocks
         if isinstance(module, nn.ModuleList) and len(module) == count and attention_of(module[0]) is not None:
@@ -98,9 +102,7 @@ def rearranged(view: PreTrainedModel, count: int, change: Callable[[int, nn.Modu
             return module
         return with_children(module, lambda _, child: along(child))
 
-    changed = along(view)
-    assert isinstance(changed, PreTrainedModel)
-    return changed
+    return cast("PreTrainedModel", along(view))
 
 
 def skipping(view: PreTrainedModel, count: int, skip: Skip) -> PreTrainedModel:

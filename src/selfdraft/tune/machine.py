@@ -18,7 +18,6 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import cache_folder, write_record
-from selfdraft.models.identity import config_hash
 from selfdraft.models.machine import machine_of
 from selfdraft.models.runner.kernel_build import SOURCE
 from selfdraft.models.target import HFTarget
@@ -48,12 +47,11 @@ BATCH = 4
 
 def identity(target: HFTarget) -> dict[str, object]:
     """Everything that a profile depends on: model, types, shapes, device, threads, versions."""
-    model = target._view
     return {
-        "model": config_hash(model),
+        "model": target.facts.config,
         "shapes": str(target.shapes),
         "runner": "plain" if target.runner is None else hashlib.blake2b(SOURCE.read_bytes(), digest_size=6).hexdigest(),
-        **machine_of(model),
+        **machine_of(target.facts.dtype, target.facts.device),
     }
 
 

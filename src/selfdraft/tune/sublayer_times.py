@@ -73,7 +73,7 @@ class _Timed(nn.Module):
 
 def clock_of(target: HFTarget) -> Callable[[], float]:
     """The target's clock, which waits for its device first."""
-    device = next(target._view.parameters()).device
+    device = target.facts.device
     if device.type != "cuda":
         return target.clock
 

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 _log = logging.getLogger("selfdraft")
 ANSWER = "selfdraft-answer"
 """An assistant's message that no template has words of its own for."""
 
 
+def declared_ends(model: PreTrainedModel) -> dict[str, object]:
+    """What a model's configurations give as `eos_token_id`, each by its name."""
+    text = model.config.get_text_config()
+    owners = {"generation config": getattr(model, "generation_config", None), "config": model.config}
+    owners |= {"text config": text} if text is not model.config else {}
+    return {name: getattr(owner, "eos_token_id", None) for name, owner in owners.items()}
+
+
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """`ends_of` what a model declares."""
+    return ends_of(declared_ends(model), int(model.config.get_text_config().vocab_size), tokenizer)
+
+
+def ends_of(
+    declared: Mapping[str, object], vocabulary: int, tokenizer: PreTrainedTokenizerBase | None
+) -> frozenset[int]:
     """Token ids that end a text: of the generation config, the config and the tokenizer, and the end of a turn.
 
     All of them count, because any one of these files may be older than the others. What is no token id of the model is
     logged in one line and left out.
     """
-    text = model.config.get_text_config()
-    vocabulary = int(text.vocab_size)
-    owners = {"generation config": getattr(model, "generation_config", None), "config": model.config}
-    owners |= {"text config": text} if text is not model.config else {}
     ends: set[int] = set()
-    for name, owner in {**owners, "tokenizer": tokenizer}.items():
-        given = _listed(getattr(owner, "eos_token_id", None))
+    for name, value in {**declared, "tokenizer": getattr(tokenizer, "eos_token_id", None)}.items():
+        given = _listed(value)
         if odd := [one for one in given if not _is_id(one, vocabulary)]:
             _log.warning(
                 "eos_token_id of the %s: %s is left out, for the model's token ids are 0 to %d",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typing import TYPE_CHECKING
 
 from selfdraft.errors import LoadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Weight files that run code when they are read; never opened."""
@@ -22,6 +23,8 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def check_folder(folder: Path, trust_remote_code: bool) -> None:
     """Errors: LoadError names the file that is missing, broken or not the file itself."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     file = folder / "config.json"
     if not file.is_file():
         raise LoadError(f"{folder}: no config.json and no .gguf file; give the folder that `save_pretrained` wrote")
@@ -36,7 +39,7 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
             )
         raise LoadError(f"{folder}: transformers does not know model type {kind!r}; check config.json or upgrade")
     check_pointer(folder / "generation_config.json")
-    for part in _weight_files(folder):
+    for part in weight_files(folder):
         check_pointer(part)
 
 
@@ -76,7 +79,7 @@ def has_weights(folder: Path) -> bool:
     return (folder / WHOLE).is_file() or (folder / INDEX).is_file()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that transformers will read the weights from. Errors: LoadError when one is missing."""
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]

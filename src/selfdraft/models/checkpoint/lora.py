@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
 from selfdraft.errors import LoadError, OptionError
 from selfdraft.models.adapters import CARD
 from selfdraft.models.checkpoint.folder import check_pointer, has_weights, read_json
 from selfdraft.models.checkpoint.load_errors import blaming
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -132,6 +135,8 @@ def unwrapped(model: object, lora: str | Path | None = None) -> PreTrainedModel:
     Errors: OptionError for `lora` with a loaded model; LoadError for a PeftModel, whose weights are not merged yet, and
     for what is no model of transformers.
     """
+    from transformers import PreTrainedModel
+
     if lora is not None:
         raise OptionError(
             f"lora={str(lora)!r} with a loaded model: merging would change that model; give its folder or name, "

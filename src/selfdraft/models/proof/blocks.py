@@ -78,7 +78,8 @@ def check_blocks(target: HFTarget, exact: Blocks, case: Passes, name: str) -> fl
     for block in range(target.layers):
         with torch.inference_mode(False), torch.no_grad():
             model = _only(target._view, target.layers, block)
-        error = _error(Runner(model, KVCache(1, 256), 0), model, block, exact, case)
+            weight = next(p for p in model.parameters() if p.is_floating_point())
+        error = _error(Runner(weight.dtype, weight.device, KVCache(1, 256), 0), model, block, exact, case)
         worst = max(worst, error / LIMIT)
         if not error <= LIMIT:
             raise UnsupportedModel(

@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import transformers
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.files.atomic import cache_folder, read_record, write_record
@@ -24,6 +25,10 @@ from selfdraft.models.identity import hash_of, samples_of, whole_hash
 from selfdraft.models.machine import machine_of
 from selfdraft.models.runner import kernel_build
 from selfdraft.models.target import Exactness
+from selfdraft.types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 1
 
@@ -49,6 +54,11 @@ class Record:
     def of(cls, exactness: Exactness, shapes: Shapes, runs: str) -> Record:
         return cls(exactness.level, exactness.why, (shapes.rows, shapes.bucket, shapes.width), runs)
 
+    @classmethod
+    def of_dict(cls, given: JsonObject) -> Record:
+        """Errors: ValueError, TypeError or LookupError when these are not the values of a record."""
+        return cls(given["level"], given["why"], tuple(given["shapes"]), given["runs"]).check()
+
     def check(self) -> Record:
         """Errors: ValueError when these are not the values of a record."""
         texts = (self.level, self.why, self.runs)
@@ -72,8 +82,7 @@ class ProofStore:
         """The record of this identity; None when there is none, or its file is broken."""
         found = read_record(self.place(identity), identity)
         try:
-            given = (found or {})["proof"]
-            return Record(given["level"], given["why"], tuple(given["shapes"]), given["runs"]).check()
+            return Record.of_dict((found or {})["proof"])
         except (ValueError, TypeError, LookupError):
             return None
 
@@ -90,16 +99,31 @@ def identity_of(
     model: PreTrainedModel, adapters: SequenceOf[MaskAdapter], options: Mapping[str, str | int | None]
 ) -> dict[str, object]:
     """Everything that a proof depends on, ready for JSON: weights, code, options, machine, versions."""
+    weight = next(p for p in model.parameters() if p.is_floating_point())
     return {
         "format": FORMAT,
         "model": whole_hash(model),
-        "adapters": [hash_of(*samples_of(_named(adapter))) for adapter in adapters],
+        "adapters": hashes_of(adapters),
+        **surroundings(weight.dtype, weight.device, options),
+    }
+
+
+def surroundings(
+    dtype: torch.dtype | None, device: torch.device, options: Mapping[str, str | int | None]
+) -> dict[str, object]:
+    """The part of an identity that needs no model: options, machine, versions."""
+    return {
         "options": dict(options),
         "runner": "none" if options.get("runner") == "plain" else _runner(),
-        "transformers": transformers.__version__,
-        **machine_of(model),
+        "transformers": version("transformers"),
+        **machine_of(dtype, device),
         "code": _code(),
     }
+
+
+def hashes_of(adapters: SequenceOf[MaskAdapter]) -> list[str]:
+    """A name for every adapter."""
+    return [hash_of(*samples_of(_named(adapter))) for adapter in adapters]
 
 
 def _named(adapter: MaskAdapter) -> list[tuple[str, Tensor]]:

@@ -25,10 +25,11 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.errors import UnsupportedModel
 from selfdraft.models import views
+from selfdraft.models.facts import context_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised
 from selfdraft.models.proof.blocks import Blocks, check_blocks
 from selfdraft.models.proof.wide import Wide
-from selfdraft.models.target import HFTarget, context_of
+from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-4}

@@ -11,11 +11,11 @@ from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from itertools import chain, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
@@ -25,20 +25,25 @@ from selfdraft.models.runner.kernel_build import Pass
 from selfdraft.models.runner.tape import Slot
 from selfdraft.models.runner.trace import Traced, trace
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Words = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 class Runner:
-    """Runs views of one stock model over one cache. Errors: RunnerUnavailable, when it is made."""
+    """Runs views of one stock model, of weights of one type, over one cache.
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, adapters: int) -> None:
-        weight = next(p for p in model.parameters() if p.is_floating_point())
-        if weight.device.type != "cpu":
-            raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {weight.device}")
+    Errors: RunnerUnavailable, when it is made.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, cache: KVCache, adapters: int) -> None:
+        if device.type != "cpu":
+            raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {device}")
         self._library = kernel_build.library()
         self.cache = cache
-        self.dtype = weight.dtype
-        self._like = weight.new_empty(0)
+        self.dtype = dtype
+        self._like = torch.empty(0, dtype=dtype)
         self._adapters = adapters
         self._traced: dict[tuple[int, bool, bool], tuple[PreTrainedModel, Traced]] = {}
         self._memory = np.empty(0, np.uint8)

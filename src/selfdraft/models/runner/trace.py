@@ -11,18 +11,20 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.runner.graph import VIEWS, Graph, Node, record
 from selfdraft.models.runner.tape import TYPES, Buffer, Instr, Kind, Operand, Slot, Tape, assemble
 from selfdraft.models.runner.trace_ops import Recorder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BIG = 1 << 40
 """Stride of the dimension of rows in the layouts below: nothing else has it, and nothing merges with it."""

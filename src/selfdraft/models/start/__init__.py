@@ -1,0 +1,1 @@
+"""The second start of a checkpoint: its whole pass out of a file, without the modelling code of transformers."""
