@@ -61,7 +61,7 @@ class Writer:
         if job.details:
             chunk["draft"] = answer.drafted(piece)
         if update.result is not None:
-            chunk["draft_tree"] = self._tree(update.result)
+            chunk["draft_tree"] = self._tree(update.result, len(piece.token_ids))
         yield chunk
 
     def last_chunk(self) -> Document:
@@ -123,8 +123,8 @@ class Writer:
         }
         return {"metrics": {"speculative_decoding": counts[0] if len(counts) == 1 else counts, **times}}
 
-    def _tree(self, result: Result) -> Document:
-        """The token tree of a step, with the texts of its tokens, and the path that the model took."""
+    def _tree(self, result: Result, emitted: int) -> Document:
+        """The token tree of a step, with the texts of its tokens, and the path that became output."""
         draft, many = result.draft, result.draft.num_candidates
         decode = partial(self.llm.decode, skip_special_tokens=False)
         return {
@@ -132,8 +132,8 @@ class Writer:
             "parents": list(draft.parents[:many]),
             "sources": list(draft.sources[:many]),
             "probabilities": [round(one, 4) for one in draft.probabilities[:many]],
-            "accepted": list(result.path),
-            "bonus": decode([result.tokens[-1]]) if result.tokens else "",
+            "accepted": list(result.path[:emitted]),
+            "bonus": decode([result.tokens[-1]]) if emitted == len(result.tokens) else "",
         }
 
 

@@ -66,9 +66,7 @@ class Guard:
             return None
         caller = self.keys.caller(_key_of(headers.get("authorization", "")))
         if caller is None:
-            return ApiError(
-                401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
-            )
+            return _unknown_key(headers.get("authorization", ""))
         scope["state"]["caller"] = caller
         return None
 
@@ -79,6 +77,14 @@ class Guard:
             return True
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         return name.lower() in (*LOOPBACK, *allowed)
+
+
+def _unknown_key(header: str) -> ApiError:
+    """The refusal. A browser that has sent no bearer token is made to ask for the key, as a password."""
+    refusal = ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+    if not header.lower().startswith("bearer "):
+        refusal.challenge = 'Basic realm="selfdraft: any name, the API key as password", charset="UTF-8"'
+    return refusal
 
 
 def _key_of(header: str) -> str | None:
