@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,6 +15,7 @@ import openai
 import pytest
 
 from selfdraft import LLM, SamplingParams
+from selfdraft.serve.run import bind
 from selfdraft.serve.settings import Settings
 from tests.serving import Served, pocket, serving
 
@@ -287,3 +290,24 @@ def test_a_prompt_longer_than_the_context(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="pocket", messages=[{"role": "user", "content": "word " * 9000}])
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_small_events_are_not_held_back() -> None:
+    """Without TCP_NODELAY a stream over a connection that is used again begins 40 ms late, all in one piece."""
+
+    async def nodelay() -> int:
+        seen: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taken = writer.get_extra_info("socket")
+            seen.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = await asyncio.start_server(handle, sock=bind("127.0.0.1", 0))
+        async with listening:
+            _, writer = await asyncio.open_connection(*listening.sockets[0].getsockname())
+            found = await seen
+            writer.close()
+        return found
+
+    assert asyncio.run(nodelay())
