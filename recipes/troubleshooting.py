@@ -21,6 +21,7 @@ KINDS = {
     "PromptTooLong": "The prompt does not fit",
     "OptionError": "An option is unknown, out of range, or belongs to another method",
     "PeerError": "Another engine, run for comparison, failed",
+    "ServerError": "A server that is asked over HTTP cannot be reached, refuses, or breaks off its answer",
     "RunnerUnavailable": "The fast runner cannot be used; the plain one can",
     "EngineError": "A step failed; the engine stays usable",
 }

@@ -29,7 +29,7 @@ from tests.terminal import command_of, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
-VERBS = ["generate", "chat", "serve", "pull", "bench", "results", "replay", "verify", "doctor", "train", "tune"]
+VERBS = ["generate", "chat", "serve", "pull", "results", "replay", "verify", "doctor", "train", "bench", "tune"]
 MISSING = "/nowhere/at/all"
 
 
@@ -198,7 +198,7 @@ def test_usage(run: Any) -> None:
     assert bare.err.startswith("Usage: selfdraft")
 
 
-SUB_COMMANDS = ["tune machine", "tune layer-skip", "tune s3d", "tune lookahead"]
+SUB_COMMANDS = ["bench serve", "tune machine", "tune layer-skip", "tune s3d", "tune lookahead"]
 
 
 @pytest.mark.parametrize("command", [*VERBS[:-1], *SUB_COMMANDS])

@@ -22,6 +22,7 @@ FLOORS = {
     "drafting": 2,
     "protocols": 3,
     "files": 4,
+    "remote": 4,
     "drafters": 5,
     "models": 5,
     "engine": 6,

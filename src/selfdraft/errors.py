@@ -8,6 +8,7 @@ SelfdraftError
 │   └── PromptTooLong     the prompt does not fit into the context
 ├── OptionError           an option is unknown, out of range, or belongs to another method
 ├── PeerError             another engine, run for comparison, failed or cannot take this checkpoint
+├── ServerError           a server that is asked over HTTP cannot be reached, refuses, or breaks off its answer
 ├── RunnerUnavailable     the fast runner cannot be used here for this model; the plain one can
 └── EngineError           a fault inside a step (NaN logits, no room); the engine stays usable
 """
@@ -57,6 +58,26 @@ class OptionError(SelfdraftError, ValueError):
 
 class PeerError(SelfdraftError):
     """Another engine, run for comparison, failed or cannot take this checkpoint."""
+
+
+class ServerError(SelfdraftError):
+    """A server that is asked over HTTP cannot be reached, refuses, or breaks off its answer.
+
+    `status` is that of HTTP, None where there was none; `wait` the seconds that it asks for before another try. `gone`:
+    it takes no connection. `code` is its own word for the error.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        wait: float | None = None,
+        gone: bool = False,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.wait, self.gone, self.code = status, wait, gone, code
 
 
 class RunnerUnavailable(SelfdraftError):

@@ -5,6 +5,7 @@ And one of a replay: predicted against actual acceptance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -322,3 +323,47 @@ def _one(records: SequenceOf[JsonObject], task: str, drafter: str) -> JsonObject
 
 def _colour(labels: SequenceOf[str], label: str) -> str:
     return PALETTE[labels.index(label) % len(PALETTE)]
+
+
+def draw_load(records: SequenceOf[JsonObject], path: Path, foot: SequenceOf[str]) -> None:
+    """Tokens per second, and the times to the first and for each further token, by load. Errors: RequestError."""
+    _save(load(records, foot), path)
+
+
+LOAD: dict[str, Callable[[JsonObject], tuple[float | None, float | None]]] = {
+    "tokens per second": lambda record: (record["tokens_per_second"], None),
+    "time to first token, ms": lambda record: (record["ttft_ms"]["p50"], record["ttft_ms"]["p95"]),
+    "time per output token, ms": lambda record: (record["tpot_ms"]["p50"], record["tpot_ms"]["p95"]),
+}
+"""Panels of the picture of a load: (the line, the faint line above it)."""
+
+
+def load(records: SequenceOf[JsonObject], foot: SequenceOf[str]) -> Figure:
+    """Three panels over the load, one line for each server; the faint lines are the 95th percentiles."""
+    by = "rate" if records[0]["rate"] is not None else "concurrency"
+    figure, panels = _canvas(len(LOAD), 10.0, 4.4, "Under load (times: line median, dotted 95th percentile)")
+    labels = _names(records, "server")
+    for axes, (title, figures_of) in zip(panels, LOAD.items(), strict=True):
+        for number, label in enumerate(labels):
+            found = sorted((one for one in records if one["server"] == label), key=lambda one: float(one[by]))
+            style: JsonObject = {"color": _colour(labels, label), "marker": "osD^vPX*"[number % 8], "markersize": 4}
+            places = [float(one[by]) for one in found]
+            middle, upper = zip(*(figures_of(one) for one in found), strict=True)
+            axes.plot(places, [_height(one) for one in middle], label=label, linewidth=1.5, **style)
+            if any(one is not None for one in upper):
+                axes.plot(places, [_height(one) for one in upper], linewidth=0.9, linestyle=":", alpha=0.7, **style)
+        axes.set_title(title, fontsize=10, color=INK)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("requests per second" if by == "rate" else "requests at a time")
+        axes.set_xticks(sorted({float(one[by]) for one in records}))
+        axes.grid(color="#E3E3E3", linewidth=0.7)
+    _legend(figure, panels)
+    height = figure.get_size_inches()[1]
+    for line, place in zip(foot, (0.34, 0.16), strict=False):
+        figure.text(0.02, place / height, line, fontsize=7.5, color=FAINT, va="center")
+    return figure
+
+
+def _height(value: float | None) -> float:
+    """A figure on an axis; a gap where there is none."""
+    return float("nan") if value is None else value

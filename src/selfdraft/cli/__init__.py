@@ -22,7 +22,6 @@ VERBS = (
     chat.chat,
     serve.verb,
     pull.pull,
-    bench.bench,
     results.results,
     replay.replay,
     verify.verify,
@@ -31,6 +30,7 @@ VERBS = (
 )
 for verb in VERBS:
     app.command()(verb)
+app.add_typer(bench.app, name="bench")
 app.add_typer(tune.app, name="tune")
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -1,17 +1,18 @@
-"""The verb `bench`: drafters and other engines measured on the field's tasks."""
+"""The verb `bench`: drafters and other engines measured on the field's tasks; `serve` below it loads a server."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
 import typer
 from rich.text import Text
 
-from selfdraft.cli import terminal
+from selfdraft.cli import bench_serve, terminal
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
@@ -515,3 +516,30 @@ def _summary(record: JsonObject) -> str:
     counts = f"{terminal.counted(record['prompts'], 'prompt')}, {terminal.counted(record['tokens'], 'token')}"
     shared = [f"{what} {record[f'{what}_bytes'] / 2**20:.0f} MiB" for what in ("weights", "cache")]
     return f"{counts}; {scores or 'no score: ' + record['unscored']}; {', '.join(shared)}"
+
+
+def with_sub_commands(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that runs when none of its sub-commands is named. Errors: OptionError for its options before one."""
+    signature, hints = inspect.signature(verb), get_type_hints(verb, include_extras=True)
+
+    def entry(ctx: typer.Context, **given: object) -> None:
+        if ctx.invoked_subcommand is None:
+            verb(**given)
+        elif odd := [name for name, value in given.items() if value != signature.parameters[name].default]:
+            option, command = f"--{odd[0].replace('_', '-')}", f"bench {ctx.invoked_subcommand}"
+            raise OptionError(f"{option} belongs to 'bench' alone: options of '{command}' stand behind {command!r}")
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    context = inspect.Parameter("ctx", kind, annotation=typer.Context)
+    parameters = [
+        parameter.replace(kind=kind, annotation=hints[name]) for name, parameter in signature.parameters.items()
+    ]
+    entry.__name__, entry.__doc__ = verb.__name__, verb.__doc__
+    entry.__annotations__ = {"ctx": typer.Context, **hints}
+    entry.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    return entry
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, invoke_without_command=True)
+app.callback(invoke_without_command=True)(with_sub_commands(bench))
+app.command("serve")(bench_serve.verb)

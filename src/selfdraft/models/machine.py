@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def cpu_name() -> str:
@@ -20,6 +22,8 @@ def cpu_name() -> str:
 
 def machine_of(dtype: torch.dtype | None, device: torch.device) -> dict[str, object]:
     """What else a figure or a bit depends on where a model lies: its dtype, the device, threads, versions."""
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "dtype": str(dtype).removeprefix("torch."),
