@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 VERBS = (
     generate.generate,
-    chat.chat,
+    chat.verb,
     serve.verb,
     pull.pull,
     results.results,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,11 +62,17 @@ class Clock:
 
 def show_piece(piece: Piece) -> None:
     """A piece of streamed text in the colour of its last accepted draft token."""
-    drafted = [source for source in piece.sources if source != "target"]
+    terminal.write(coloured(piece.text, piece.sources))
+
+
+def coloured(text: str, sources: Sequence[str]) -> str:
+    """A text in the colour of the last draft token among its sources; without one, or without colours, as it is."""
+    drafted = [source for source in sources if source != "target"]
     colour = COLOURS.get(drafted[-1].split("+")[0], "blue") if drafted else ""
-    plain = not colour or terminal.out.color_system is None
+    if not colour or terminal.out.color_system is None:
+        return text
     # rich would widen tabs and drop control characters
-    terminal.write(piece.text if plain else Style(color=colour).render(piece.text, color_system=ColorSystem.STANDARD))
+    return Style(color=colour).render(text, color_system=ColorSystem.STANDARD)
 
 
 def show_figures(stats: Stats, clock: Clock, drafter: str) -> None:

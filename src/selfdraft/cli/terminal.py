@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 
+from rich.color import ColorSystem
 from rich.console import Console
+from rich.style import Style
 from rich.text import Text
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -42,6 +44,11 @@ def write(text: str) -> None:
     """Text to the output, as it is."""
     out.file.write(text)
     out.file.flush()
+
+
+def dimmed(text: str) -> str:
+    """A text in dim letters, where the output has such."""
+    return text if out.color_system is None else Style(dim=True).render(text, color_system=ColorSystem.STANDARD)
 
 
 def counted(number: object, noun: str, ending: str = "s") -> str:
