@@ -109,12 +109,15 @@ class FakeTransport(httpx.AsyncBaseTransport):
         wait: Any = asyncio.sleep,
     ) -> None:
         self.handle, self.models, self.info = handle, models or {"data": [{"id": "m", "owned_by": "fake"}]}, info
+        self.others: dict[str, Document] = {}
+        """Further routes."""
         self.bodies: list[Document] = []
         self.sleep: Callable[[float], Awaitable[None]] = wait
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
-            found = {"models": self.models, "info": self.info}.get(request.url.path.rpartition("/")[2])
+            known = {"/v1/models": self.models, "/v1/info": self.info, **self.others}
+            found = known.get(request.url.path)
             return httpx.Response(200 if found is not None else 404, json=found or {})
         body = json.loads(await request.aread())
         self.bodies.append(body)

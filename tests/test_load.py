@@ -254,10 +254,12 @@ def test_prompts_are_read_anew_where_the_engine_can_be_told(engine: str, field: 
     assert "cache_salt" not in reusing.bodies[0]
 
 
-def test_llama_cpp_is_told_so_too() -> None:
+def test_llama_cpp_is_told_so_too_and_asked_for_its_version() -> None:
     fake = FakeTransport(lambda *_: said(0.5, tokens=1), models={"data": [{"id": "m", "owned_by": "llamacpp"}]})
-    loaded({"a": fake})
+    fake.others["/props"] = {"build_info": "b1\x1b234"}
+    load = loaded({"a": fake})
     assert fake.bodies[0]["cache_prompt"] is False
+    assert load.servers[0].about == {"engine": "llamacpp", "version": "b1234"}
 
 
 # --- refusals and faults ----------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ KEY_VARIABLE = "SELFDRAFT_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECTING = 10.0
 """Most seconds until a server takes a connection."""
+REFUSALS = (401, 403, 429, 503)
+"""Statuses that every request of a client meets; a server without a list of models answers otherwise."""
 LONGEST = 300
 """Most characters of a server's own words that are shown."""
 

@@ -11,6 +11,7 @@ from selfdraft.cli import terminal
 from selfdraft.cli.answers import Clock, coloured
 from selfdraft.errors import RequestError, ServerError
 from selfdraft.remote import (
+    REFUSALS,
     Address,
     Event,
     choose_model,
@@ -55,7 +56,7 @@ class RemoteModel:
         self.http, self.url = http, address.url
         with self._failures():
             listed = http.get("models")
-            if listed.status_code not in (200, 404, 405, 501):
+            if listed.status_code in REFUSALS:
                 raise refusal(self.url, listed.status_code, listed.headers, listed.content)
             info = json_of(http.get("info")) or {}
         self.name, _ = choose_model(json_of(listed), model, self.url)

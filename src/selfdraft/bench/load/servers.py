@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from urllib.parse import urljoin
 
 from selfdraft.bench.load.arrivals import Ask
 from selfdraft.bench.load.client import Answer, Client, Server
 from selfdraft.errors import ServerError
-from selfdraft.remote import Address, choose_model, failure, json_of, refusal
+from selfdraft.remote import REFUSALS, Address, choose_model, clean, failure, json_of, refusal
 from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
@@ -38,21 +39,36 @@ async def meet(
 
     try:
         listed = await http.get("models")
-        if listed.status_code not in (200, 404, 405, 501):
+        if listed.status_code in REFUSALS:
             raise refusal(address.url, listed.status_code, listed.headers, listed.content)
         told = await http.get("info")
+        wanted, card = choose_model(json_of(listed), model, address.url)
+        edition = await edition_of(str(card.get("owned_by")), address, http)
     except httpx.HTTPError as error:
         raise failure(address.url, error, seconds) from error
-    wanted, card = choose_model(json_of(listed), model, address.url)
     about: JsonObject = {}
     if isinstance(owner := card.get("owned_by"), str):
-        about["engine"] = owner[:60]
+        about["engine"] = clean(owner)[:60]
     if header := listed.headers.get("server"):
-        about["server"] = header[:60]
+        about["server"] = clean(header)[:60]
+    if edition is not None:
+        about["version"] = edition
     info = json_of(told) or {}
     if "drafter" in info and "exactness" in info:
         about |= {field: info[field] for field in TOLD if field in info}
     return Server(name, address, wanted, chat, options=dict(options), about=about, fresh=fresh)
+
+
+EDITIONS = {"vllm": ("/version", "version"), "llamacpp": ("/props", "build_info")}
+"""Where other engines tell their version: route and field."""
+
+
+async def edition_of(engine: str, address: Address, http: httpx.AsyncClient) -> str | None:
+    """The version of another engine; None where it does not tell one. Errors: httpx.HTTPError."""
+    route, field = EDITIONS.get(engine, ("", ""))
+    found = json_of(await http.get(urljoin(address.url, route))) if route else None
+    edition = (found or {}).get(field)
+    return clean(edition)[:60] if isinstance(edition, str) else None
 
 
 async def warm_up(client: Client, asks: list[Ask]) -> Server:
