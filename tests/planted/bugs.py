@@ -837,10 +837,32 @@ BUGS = (
         "if len(adapters) < len(kept.adapters):",
         "a kept start is taken for adapters that were not there when it was proved",
     ),
+    Bug(
+        "tpot-by-all-tokens",
+        "bench/load/client.py",
+        "(self.end - self.chunks[0]) / (self.tokens - 1)",
+        "(self.end - self.chunks[0]) / self.tokens",
+        "the time per output token counts the first one, which has come already",
+    ),
+    Bug(
+        "arrivals-wait",
+        "bench/load/arrivals.py",
+        "group.create_task(_one(answer, ask))",
+        "await answer(ask)",
+        "under a rate the next request waits for the answer to the last one",
+    ),
+    Bug(
+        "retry-forgets-the-wait",
+        "bench/load/client.py",
+        "                    answer.tries += 1\n",
+        "                    answer.tries += 1\n                    answer.sent = self.clock()\n",
+        "the time to first token of a refused request begins with its last try",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
 COPYING, MERGED = "tests/test_copying.py::test_", "tests/test_merged.py::test_"
+LOAD = "tests/test_load.py::test_"
 START = "tests/test_second_start.py::test_"
 TEXT, HF = "tests/test_text.py::test_", "tests/test_hf.py::test_"
 RUNNER, SKIPPING = "tests/test_runner.py::test_", "tests/test_layer_skip.py::test_"
@@ -849,6 +871,9 @@ QUICK = (
     COPYING + "a_prediction_is_copied_and_nothing_reaches_over_its_end",
     COPYING + "a_token_counts_with_all_before_it",
     COPYING + "within_budget_and_price",
+    LOAD + "the_figures_of_a_point_by_hand",
+    LOAD + "requests_are_sent_when_they_are_due",
+    LOAD + "a_refused_request_is_asked_again_when_it_may",
     MERGED + "duplicates_are_one_node_that_keeps_all_its_sources",
     MERGED + "the_tree_is_best_first_and_within_the_budget",
     MERGED + "every_source_is_scored_whether_it_was_run_or_not",
