@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Iterator
 from functools import cache
@@ -247,6 +248,18 @@ def test_about_the_server(served: Served, client: Any) -> None:
         client.chat.completions.create(model="gpt-5", messages=STORY)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("../../etc/passwd")
+
+
+def test_the_document_of_the_interface_is_whole(served: Served) -> None:
+    document = httpx.get(served.url + "/openapi.json").json()
+    text = json.dumps(document)
+    for name in re.findall(r"#/components/schemas/(\w+)", text):
+        assert name in document["components"]["schemas"], name
+    assert "temperature" in document["components"]["schemas"]["ChatRequest"]["properties"]
+    schema = {**document["components"]["schemas"]["ChatRequest"], "components": document["components"]}
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.validate({"messages": [{"role": "user", "content": "x"}], "temperature": 0.5})
+    assert not validator.is_valid({"messages": [], "temperature": 9})
 
 
 def test_the_next_turn_prefills_what_is_new_alone(client: Any) -> None:

@@ -54,11 +54,25 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+REFERENCE = "#/components/schemas/{model}"
+BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+
 def body_of(model: type[Strict]) -> dict[str, object]:
     """What the OpenAPI document says of a body that a route reads by itself."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    schema = {"$ref": REFERENCE.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def document_of(app: FastAPI) -> dict[str, object]:
+    """The OpenAPI document: the framework's, and the schemas of the bodies."""
+    document = FastAPI.openapi(app)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for model in BODIES:
+        schema = model.model_json_schema(ref_template=REFERENCE)
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+    return document
 
 
 class Server:
@@ -103,6 +117,7 @@ class Server:
         if self.settings.page:
             add("/", self.page, methods=["GET"], include_in_schema=False)
             add("/page/{name}", self.page_file, methods=["GET"], include_in_schema=False)
+        app.openapi = lambda: document_of(app)  # type: ignore[method-assign]
         app.add_exception_handler(ApiError, _told)
         app.add_exception_handler(HTTPException, _told_by_framework)
         app.add_exception_handler(Exception, _told)
