@@ -107,6 +107,31 @@ def test_three_hundred_clients_that_go_and_the_others_have_their_text(served: Se
     assert CLIENT.get(served.url + "/ready").status_code == 200
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_ends_its_request_streamed_or_not(
+    served: Served, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is held after a few steps until the server has seen that the client has gone."""
+    engine, worker = served.server.llm.engine, served.server.worker
+    steps, free, advance = threading.Semaphore(6), threading.Event(), engine.advance
+
+    def held() -> object:
+        while not free.is_set() and not steps.acquire(timeout=0.05):
+            pass
+        return advance()
+
+    monkeypatch.setattr(engine, "advance", held)
+    with connect(served) as sock:
+        sock.sendall(request_of(body_of(PROMPTS[0], most=3000, stream=stream, ignore_eos=True)))
+        wait_until(lambda: len(engine.running) == 1 and engine.running[0].num_output_tokens > 0)
+        (sequence,) = engine.running
+    wait_until(lambda: bool(worker._cancelled))
+    free.set()
+    wait_until(lambda: served.quiet)
+    assert sequence.finish_reason == "abort"
+    assert sequence.num_output_tokens < 100
+
+
 class Failing:
     """A target whose passes fail now and then: with an exception, or with NaN for one row."""
 

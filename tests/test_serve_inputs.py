@@ -12,6 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from selfdraft.serve.body import parse
+from selfdraft.serve.errors import ApiError
+from selfdraft.serve.requests import TokenizeRequest
 from selfdraft.serve.settings import Settings
 from tests.serving import Served, pocket, serving
 
@@ -285,6 +288,21 @@ def test_smuggled_headers(served: Served, name: str) -> None:
     assert status != 200
     assert found.count(b"HTTP/1.1 ") <= 1, "what was smuggled is no second request"
     assert httpx.get(served.url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("body", ['{"prompt":"\\ud800"}', '{"\\udfff":1}', '{"prompt":"a","model":"x\\ud83d"}'])
+def test_half_a_character_is_refused_wherever_it_stands(body: str) -> None:
+    with pytest.raises(ApiError, match="half a character"):
+        parse(body.encode(), TokenizeRequest)
+
+
+def test_a_body_that_does_not_come_in_time_is_given_up() -> None:
+    request = SMUGGLED["a body that never comes"].replace(b"%b", CHAT.encode())
+    with serving(pocket(max_num_seqs=1), Settings(model_name="pocket", body_timeout=0.0)) as served:
+        host, _, port = served.url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=600) as sock:
+            sock.sendall(request)
+            assert sock.recv(65536).split()[1] == b"408"
 
 
 def test_nothing_is_ever_fetched(client: httpx.Client) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from selfdraft import SamplingParams
 from selfdraft.errors import OptionError
+from selfdraft.serve.answers import padded
+from selfdraft.serve.app import FRAME
 from selfdraft.serve.guard import OPEN
 from selfdraft.serve.settings import Keys, Settings, read_keys
 from tests.serving import Served, pocket, serving
@@ -203,18 +205,22 @@ def test_earlier_answers_are_no_drafts_of_others() -> None:
     assert all(one == found[0] for one in found)
 
 
-def test_paced_streams_have_events_of_equal_sizes() -> None:
-    """With --stream-pace an event's size tells nothing of how many tokens a step brought."""
+def test_paced_streams_have_parts_of_equal_sizes() -> None:
+    """With --stream-pace a part's size tells nothing of how many tokens a step brought."""
     settings = Settings(model_name="pocket", stream_pace=0.01)
     with serving(pocket(max_num_seqs=1), settings) as served:
-        body = {"messages": [{"role": "user", "content": "A story."}], "max_tokens": 30, "stream": True}
-        text = ""
-        with httpx.stream("POST", served.url + CHAT, json=body, timeout=600) as response:
-            sizes = set()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    sizes.add(len(line.encode()) - len("data: "))
-                    text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
-        assert all(size % 256 == 0 for size in sizes)
-        llm = pocket("none")
-        assert text == llm.chat(body["messages"], SamplingParams(max_tokens=30)).outputs[0].text  # type: ignore[arg-type]
+        messages = [{"role": "user", "content": "A story."}]
+        body = {"messages": messages, "max_tokens": 30, "stream": True}
+        raw = httpx.post(served.url + CHAT, json=body, timeout=600).content
+    assert len(raw) % FRAME == 0
+    assert raw.count(b"data: ") > 3
+    assert "".join(_texts(raw.decode())).replace("|", "") == pocket("none").chat(
+        messages, SamplingParams(max_tokens=30)
+    ).outputs[0].text.replace("|", "")
+
+
+@pytest.mark.parametrize("events", [b"", b"data: {}\n\n", b"data: " + b"x" * 2000 + b"\n\n"])
+def test_a_part_is_padded_to_a_multiple(events: bytes) -> None:
+    assert len(padded(events, FRAME)) % FRAME == 0
+    assert padded(events, FRAME).startswith(events)
+    assert padded(events, 0) == events

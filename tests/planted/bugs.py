@@ -858,6 +858,104 @@ BUGS = (
         "                    answer.tries += 1\n                    answer.sent = self.clock()\n",
         "the time to first token of a refused request begins with its last try",
     ),
+    Bug(
+        "reuse-anybody",
+        "engine/slots.py",
+        "if owner is None or held.owner != owner:",
+        "if owner is None:",
+        "a prompt of another caller is reused",
+    ),
+    Bug(
+        "reuse-too-much",
+        "engine/slots.py",
+        "same = next((i for i in range(most) if held.tokens[i] != tokens[i]), most)",
+        "same = next((i + 1 for i in range(most) if held.tokens[i] != tokens[i]), most)",
+        "a token that differs is taken as prefilled",
+    ),
+    Bug(
+        "reuse-decoded",
+        "engine/slots.py",
+        "most = min(most, held.prompt)",
+        "pass",
+        "decoded tokens are reused where their bits are not those of a prefill",
+    ),
+    Bug(
+        "copy-leaves-nan",
+        "core/kv_cache.py",
+        "tensor[slot, :, count : self._written.get((layer, slot), 0)] = 0",
+        "pass",
+        "a copied beginning leaves the NaN of a broken request behind it",
+    ),
+    Bug(
+        "reuse-old-states",
+        "models/target.py",
+        "self._early.drop(slot)",
+        "pass",
+        "hidden states of another request are resumed",
+    ),
+    Bug(
+        "fail-is-held",
+        "engine/engine.py",
+        "self._owners.pop(sequence, None)",
+        "pass",
+        "what a broken request left is reused",
+    ),
+    Bug(
+        "lost-last-piece",
+        "serve/worker.py",
+        "        for call in moved:  # all answers",
+        "        for call in [*moved][:1]:  # all answers",
+        "when a step ends several calls, some never end",
+    ),
+    Bug(
+        "unfair-queue",
+        "serve/worker.py",
+        "call = min(self._waiting, key=lambda one: running[one.caller])",
+        "call = self._waiting[0]",
+        "one caller's queue holds another one up",
+    ),
+    Bug(
+        "no-deadline",
+        "serve/worker.py",
+        "if now - call.arrived > call.timeout:",
+        "if False:",
+        "a request may take for ever",
+    ),
+    Bug(
+        "cancelled-goes-on",
+        "serve/worker.py",
+        "            if not call.done:\n                self.metrics.cancelled.inc()",
+        "            if False:\n                self.metrics.cancelled.inc()",
+        "a client that has gone keeps its slot",
+    ),
+    Bug(
+        "grammar-not-taken-back",
+        "serve/grammar.py",
+        "self._matcher.rollback(len(self._read) - same)",
+        "pass",
+        "a rejected draft leaves the grammar where it was",
+    ),
+    Bug(
+        "grammar-open-end",
+        "serve/grammar.py",
+        "banned = torch.ones(len(logits), dtype=torch.bool)",
+        "banned = torch.zeros(len(logits), dtype=torch.bool)",
+        "text goes on behind a whole JSON document",
+    ),
+    Bug(
+        "first-key-only",
+        "serve/settings.py",
+        "found |= hmac.compare_digest(digest, known)",
+        "found = hmac.compare_digest(digest, known)",
+        "only the last key opens",
+    ),
+    Bug(
+        "lone-surrogates",
+        "serve/body.py",
+        'text.encode("utf-8")',
+        'text.encode("utf-8", "ignore")',
+        "a lone surrogate reaches the tokenizer",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
@@ -866,7 +964,23 @@ LOAD = "tests/test_load.py::test_"
 START = "tests/test_second_start.py::test_"
 TEXT, HF = "tests/test_text.py::test_", "tests/test_hf.py::test_"
 RUNNER, SKIPPING = "tests/test_runner.py::test_", "tests/test_layer_skip.py::test_"
+SLOTS, WORKER = "tests/test_slots.py::test_", "tests/test_serve_worker.py::test_"
+GRAMMAR, SECURITY = "tests/test_serve_grammar.py::test_", "tests/test_serve_security.py::test_"
+INPUTS = "tests/test_serve_inputs.py::test_"
 QUICK = (
+    SLOTS + "another_owner_and_none_reuse_nothing",
+    SLOTS + "a_request_that_goes_on_takes_its_slot",
+    SLOTS + "chunks_of_an_earlier_prompt_alone_where_rows_depend_on_their_pass",
+    SLOTS + "a_copy_over_a_slot_that_a_broken_request_left_has_no_nan",
+    SLOTS + "what_an_earlier_request_drafted_in_a_slot_is_no_state_of_the_next_one",
+    SLOTS + "one_that_failed_leaves_nothing",
+    WORKER + "answers_are_plain_decoding_s_and_every_token_is_handed_out_once",
+    WORKER + "slots_go_to_the_caller_with_the_fewest_running_calls",
+    WORKER + "a_call_that_takes_too_long_ends_with_503_and_frees_its_slot",
+    WORKER + "a_cancelled_call_frees_its_slot_at_once_whenever_it_comes",
+    GRAMMAR + "the_matcher_goes_back_as_well_as_on",
+    SECURITY + "all_keys_are_compared_whichever_is_right",
+    INPUTS + "half_a_character_is_refused_wherever_it_stands",
     COPYING + "the_longest_match_goes_on",
     COPYING + "a_prediction_is_copied_and_nothing_reaches_over_its_end",
     COPYING + "a_token_counts_with_all_before_it",

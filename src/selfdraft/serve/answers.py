@@ -234,10 +234,11 @@ def _finite(score: float) -> float:
     return max(score, -9999.0)
 
 
-def event(document: Document, size: int = 0) -> bytes:
-    """A server-sent event; with `size` padded by a field `obfuscation` to a multiple of so many bytes."""
-    line = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    if size:
-        empty = len(line.encode()) + len(',"obfuscation":""')
-        line = f'{line[:-1]},"obfuscation":"{"x" * (-empty % size)}"}}'
-    return b"data: " + line.encode() + b"\n\n"
+def event(document: Document) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def padded(events: bytes, size: int) -> bytes:
+    """Events and a comment, which clients skip, as a multiple of `size` bytes: their length tells of no tokens."""
+    return events + b": " + b"x" * (-(len(events) + 4) % size) + b"\n\n" if size else events

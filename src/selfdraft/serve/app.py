@@ -14,9 +14,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from selfdraft.llm import LLM
-from selfdraft.serve.answers import Document, Writer, event
+from selfdraft.serve.answers import Document, Writer, event, padded
 from selfdraft.serve.body import read_body
 from selfdraft.serve.calls import AwaitedCall
 from selfdraft.serve.errors import ApiError
@@ -35,8 +36,8 @@ from selfdraft.serve.tracing import Tracer, describe, tracer_from_environment
 from selfdraft.serve.worker import EngineWorker
 
 PAGE = Path(__file__).parent / "page"
-PADDED = 256
-"""Bytes whose multiples the events of a paced stream are."""
+FRAME = 1024
+"""Bytes whose multiples the parts of a paced stream are: several events fit into one."""
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": words, "content": {"application/json": {}}}
@@ -73,6 +74,20 @@ def document_of(app: FastAPI) -> dict[str, object]:
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
     return document
+
+
+class CallResponse(StreamingResponse):
+    """The stream of a call, which ends with it however it ends: a client may go before the first event is asked for."""
+
+    def __init__(self, call: AwaitedCall, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._awaited = call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._awaited.worker.cancel(self._awaited.call)
 
 
 class Server:
@@ -135,11 +150,11 @@ class Server:
     # Answers
 
     async def chat(self, request: Request) -> Response:
-        body = await read_body(request, ChatRequest, self.settings.max_body)
+        body = await read_body(request, ChatRequest, self.settings)
         return await self._answer(request, lambda: self.service.chat(body, request.state.caller), chat=True)
 
     async def completions(self, request: Request) -> Response:
-        body = await read_body(request, CompletionRequest, self.settings.max_body)
+        body = await read_body(request, CompletionRequest, self.settings)
         return await self._answer(request, lambda: self.service.completion(body, request.state.caller), chat=False)
 
     async def _answer(self, request: Request, make: Callable[[], Job], *, chat: bool) -> Response:
@@ -152,7 +167,7 @@ class Server:
             raise ApiError.of(error) from error
         writer = Writer(self.llm, job, chat=chat)
         if job.stream:
-            return StreamingResponse(self._events(call, writer), media_type="text/event-stream")
+            return CallResponse(call, self._events(call, writer))
         try:
             if not await call.end(request):
                 return Response(status_code=499)
@@ -179,25 +194,25 @@ class Server:
     async def _events(self, call: AwaitedCall, writer: Writer) -> AsyncIterator[bytes]:
         """The events of a stream; an error in its midst is an event, and the last one."""
         pace = self.settings.stream_pace
-        size = PADDED if pace else 0
+        size = FRAME if pace else 0
         updates = call.updates(pace)
         try:
             async for found in updates:
-                lines = [event(chunk, size) for update in found for chunk in writer.chunks(update)]
+                lines = [event(chunk) for update in found for chunk in writer.chunks(update)]
                 if lines or pace:
-                    yield b"".join(lines) or b": \n\n"
+                    yield padded(b"".join(lines), size)
             if writer.job.include_usage or writer.job.details:
-                yield event(writer.last_chunk(), size)
+                yield padded(event(writer.last_chunk()), size)
         except Exception as error:
-            yield event(ApiError.of(error).document(), size)
+            yield padded(event(ApiError.of(error).document()), size)
         finally:
             await updates.aclose()
-        yield b"data: [DONE]\n\n"
+        yield padded(b"data: [DONE]\n\n", size)
 
     # Tokens
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_body(request, TokenizeRequest, self.settings.max_body)
+        body = await read_body(request, TokenizeRequest, self.settings)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give a prompt or messages, and not both")
 
@@ -214,7 +229,7 @@ class Server:
         return await _worked(work)
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read_body(request, DetokenizeRequest, self.settings.max_body)
+        body = await read_body(request, DetokenizeRequest, self.settings)
         return await _worked(lambda: {"prompt": self.service.decode(body.tokens)})
 
     # About the server

@@ -5,6 +5,7 @@ A stock framework answers NaN, Infinity and half characters with 500, and sends 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import NoReturn, TypeVar
 
@@ -13,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from selfdraft.serve.errors import ApiError
+from selfdraft.serve.settings import Settings
 
 DEPTH = 64
 """Deepest nesting of a body; JSON schemas are the deepest things that clients send."""
@@ -22,19 +24,22 @@ Body = TypeVar("Body", bound=BaseModel)
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
-async def read_body(request: Request, model: type[Body], limit: int) -> Body:
-    """The body as `model`. Errors: ApiError 400, 413, 415, 422."""
+async def read_body(request: Request, model: type[Body], settings: Settings) -> Body:
+    """The body as `model`. Errors: ApiError 400, 408, 413, 415."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
     raw = bytearray()
     try:
-        async for part in request.stream():
-            raw += part
-            if len(raw) > limit:
-                raise ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
+        async with asyncio.timeout(settings.body_timeout):
+            async for part in request.stream():
+                raw += part
+                if len(raw) > settings.max_body:
+                    raise ApiError(413, f"the body is longer than {settings.max_body} bytes", code="body_too_large")
     except ClientDisconnect as error:
         raise ApiError(400, "the client has gone before the body was whole") from error
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not come within {settings.body_timeout:g} seconds") from error
     if len(raw) > 100_000:
         return await run_in_threadpool(parse, bytes(raw), model)
     return parse(bytes(raw), model)

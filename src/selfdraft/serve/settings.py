@@ -13,6 +13,8 @@ from selfdraft.types import within
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 KEY_VARIABLE = "SELFDRAFT_API_KEY"
+TIMES = ("body_timeout", "queue_timeout", "request_timeout", "shutdown_timeout", "stall_timeout", "stream_pace")
+"""Settings in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class Settings:
     """Most tokens of one answer."""
     max_body: int = 2 * 2**20
     """Bytes of a request."""
+    body_timeout: float = 60.0
+    """Seconds that a client has to send its body."""
     queue_timeout: float = 60.0
     """Seconds that a request may wait for a slot."""
     request_timeout: float = 600.0
@@ -65,7 +69,7 @@ class Settings:
         within("max_queue", self.max_queue, 0, 2**20)
         within("max_output_tokens", self.max_output_tokens, 1, 2**20)
         within("max_body", self.max_body, 1024, 2**30)
-        for name in ("queue_timeout", "request_timeout", "shutdown_timeout", "stall_timeout", "stream_pace"):
+        for name in TIMES:
             within(name, getattr(self, name), 0.0, 1e6)
         if self.kv_tokens is not None:
             within("kv_tokens", self.kv_tokens, 1, 2**31)
