@@ -23,6 +23,7 @@ REASONS = {
     "test_bench_measure.py": "the clock of the measurements is replaced by one that ticks",
     "test_bench_peers.py": "waits, up to ten minutes, until another process is gone",
     "test_bench_sandbox.py": "waits, up to ten minutes, until another process is gone",
+    "fake_server.py": "sleeps in the virtual time of its event loop",
     "serving.py": "waits, up to ten minutes, until a server has started or has nothing left to do",
     "planted/__main__.py": "prints how long a bug took",
 }
