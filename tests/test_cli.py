@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from selfdraft import LLM, SamplingParams, drafters
 from selfdraft.cli import terminal
 from selfdraft.core import verify as core_verify
+from selfdraft.core.sequence import Sequence as Request
 from selfdraft.core.tree import Draft
 from selfdraft.llm import Piece
 from selfdraft.models import load
@@ -240,12 +241,12 @@ def test_text_is_written_as_it_is(run: Any, folder: Path, monkeypatch: pytest.Mo
     """Tabs, control characters and what looks like markup are the model's words."""
     words = "a\tb :smile: [bold]c[/bold]\r\x07 \x1b[0m 🐕"
 
-    real = LLM.stream
+    real = LLM.pieces
 
-    def stream(self: LLM, *_: object) -> Iterator[Piece]:
-        yield replace(list(real(self, [5], SamplingParams(max_tokens=1)))[-1], text=words)
+    def pieces(self: LLM, request: Request) -> Iterator[Piece]:
+        yield replace(list(real(self, request))[-1], text=words)
 
-    monkeypatch.setattr(LLM, "stream", stream)
+    monkeypatch.setattr(LLM, "pieces", pieces)
     assert run("generate", "hi", "--model", folder).out == words + "\n"
 
 
@@ -332,15 +333,15 @@ def test_chat_goes_on_after_an_interrupt(run: Any, folder: Path, monkeypatch: py
 
 def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C after so many pieces of every stream."""
-    whole = LLM.stream
+    whole = LLM.pieces
 
-    def stream(self: LLM, *arguments: Any) -> Iterator[Piece]:
+    def pieces(self: LLM, *arguments: Any) -> Iterator[Piece]:
         pieces = whole(self, *arguments)
         for _ in range(count):
             yield next(pieces)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LLM, "stream", stream)
+    monkeypatch.setattr(LLM, "pieces", pieces)
 
 
 def test_interrupt(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from selfdraft.cli.options import (
     Threads,
     check_options,
     conditions,
-    encode_all,
+    open_all,
     open_llm,
     prompts_of,
 )
@@ -38,6 +38,7 @@ from selfdraft.errors import RequestError
 from selfdraft.types import SamplingParams
 
 if TYPE_CHECKING:
+    from selfdraft.core.sequence import Sequence as Request
     from selfdraft.llm import LLM, CompletionOutput
     from selfdraft.prove.compare import Comparison
 
@@ -95,11 +96,12 @@ def generate(
     sampling = replace(sampling, min_tokens=min_tokens, max_tokens=max_new_tokens)
     sampling = replace(sampling, prediction=read_prediction(prediction))
     check_options(model, drafter, speculative_config, dtype)
+    sampling = replace(sampling, seed=0 if compare and seed is None else seed)
     texts = read_texts(prompt, prompt_file, prompts, limit, log)
     loading = partial(open_llm, memory=memory, lora=lora, no_cache=no_cache)
     llm = loading(model, drafter, speculative_config, dtype, exactness, threads, adapter)
-    prompt_ids = encode_all(llm, texts, chat_template, sampling, system)
-    answers = [*answer_all(llm, texts, prompt_ids, sampling, log, memory, compare=compare, quiet=as_json)]
+    requests = open_all(llm, texts, chat_template, sampling, system)
+    answers = [*answer_all(llm, texts, requests, sampling, log, memory, compare=compare, quiet=as_json)]
     if as_json:
         facts = {**conditions(llm, model, lora).as_dict(), "drafter": llm.drafter_name}
         terminal.print_json({**facts, "results": [answer.as_dict() for answer in answers]})
@@ -158,7 +160,7 @@ class Answer:
 def answer_all(
     llm: LLM,
     texts: Sequence[str],
-    prompt_ids: Sequence[list[int]],
+    requests: Sequence[Request],
     sampling: SamplingParams,
     log: Path | None,
     memory: Path | None,
@@ -169,10 +171,11 @@ def answer_all(
     """The answers to all prompts, each kept in the files that ask for it as soon as it is there."""
     from selfdraft.files.token_log import append
 
-    for text, ids in zip(texts, prompt_ids, strict=True):
+    for text, request in zip(texts, requests, strict=True):
+        ids = list(request.tokens)
         if len(texts) > 1 and not quiet:
             show_heading(text)
-        answer = answer_one(llm, text, ids, sampling, compare=compare, quiet=quiet)
+        answer = answer_one(llm, text, request, sampling, compare=compare, quiet=quiet)
         if log is not None:
             append(log, llm.logged(ids, list(answer.output.token_ids), sampling))
         if memory is not None:
@@ -180,16 +183,15 @@ def answer_all(
         yield answer
 
 
-def answer_one(llm: LLM, text: str, ids: list[int], sampling: SamplingParams, *, compare: bool, quiet: bool) -> Answer:
+def answer_one(
+    llm: LLM, text: str, request: Request, sampling: SamplingParams, *, compare: bool, quiet: bool
+) -> Answer:
     """One answer, shown as it comes unless `quiet`."""
     from selfdraft.prove.compare import compare as against_plain
 
-    if compare and sampling.seed is None:
-        sampling = replace(sampling, seed=0)
-    clock = Clock()
-    last = None
+    ids, clock, last = list(request.tokens), Clock(), None
     try:
-        for piece in llm.stream(ids, sampling):
+        for piece in llm.pieces(request):
             last = piece
             clock.saw(piece.num_output_tokens)
             if not quiet:

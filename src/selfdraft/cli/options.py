@@ -261,26 +261,29 @@ def opening_of(system: str | None) -> list[dict[str, str]]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def encode_all(
+def open_all(
     llm: LLM, texts: Sequence[str], chat_template: bool, sampling: SamplingParams, system: str | None = None
-) -> list[list[int]]:
-    """Token ids of all prompts, in the chat template when asked for or when there is a `system` message.
+) -> list[Request]:
+    """The requests of all prompts, in the chat template when asked for or when there is a `system` message.
 
-    Each is checked before one of them is run. Errors: RequestError.
+    Each is checked, once, before one of them is run. Errors: RequestError.
     """
     from contextlib import nullcontext
 
     from selfdraft.llm import naming
 
-    opening = opening_of(system)
-    checked = []
+    opening, one = opening_of(system), replace(sampling, n=1)
+    opened = []
     for i, text in enumerate(texts):
         with naming(i) if len(texts) > 1 else nullcontext():
             messages = [*opening, {"role": "user", "content": text}]
-            ids = llm.render(messages) if chat_template or opening else llm.encode(text)
-            llm.requests(ids, sampling)
-            checked.append(ids)
-    return checked
+            opened += llm.requests(llm.render(messages) if chat_template or opening else text, one)
+    return opened
+
+
+def encode_all(llm: LLM, texts: Sequence[str], chat_template: bool, sampling: SamplingParams) -> list[list[int]]:
+    """Token ids of all prompts, for requests that are made more than once. Errors: those of `open_all`."""
+    return [request.tokens for request in open_all(llm, texts, chat_template, sampling)]
 
 
 @dataclass(frozen=True, slots=True)
