@@ -62,7 +62,7 @@ def test_all_keys_are_compared_whichever_is_right() -> None:
     """The time tells nothing of the keys: each comparison is of digests, in constant time, and all are made."""
     keys = Keys.of(KEYS)
     names = {keys.caller(key) for key in KEYS}
-    assert len(names) == 2
+    assert len(names - {None}) == 2
     assert not any(key in str(names) for key in KEYS)
     assert keys.caller("") is None
     assert keys.caller(None) is None
