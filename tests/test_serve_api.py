@@ -188,6 +188,12 @@ def test_a_prediction_is_drafted_and_counted(client: Any) -> None:
     details = answer.usage.completion_tokens_details
     assert answer.choices[0].message.content == wanted
     assert details.accepted_prediction_tokens > 30
+    copied = [{"role": "user", "content": f"Repeat: {wanted}"}]
+    both = client.chat.completions.create(
+        **{**given, "messages": copied}, prediction={"type": "content", "content": wanted + wanted}
+    )
+    details = both.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens + details.rejected_prediction_tokens > 0, "beside other sources, too"
     wrong = client.chat.completions.create(**given, prediction={"type": "content", "content": "1 2 3 4 5 6 7"})
     assert wrong.choices[0].message.content == wanted
     assert wrong.usage.completion_tokens_details.accepted_prediction_tokens == 0

@@ -15,7 +15,7 @@ from selfdraft.llm import LLM
 from selfdraft.outputs import Piece, completion
 from selfdraft.serve import tools as calling
 from selfdraft.serve.service import Job
-from selfdraft.serve.worker import Update
+from selfdraft.serve.worker import Update, from_prediction
 from selfdraft.types import Logprob
 
 Document = dict[str, object]
@@ -207,7 +207,7 @@ def usage(job: Job) -> Document:
     call, sequences = job.call, job.call.sequences
     prompt = sum(sequence.prompt_length for sequence in sequences[:: job.n])
     written = sum(sequence.num_output_tokens for sequence in sequences)
-    kept = sum(source.startswith("prediction") for sequence in sequences for source in sequence.sources)
+    kept = sum(from_prediction(source) for sequence in sequences for source in sequence.sources)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,

@@ -81,6 +81,11 @@ class Call:
         return all(sequence.finished for sequence in self.sequences)
 
 
+def from_prediction(source: str) -> bool:
+    """Whether a token was drafted from the request's prediction, alone or beside other sources."""
+    return any(part.startswith("prediction") for part in source.split("+"))
+
+
 class EngineWorker:
     """The thread that runs an engine for calls. `clock` in seconds is what deadlines are counted by."""
 
@@ -265,7 +270,7 @@ class EngineWorker:
         sequence = call.sequences[index]
         reader = call.readers[index]
         drafted = result.draft.sources[: result.draft.num_candidates]
-        call.predicted += sum(source.startswith("prediction") for source in drafted)
+        call.predicted += sum(map(from_prediction, drafted))
         if reader.moved:
             if call.first_token is None:
                 call.first_token = self.clock()
