@@ -125,7 +125,7 @@ def test_a_client_that_goes_ends_its_request_streamed_or_not(
         sock.sendall(request_of(body_of(PROMPTS[0], most=3000, stream=stream, ignore_eos=True)))
         wait_until(lambda: len(engine.running) == 1 and engine.running[0].num_output_tokens > 0)
         (sequence,) = engine.running
-    wait_until(lambda: bool(worker._cancelled))
+    wait_until(lambda: bool(worker._cancelled) or not worker.busy)
     free.set()
     wait_until(lambda: served.quiet)
     assert sequence.finish_reason == "abort"
