@@ -189,6 +189,25 @@ def test_one_answer_of_a_call_that_fails_ends_this_call_alone() -> None:
     assert worker.failed is None
 
 
+def test_an_answer_that_ends_in_the_step_in_which_another_one_fails_is_handed_out() -> None:
+    """The step raises for one request, after it has moved those before it: they appear in no result of it."""
+
+    def raises(tokens: SequenceOf[int]) -> bool:
+        raise RuntimeError("planted")
+
+    worker, _ = worker_of(slots=2)
+    whole = call_of([3], most=1)
+    sampling = SamplingParams(max_tokens=8, stopping_criteria=(raises,))
+    broken = Call([open_sequence([4], sampling, seed=0, eos=frozenset(), context=99)])
+    worker.submit(whole)
+    worker.submit(broken)
+    run(worker)
+    assert isinstance(broken.error, EngineError)
+    assert whole.error is None
+    assert text_of(whole) == plain([3], 1)
+    assert free(worker) == 2
+
+
 def test_a_step_that_fails_for_all_ends_all_that_run_and_the_next_ones_are_served() -> None:
     worker, _ = worker_of()
     target = worker.engine.target
@@ -270,7 +289,8 @@ def test_random_storms_leave_nothing_behind() -> None:
             worker.cancel(draw.choice(calls)[1])
     run(worker)
     assert free(worker) == 3
-    assert not worker._owner_of
+    assert not worker._active
+    assert not worker._waiting
     for prompt, call in calls:
         assert call.done
         said = text_of(call)

@@ -903,8 +903,8 @@ BUGS = (
     Bug(
         "lost-last-piece",
         "serve/worker.py",
-        "        for call in moved:  # all answers",
-        "        for call in [*moved][:1]:  # all answers",
+        "        for call in [*self._active]:\n            moved = False",
+        "        for call in self._active[:1]:\n            moved = False",
         "when a step ends several calls, some never end",
     ),
     Bug(

@@ -42,16 +42,10 @@ class Metrics:
         self.request_seconds = histogram("request_seconds", "Seconds from arrival to the end", SECONDS)
         self._drafting = [_Drafting(prefix, registry) for prefix in self._prefixes]
 
-    def saw_step(self, running: int, waiting: int) -> None:
-        """A forward pass, after which so many answers run and so many requests wait."""
-        self.steps.inc()
-        self.running.set(running)
-        self.waiting.set(waiting)
-
-    def saw_result(self, result: Result, emitted: int) -> None:
-        """What a step said about one answer, of which `emitted` tokens became output."""
+    def saw_answer(self, result: Result | None, emitted: int) -> None:
+        """One answer got `emitted` tokens. `result`: what the step said of it; None where it failed for another one."""
         self.generation_tokens.inc(emitted)
-        if drafted := result.draft.num_candidates:
+        if result is not None and (drafted := result.draft.num_candidates):
             for one in self._drafting:
                 one.saw(drafted, min(len(result.path), emitted))
 

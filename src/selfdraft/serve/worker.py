@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -112,9 +112,10 @@ class EngineWorker:
         """Calls that have not ended."""
         self._waiting: list[Call] = []
         self._active: list[Call] = []
-        self._owner_of: dict[Sequence, tuple[Call, int]] = {}
         self._stepping_since: float | None = None
         self._failures = 0
+        self.metrics.running.set_function(lambda: len(engine.running))
+        self.metrics.waiting.set_function(lambda: self.waiting)
         self._thread = threading.Thread(target=self._run, name="selfdraft-engine", daemon=True)
 
     # From any thread
@@ -234,65 +235,65 @@ class EngineWorker:
             self._active.append(call)
             call.admitted = self.clock()
             self.metrics.queue_seconds.observe(call.admitted - call.arrived)
-            for index, sequence in enumerate(call.sequences):
-                self._owner_of[sequence] = call, index
+            for sequence in call.sequences:
                 self.engine.submit(sequence, owner=call.owner, drafter=call.drafter)
 
     def _step(self) -> None:
+        """One step, and what it brought, also where it failed for one request: others may have ended in it."""
+        results: dict[Sequence, Result] = {}
         self._stepping_since = self.clock()
         try:
-            results = self.engine.advance()
+            results = dict(self.engine.advance())
             self._failures = 0
         except EngineError as error:
             if isinstance(error.request, Sequence):
                 self._fail_one(error.request, error)
             else:
                 self._fail_all(error)
-            return
         except Exception as error:
             self._fail_all(error)
-            return
         finally:
             self._stepping_since = None
-        self.metrics.saw_step(len(self.engine.running), self.waiting)
-        moved: dict[Call, None] = {}
-        for sequence, result in results:
-            call, index = self._owner_of[sequence]
-            self._hand_out(call, index, result)
-            moved[call] = None
-        for call in moved:  # all answers of a call have what the step brought before one of them ends it
-            if call.ended:
+        self.metrics.steps.inc()
+        self._hand_out(results)
+
+    def _hand_out(self, results: Mapping[Sequence, Result]) -> None:
+        """Give every call what is new in its answers. `results`: what the step said of those that it moved."""
+        for call in [*self._active]:
+            moved = False
+            for index, (sequence, reader) in enumerate(zip(call.sequences, call.readers, strict=True)):
+                result = results.get(sequence)
+                if result is not None:
+                    drafted = result.draft.sources[: result.draft.num_candidates]
+                    call.predicted += sum(map(from_prediction, drafted))
+                if reader.moved:
+                    moved = True
+                    self._update(call, index, reader, result)
+            if call.ended:  # all answers of a call have what the step brought before one of them ends it
                 self._end(call, None)
-            else:
+            elif moved:
                 call.notify()
 
-    def _hand_out(self, call: Call, index: int, result: Result) -> None:
-        sequence = call.sequences[index]
-        reader = call.readers[index]
-        drafted = result.draft.sources[: result.draft.num_candidates]
-        call.predicted += sum(map(from_prediction, drafted))
-        if reader.moved:
-            if call.first_token is None:
-                call.first_token = self.clock()
-                self.metrics.first_token_seconds.observe(call.first_token - call.arrived)
-            self.metrics.saw_result(result, sequence.num_output_tokens - reader.written)
-            call.updates.append(
-                Update(index, reader.read(), replace(result, logits=None) if call.wants_trees else None)
-            )
+    def _update(self, call: Call, index: int, reader: PieceReader, result: Result | None) -> None:
+        if call.first_token is None:
+            call.first_token = self.clock()
+            self.metrics.first_token_seconds.observe(call.first_token - call.arrived)
+        self.metrics.saw_answer(result, reader.sequence.num_output_tokens - reader.written)
+        tree = replace(result, logits=None) if result is not None and call.wants_trees else None
+        call.updates.append(Update(index, reader.read(), tree))
 
     def _fail_one(self, sequence: Sequence, error: EngineError) -> None:
         self.engine.fail(sequence)
-        found = self._owner_of.get(sequence)
-        if found is not None:
-            self._end(found[0], error)
+        for call in [call for call in self._active if sequence in call.sequences]:
+            self._end(call, error)
 
     def _fail_all(self, error: Exception) -> None:
-        """A step failed, and it is no single request's fault: all that run end with it."""
+        """A step failed, and it is no single request's fault: all that run end with it, but for what is whole."""
         _log.error("a step failed for all requests: %s: %s", type(error).__name__, error)
         self._failures += 1
         for sequence in [*self.engine.running]:
             self.engine.fail(sequence)
-        for call in [*self._active]:
+        for call in [call for call in self._active if any(one.finish_reason == "abort" for one in call.sequences)]:
             self._end(call, EngineError(f"the step failed: {type(error).__name__}"))
         if self._failures >= FAILURES:
             raise EngineError(f"{FAILURES} steps in a row failed, the last with {type(error).__name__}: {error}")
@@ -303,7 +304,6 @@ class EngineWorker:
             return
         for sequence in call.sequences:
             self.engine.abort(sequence)
-            self._owner_of.pop(sequence, None)
         for calls in (self._waiting, self._active):
             if call in calls:
                 calls.remove(call)
