@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from selfdraft.cli import bench_serve
-from selfdraft.remote import KEY_VARIABLE
+from selfdraft.files.api_keys import KEY_VARIABLE
 from tests.fake_server import Document, Refusal, Reply, listening, said
 from tests.terminal import Done, one_line, typed
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from selfdraft.cli import remote_chat, terminal
-from selfdraft.remote import KEY_VARIABLE
+from selfdraft.files.api_keys import KEY_VARIABLE
 from tests.fake_server import DONE, Document, Refusal, Reply, Script, chunk, listening, said, usage
 from tests.terminal import Done, one_line, typed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from selfdraft.errors import OptionError, ServerError
+from selfdraft.files.api_keys import KEY_VARIABLE, keys_in, keys_of_environment
 from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
     import httpx
 
-KEY_VARIABLE = "SELFDRAFT_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECTING = 10.0
 """Most seconds until a server takes a connection."""
@@ -79,15 +78,8 @@ def url_of(given: str) -> str:
 def read_key(file: Path | None) -> str | None:
     """The first key of a file with one key a line, or of the environment; None without both. Errors: OptionError."""
     if file is None:
-        return next((key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()), None)
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--api-key-file {file} cannot be read: {error}") from error
-    key = next((line.strip() for line in lines if line.strip()), None)
-    if key is None:
-        raise OptionError(f"--api-key-file {file} holds no key: write one key a line")
-    return checked_key(key)
+        return next(iter(keys_of_environment()), None)
+    return checked_key(keys_in(file)[0])
 
 
 def checked_key(key: str) -> str:

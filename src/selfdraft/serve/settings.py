@@ -8,11 +8,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from selfdraft import remote
 from selfdraft.errors import OptionError
+from selfdraft.files.api_keys import KEY_VARIABLE, keys_in, keys_of_environment
 from selfdraft.types import within
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
-KEY_VARIABLE = "SELFDRAFT_API_KEY"
+LOOPBACK = (*remote.LOOPBACK, "[::1]")
+"""As an address to listen at, and in the Host header of a request."""
 TIMES = ("body_timeout", "queue_timeout", "request_timeout", "shutdown_timeout", "stall_timeout", "stream_pace")
 """Settings in seconds."""
 
@@ -114,16 +116,9 @@ class Keys:
 
 def read_keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     """The keys of the options, of a file with one key a line, and of the environment. Errors: OptionError."""
-    keys = list(given or ())
-    if file is not None:
-        try:
-            keys += file.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"--api-key-file {file} cannot be read: {error}") from error
-        if not any(key.strip() for key in keys):
-            raise OptionError(f"--api-key-file {file} holds no key: write one key a line")
-    keys += os.environ.get(KEY_VARIABLE, "").split(",")
-    found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
+    keys = [key.strip() for key in given or () if key.strip()]
+    keys += keys_in(file) if file is not None else []
+    found = tuple(dict.fromkeys([*keys, *keys_of_environment()]))
     if short := next((key for key in found if len(key) < 8), None):
         raise OptionError(f"an API key of {len(short)} characters is too easy to guess: take 8 or more")
     return found
