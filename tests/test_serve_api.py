@@ -199,6 +199,17 @@ def test_a_prediction_is_drafted_and_counted(client: Any) -> None:
     assert wrong.usage.completion_tokens_details.accepted_prediction_tokens == 0
 
 
+def test_a_prediction_is_read_by_the_drafter_of_the_request() -> None:
+    """Also where the server's own drafter reads none: that one is not asked."""
+    parts = [{"type": "text", "text": "there was"}]
+    body = {"messages": STORY, "max_tokens": 24, "prediction": {"type": "content", "content": parts}}
+    with serving(pocket("lookup", max_num_seqs=1), Settings(model_name="pocket", drafters=("merged",))) as own:
+        for config in ({"method": "merged"}, {"method": "lookup"}):
+            given = {**body, "speculative_config": config}
+            answer = httpx.post(f"{own.url}/v1/chat/completions", json=given, timeout=600)
+            assert answer.json()["choices"][0]["message"]["content"] == said(STORY, max_tokens=24)
+
+
 def test_a_drafter_of_its_own(client: Any) -> None:
     wanted = said(STORY, max_tokens=24)
     for method in ("none", "lookup", "merged", "auto", "ngram"):

@@ -100,16 +100,6 @@ def test_the_slot_that_was_left_longest_ago_is_given_up_first() -> None:
     assert slots.take([*range(50, 70)], "a").slot == first
 
 
-def test_forget() -> None:
-    slots = Slots(2, CHUNK, "all")
-    held(slots, range(20), "a")
-    held(slots, range(100, 120), "b")
-    slots.forget("a")
-    assert [one.owner for one in slots.held.values()] == ["b"]
-    slots.forget()
-    assert not slots.held
-
-
 def turns(engine: Engine, owner: str | None, sampling: Sampling) -> list[list[int]]:
     """The answers of a chat of four turns: the next prompt is all that was said and three tokens more."""
     prompt, answers = [3, 1, 4, 1, 5, 9, 2, 6], []

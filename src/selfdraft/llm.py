@@ -50,6 +50,7 @@ from selfdraft.prompts import (
     render_messages,
     split_prompts,
 )
+from selfdraft.protocols import Drafter
 from selfdraft.sampling import bad_word_ids, generation_defaults, read_generation_config, spread, stop_tokens
 from selfdraft.tune.machine import profile_of
 from selfdraft.types import Clock, SamplingParams, Stats, check_dtype, within
@@ -350,11 +351,14 @@ class LLM:
         with self._lock:
             return list(tokenizer(text, **options)["input_ids"])
 
-    def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[Sequence]:
-        """The n sequences of one prompt, checked and ready for an engine. Errors: RequestError."""
-        return self._open(parse_prompt(prompt), sampling)
+    def requests(self, prompt: Prompt, sampling: SamplingParams, *, drafter: Drafter | None = None) -> list[Sequence]:
+        """The n sequences of one prompt, checked and ready for an engine. Errors: RequestError.
 
-    def _open(self, prompt: ParsedPrompt, sampling: SamplingParams) -> list[Sequence]:
+        `drafter`: the one that will run them, if it is not the engine's.
+        """
+        return self._open(parse_prompt(prompt), sampling, drafter)
+
+    def _open(self, prompt: ParsedPrompt, sampling: SamplingParams, drafter: Drafter | None = None) -> list[Sequence]:
         tokens = self._encode(prompt)
         if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
@@ -363,7 +367,7 @@ class LLM:
                 f"the prompt has {len(tokens)} tokens; the context of {self.target.max_length} leaves room for "
                 f"{self.target.max_length - 1} and an answer: shorten the prompt"
             )
-        sampling, stops = self._readied(sampling)
+        sampling, stops = self._readied(sampling, drafter or self.engine.drafter)
         decode = partial(self.decode, skip_special_tokens=sampling.skip_special_tokens)
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
         return [
@@ -379,7 +383,7 @@ class LLM:
             for i in range(sampling.n)
         ]
 
-    def _readied(self, sampling: SamplingParams) -> tuple[SamplingParams, dict[int, str]]:
+    def _readied(self, sampling: SamplingParams, drafter: Drafter) -> tuple[SamplingParams, dict[int, str]]:
         """The options in token ids of this model, and stop strings that are special tokens. Errors: RequestError."""
         stops: dict[int, str] = {}
         if sampling.stop:
@@ -396,7 +400,7 @@ class LLM:
                 f"token id {shown(outside)} in the sampling options is outside {self.target.vocab} tokens"
             )
         if sampling.prediction:
-            sampling = replace(sampling, prediction=self._prediction(sampling))
+            sampling = replace(sampling, prediction=self._prediction(sampling, drafter))
         if sampling.bad_words:
             words = bad_word_ids(
                 sampling.bad_words, lambda word: self._ids(word, "bad_words", add_special_tokens=False)
@@ -434,9 +438,9 @@ class LLM:
         """Whose token ids these are: what files of token ids are checked by."""
         return fingerprint(self.tokenizer, self.target.vocab)
 
-    def _prediction(self, sampling: SamplingParams) -> tuple[int, ...]:
+    def _prediction(self, sampling: SamplingParams, drafter: Drafter) -> tuple[int, ...]:
         """Token ids of a prediction. Errors: RequestError, also when the drafter reads none."""
-        if not needs_of(self.engine.drafter).prediction:
+        if not needs_of(drafter).prediction:
             able = ", ".join(name for name, factory in table().items() if needs_of(factory).prediction)
             raise RequestError(f"drafter {self.drafter_name!r} reads no prediction; these do: {able}")
         if isinstance(sampling.prediction, str):

@@ -210,25 +210,33 @@ def parse_messages(given: object) -> list[dict[str, object]]:
 
 
 def _content(message: Message, number: int) -> str:
-    """The text of a message; parts are joined by line ends, as vLLM joins them."""
+    """The text of a message; of one with calls of tools it may be empty."""
     content = message.get("content")
     if content is None:
         if message.get("tool_calls"):
             return ""
         raise RequestError(f"message {number} has no 'content': {shown(dict(message))}; give a text")
+    return text_of(content, f"message {number}")
+
+
+def text_of(content: object, what: str) -> str:
+    """A content as a text; its parts are joined by line ends, as vLLM joins them. Nothing is ever fetched.
+
+    Errors: RequestError, also for a part that is no text; `what` it belongs to.
+    """
     if isinstance(content, str):
-        check_text(content, f"message {number}")
+        check_text(content, what)
         return content
     if not isinstance(content, list | tuple):
-        raise RequestError(f"message {number}: its content is {shown(content)}; give a text or a list of text parts")
+        raise RequestError(f"{what}: its content is {shown(content)}; give a text or a list of text parts")
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         text = part.get("text") if isinstance(part, Mapping) else part
         if kind not in TEXT_PARTS or not isinstance(text, str):
             taken = "a text model takes {'type': 'text', 'text': ...} only"
-            raise RequestError(f"message {number}: the part {shown(part)} is no text; {taken}")
-        check_text(text, f"message {number}")
+            raise RequestError(f"{what}: the part {shown(part)} is no text; {taken}")
+        check_text(text, what)
         texts.append(text)
     return "\n".join(texts)
 

@@ -16,11 +16,12 @@ def admit(
 ) -> list[tuple[Sequence, Taken]]:
     """Give free slots to waiting sequences, first come first served. `owners`: who may reuse what a slot holds."""
     admitted: list[tuple[Sequence, Taken]] = []
+    if not (waiting and slots.free):
+        return admitted
+    held = [held_by(one, owners[one]) for one in running if one in owners]
     while waiting and slots.free:
         sequence = waiting.popleft()
-        owner = owners.get(sequence)
-        held = [held_by(one, owners[one]) for one in running if one in owners] if owner is not None else []
-        taken = slots.take(sequence.tokens, owner, held)
+        taken = slots.take(sequence.tokens, owners.get(sequence), held)
         sequence.slot, sequence.num_cached = taken.slot, taken.count
         sequence.stats.num_cached_tokens = taken.count
         admitted.append((sequence, taken))

@@ -75,10 +75,6 @@ class Slots:
         if held is not None and held.tokens:
             self.held[slot] = held
 
-    def forget(self, owner: str | None = None) -> None:
-        """Reuse nothing of what this owner's requests left; None: of anybody's."""
-        self.held = {slot: held for slot, held in self.held.items() if owner is not None and held.owner != owner}
-
     def _common(self, held: Held, tokens: SequenceOf[int], owner: str | None) -> int:
         """How many first tokens of a request may be taken from there."""
         if owner is None or held.owner != owner:

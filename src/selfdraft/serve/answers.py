@@ -43,7 +43,8 @@ class Writer:
             if self.chat:
                 delta = {"role": "assistant", "content": ""}
             if job.echo and not self.chat:
-                yield self._chunk(index, job.echo[index // job.n], None)
+                echo = self._choice_of(index, job.echo[index // job.n], None)
+                yield {**self._head(stream=True), "choices": [echo]}
         text, calls = answer.grow(piece)
         if self.chat and calls:
             delta["tool_calls"] = [call.document(number) for number, call in enumerate(calls)]
@@ -52,8 +53,8 @@ class Writer:
         reason = self._reason(piece.finish_reason, answer)
         if not (text or delta or reason or piece.logprobs or job.details or update.result):
             return
-        chunk = self._chunk(index, delta if self.chat else text, reason)
-        choice = _first_choice(chunk)
+        choice = self._choice_of(index, delta if self.chat else text, reason)
+        chunk: Document = {**self._head(stream=True), "choices": [choice]}
         if piece.finish_reason == "stop" and reason == "stop":
             choice["stop_reason"] = piece.stop_reason
         if job.logprobs:
@@ -68,10 +69,9 @@ class Writer:
         """The chunk with the usage, behind all others."""
         return {**self._head(stream=True), "choices": [], "usage": usage(self.job), **self._metrics()}
 
-    def _chunk(self, index: int, delta: object, reason: str | None) -> Document:
-        choice: Document = {"index": index, "delta" if self.chat else "text": delta, "logprobs": None}
-        choice["finish_reason"] = reason
-        return {**self._head(stream=True), "choices": [choice]}
+    def _choice_of(self, index: int, delta: object, reason: str | None) -> Document:
+        """What a chunk says of one answer."""
+        return {"index": index, "delta" if self.chat else "text": delta, "logprobs": None, "finish_reason": reason}
 
     # A whole answer
 
@@ -83,7 +83,7 @@ class Writer:
     def _choice(self, index: int, sequence: Sequence) -> Document:
         said, answer = completion(index, sequence), self._texts[index]
         choice: Document = {"index": index}
-        calls: list[calling.Call] = []
+        calls: list[calling.ParsedCall] = []
         if self.chat:
             content: str | None = said.text
             if self.job.names:
@@ -145,7 +145,7 @@ class _Answer:
         self._stream = TextStream(partial(llm.decode, skip_special_tokens=sequence.sampling.skip_special_tokens))
         self._held, self._offset = "", 0
 
-    def grow(self, piece: Piece) -> tuple[str, list[calling.Call]]:
+    def grow(self, piece: Piece) -> tuple[str, list[calling.ParsedCall]]:
         """The text that may be shown now, and calls that are whole. With tools a text that may be a call waits."""
         if not self.job.names:
             return piece.text, []
@@ -153,7 +153,7 @@ class _Answer:
         if piece.finish_reason is None and (self.job.forced_call or calling.opens_call(self._held, self.job.form)):
             return "", []
         text, self._held = self._held, ""
-        calls: list[calling.Call] = []
+        calls: list[calling.ParsedCall] = []
         if piece.finish_reason is not None:
             text, calls = calling.parse_calls(text, self.job.form, self.job.names)
             self.called = bool(calls)
@@ -219,14 +219,6 @@ def usage(job: Job) -> Document:
             "reasoning_tokens": 0,
         },
     }
-
-
-def _first_choice(chunk: Document) -> Document:
-    choices = chunk["choices"]
-    assert isinstance(choices, list)
-    choice = choices[0]
-    assert isinstance(choice, dict)
-    return choice
 
 
 def _finite(score: float) -> float:

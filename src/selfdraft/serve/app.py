@@ -46,6 +46,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "no API key, or a wrong one",
         403: "not allowed here",
         404: "unknown model or route",
+        408: "the body did not come in time",
         413: "the body is too long",
         415: "the body is not JSON",
         429: "too many requests; see Retry-After",

@@ -66,7 +66,6 @@ class Grammars:
             raise LoadError(f"structured output cannot read this tokenizer: {error}") from error
         self._new: Callable[[object, str], Matcher] = llguidance.LLMatcher
         self._of_schema = llguidance.LLMatcher.grammar_from_json_schema
-        self._of_lark = llguidance.LLMatcher.grammar_from_lark
         self.ends = sorted(ends)
 
     def json(self, schema: Mapping[str, object] | bool) -> str:
@@ -157,7 +156,6 @@ class GrammarDrafter:
     def __init__(self, inner: Drafter) -> None:
         self.inner = inner
         self.needs = getattr(inner, "needs", None)
-        self.memory = getattr(inner, "memory", None)
         self._forced: set[Sequence] = set()
         self._cut: WeakKeyDictionary[Sequence, tuple[Draft, tuple[int, ...]]] = WeakKeyDictionary()
         """The tree of `inner`, and the nodes that were kept of it."""

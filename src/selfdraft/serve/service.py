@@ -15,22 +15,23 @@ from selfdraft.drafters import build, needs_of
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.llm import LLM
 from selfdraft.methods import ALIASES
-from selfdraft.prompts import check_text, once, render_messages
+from selfdraft.prompts import check_text, once, render_messages, text_of
 from selfdraft.protocols import Drafter
 from selfdraft.serve import tools as calling
 from selfdraft.serve.errors import ApiError
 from selfdraft.serve.grammar import ANY_OBJECT, GrammarDrafter, Grammars
-from selfdraft.serve.requests import ChatRequest, CompletionRequest, Message, Part, SamplingFields, Tool
+from selfdraft.serve.requests import ChatRequest, CompletionRequest, Message, SamplingFields, Tool
 from selfdraft.serve.settings import Settings
 from selfdraft.serve.worker import Call
+from selfdraft.types import JsonObject
 
-PLAIN = (
+SAME_NAMED = (
     *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens"),
     *("seed", "logit_bias", "bad_words", "allowed_token_ids"),
 )
 """Options of a body that are options of SamplingParams under the same name."""
-TEMPLATE_DEFAULT = 16
+COMPLETION_TOKENS = 16
 """max_tokens of a text completion when none is given, as with OpenAI."""
 
 
@@ -107,7 +108,7 @@ class Service:
                 400, f"{len(encoded)} prompts with n={body.n} are more than 64 answers: send fewer", "prompt"
             )
         grammar = self._grammar_of(body, False)
-        sequences = self._open(encoded, body, body.max_tokens or TEMPLATE_DEFAULT, body.logprobs, grammar)
+        sequences = self._open(encoded, body, body.max_tokens or COMPLETION_TOKENS, body.logprobs, grammar)
         echo = tuple(self.decode(ids) for ids in encoded) if body.echo else ()
         return replace(self._job(body, sequences, caller, body.logprobs is not None), echo=echo)
 
@@ -217,11 +218,12 @@ class Service:
         most = self.settings.max_output_tokens
         if limit is not None and limit > most:
             raise ApiError(400, f"max_tokens={limit} is more than the {most} that this server allows", "max_tokens")
-        given = {name: value for name in PLAIN if (value := getattr(body, name)) is not None}
+        given = {name: value for name in SAME_NAMED if (value := getattr(body, name)) is not None}
         if body.top_k is not None:
             given["top_k"] = max(body.top_k, 0)
-        if body.prediction is not None and needs_of(self._drafter_of(body)).prediction:
-            given["prediction"] = _text_of(body.prediction.content)
+        drafter = self._drafter_of(body)
+        if body.prediction is not None and needs_of(drafter).prediction:
+            given["prediction"] = text_of(body.prediction.model_dump(exclude_none=True)["content"], "the prediction")
         seed = secrets.randbits(62) if body.seed is None else body.seed
         base = replace(self.llm.default_sampling_params(), max_tokens=limit or most, logprobs=logprobs, **given)
         found: list[Sequence] = []
@@ -231,7 +233,7 @@ class Service:
                 if grammar is not None and self._grammars is not None:
                     processor = self._grammars.processor(grammar, len(ids))
                     one = replace(one, logits_processors=(*one.logits_processors, processor))
-                found += self.llm.requests(ids, one)
+                found += self.llm.requests(ids, one, drafter=drafter)
         return found
 
     def _job(self, body: SamplingFields, sequences: list[Sequence], caller: str, logprobs: bool) -> Job:
@@ -288,28 +290,11 @@ def _prompts_of(body: CompletionRequest) -> list[str | list[int]]:
     return [ids] if ids else [one for one in body.prompt if not isinstance(one, int)]
 
 
-def _plain(message: Message) -> dict[str, object]:
-    """A message as templates read it: texts, and the arguments of calls as objects."""
-    if isinstance(message.content, list):
-        content: object = _text_of(message.content)
-    else:
-        content = message.content
-    if content is None and not message.tool_calls:
-        raise RequestError("a message has no content: give a text")
-    found: dict[str, object] = {"role": message.role, "content": content or ""}
-    if message.name is not None:
-        found["name"] = message.name
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        found["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
+def _plain(message: Message) -> JsonObject:
+    """A message as templates read it: the arguments of calls are objects."""
+    found = message.model_dump(include={"role", "content", "name", "tool_call_id", "tool_calls"}, exclude_none=True)
+    for call in found.get("tool_calls", ()):
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     return found
 
 
@@ -318,13 +303,3 @@ def _arguments(text: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _text_of(content: str | SequenceOf[Part]) -> str:
-    """The text of a content. Errors: RequestError for a part that is no text; nothing is ever fetched."""
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part.type not in ("text", "input_text", "output_text", "refusal") or part.text is None:
-            raise RequestError("a text model takes parts of type 'text' only")
-    return "\n".join(part.text or "" for part in content)

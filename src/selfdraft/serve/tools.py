@@ -24,7 +24,7 @@ PREAMBLE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ParsedCall:
     """One call of a function, as the model wrote it. `arguments` is JSON."""
 
     name: str
@@ -68,7 +68,7 @@ def forced_schema(tools: Sequence[Tool], choice: NamedTool | str) -> dict[str, o
     return shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
 
 
-def parse_calls(text: str, form: str, names: frozenset[str]) -> tuple[str, list[Call]]:
+def parse_calls(text: str, form: str, names: frozenset[str]) -> tuple[str, list[ParsedCall]]:
     """The answer without its calls, and the calls. What is no whole call of a known function stays text."""
     if form == "mistral":
         before, marker, after = text.partition("[TOOL_CALLS]")
@@ -99,7 +99,7 @@ def _tail(text: str, marker: str) -> str:
     return "\0"
 
 
-def _calls_in(text: str, names: frozenset[str]) -> list[Call]:
+def _calls_in(text: str, names: frozenset[str]) -> list[ParsedCall]:
     try:
         found = json.loads(text.strip())
     except (ValueError, RecursionError):
@@ -110,5 +110,5 @@ def _calls_in(text: str, names: frozenset[str]) -> list[Call]:
         if not isinstance(item, dict) or item.get("name") not in names:
             return []
         arguments = item.get("arguments", item.get("parameters", {}))
-        calls.append(Call(item["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)))
+        calls.append(ParsedCall(item["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)))
     return calls
