@@ -3,7 +3,7 @@
 Source: ML-SpecQD (arXiv 2503.13565) and SubSpec (arXiv 2509.18344), which draft with a 4-bit copy of the model. Here
 weights alone are rounded, activations and everything else stay as they are, and so does the memory of keys and values.
 
-Layout, which `kernels.cpp` reads: a row of weights is cut into lines of LINE, the last one filled up with zeros. 8
+Layout, which `kernels/` reads: a row of weights is cut into lines of LINE, the last one filled up with zeros. 8
 bits: a line is its codes in order, and one scale. 4 bits: a code is 8 + the weight in units of its scale, one scale
 for every half line; bits 4q to 4q + 3 of 16-bit lane j are the code of weight 32 q + j of the line.
 """

@@ -1,1 +1,1 @@
-"""The compiled path: a pass of a stock model, traced once and run by one call into `kernels.cpp`."""
+"""The compiled path: a pass of a stock model, traced once and run by one call into `kernels/`."""

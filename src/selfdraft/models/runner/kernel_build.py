@@ -1,4 +1,4 @@
-"""The compiled half of a tape: `kernels.cpp`, built by the machine's own C++ compiler once and kept for the user.
+"""The compiled half of a tape: `kernels/`, built by the machine's own C++ compiler once and kept for the user.
 
 Nothing is built when the package is installed, so that it stays one wheel for every machine. Without a compiler the
 plain path runs, and says so.
@@ -18,7 +18,8 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.files.atomic import cache_folder, whole_file
 from selfdraft.models.runner.tape import INSTR, STEP
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("kernels") / "run.cpp"
+"""What is compiled; it includes the headers beside it."""
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
@@ -29,7 +30,7 @@ PATIENCE = 300
 
 
 class Pass(ctypes.Structure):
-    """The layout of `Pass` in kernels.cpp."""
+    """The layout of `Pass` in kernels/tape.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "answers", "threads", "layers")),
@@ -56,7 +57,7 @@ def library() -> ctypes.CDLL:
     opened.selfdraft_keep.argtypes = [place, place, word, word, word, place, word]
     opened.selfdraft_run.argtypes = [place, word, place, place]
     sizes = [opened.selfdraft_sizes(which) for which in range(3)]
-    assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels.cpp and tape.py disagree"
+    assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels/tape.h and tape.py disagree"
     return opened
 
 
@@ -76,7 +77,8 @@ def _compiler() -> str:
 def _fingerprint(compiler: str) -> str:
     """Changes with the source, the flags, the compiler, and the processor that it builds for."""
     told = _call([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    return hashlib.blake2b(SOURCE.read_bytes() + " ".join(FLAGS).encode() + told, digest_size=12).hexdigest()
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.iterdir()) if path.suffix in (".h", ".cpp"))
+    return hashlib.blake2b(sources + " ".join(FLAGS).encode() + told, digest_size=12).hexdigest()
 
 
 def _build(compiler: str, wanted: Path) -> None:

@@ -1,6 +1,6 @@
 """The fast path: a target's passes as tapes that run in one call each. The plain path stays as specification.
 
-A row's bits depend on its own path alone, not on the rows beside it (`kernels.cpp`). So no shape has to be padded for
+A row's bits depend on its own path alone, not on the rows beside it (`kernels/`). So no shape has to be padded for
 exactness: one row is computed as one row.
 """
 

@@ -1,4 +1,4 @@
-"""A forward pass as a flat list of instructions, ordered into steps, with its memory laid out, for `kernels.cpp`.
+"""A forward pass as a flat list of instructions, ordered into steps, with its memory laid out, for `kernels/`.
 
 Three kinds of steps: a group of linear layers that read the same rows; one attention; and glue, which is everything
 else, done row by row. Steps follow one another; inside a step rows or outputs are shared out among threads.
@@ -100,12 +100,12 @@ INSTR = np.dtype(
     [("code", "i8"), ("dims", "i8", 4), ("out", ARG), ("inputs", ARG, 3), ("more", "i8", 8), ("numbers", "f8", 2)]
 )
 STEP = np.dtype([("kind", "i8"), ("first", "i8"), ("count", "i8"), ("answers", "i8")])
-"""The layouts of `Arg`, `Instr` and `Step` in kernels.cpp."""
+"""The layouts of `Arg`, `Instr` and `Step` in kernels/."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tape:
-    """What `kernels.cpp` runs. `arena` are bytes per row, `scratch` bytes per thread."""
+    """What `kernels/` runs. `arena` are bytes per row, `scratch` bytes per thread."""
 
     steps: np.ndarray[tuple[int], np.dtype[np.void]]
     instrs: np.ndarray[tuple[int], np.dtype[np.void]]

@@ -47,7 +47,7 @@ COPY, RSQRT, SQRT, GELU, GELU_TANH, SQUARE, POW, MAXIMUM, MINIMUM = 0, 3, 4, 8, 
 BINARY = {"add": 32, "sub": 33, "mul": 34, "div": 35, "maximum": MAXIMUM, "minimum": MINIMUM}
 REDUCING = {"sum.dim_IntList": 64, "mean.dim": 65, "amax.default": 66}
 LAYER_NORM, RMS_NORM, EMBED, PICK, GATED = range(80, 85)
-"""The codes of kernels.cpp."""
+"""The codes of kernels/."""
 SAME = frozenset({"clone", "contiguous", "lift_fresh_copy", "lift_fresh", "dropout"})
 
 

@@ -1,0 +1,256 @@
+#pragma once
+// What stands between the heavy steps: row by row, in float32, rounded to the type of the result
+
+#include <vector>
+
+#include "linear.h"
+
+namespace {
+
+enum Code : word {
+  COPY, NEG, EXP, RSQRT, SQRT, TANH, SIGMOID, SILU, GELU, GELU_TANH, RELU, COS, SIN, ABS, SQUARE, RECIPROCAL,
+  ADD = 32, SUB, MUL, DIV, POW, MAXIMUM, MINIMUM,
+  SUM = 64, MEAN, AMAX,
+  LAYER_NORM = 80, RMS_NORM, EMBED, PICK, GATED
+};
+
+constexpr word RUN = 512;
+
+// `count` numbers as floats: where they lie already if they can be used so, else copied into `room`.
+inline const float *fetch(const char *p, word type, word step, word count, float *room) {
+  if (type == F32) {
+    const float *x = (const float *)p;
+    if (step == 1) return x;
+    if (step == 0) std::fill(room, room + count, *x);
+    else for (word i = 0; i < count; i++) room[i] = x[i * step];
+  } else if (type == BF16) {
+    const bf16 *x = (const bf16 *)p;
+    if (step == 0) std::fill(room, room + count, widen(*x));
+    else {
+      word i = 0;
+      if (step == 1)
+        for (; i + 16 <= count; i += 16) store16(load16(x + i), room + i);
+      for (; i < count; i++) room[i] = widen(x[i * step]);
+    }
+  } else {
+    const word *x = (const word *)p;
+    for (word i = 0; i < count; i++) room[i] = float(x[i * step]);
+  }
+  return room;
+}
+
+inline void put(const float *from, char *p, word type, word step, word count) {
+  if (type == F32) {
+    float *y = (float *)p;
+    if (step == 1) { if (y != from) memcpy(y, from, count * 4); }
+    else for (word i = 0; i < count; i++) y[i * step] = from[i];
+  } else if (type == I64) {
+    for (word i = 0; i < count; i++) ((word *)p)[i * step] = word(from[i]);
+  } else {
+    bf16 *y = (bf16 *)p;
+    word i = 0;
+    if (step == 1)
+      for (; i + 16 <= count; i += 16) store16(load16(from + i), y + i);
+    for (; i < count; i++) narrow(from[i], y[i * step]);
+  }
+}
+
+#define EACH(expression) for (word i = 0; i < count; i++) y[i] = expression; break
+void unary(word code, const float *__restrict x, float *__restrict y, word count) {
+  switch (code) {
+  case COPY: EACH(x[i]);
+  case NEG: EACH(-x[i]);
+  case EXP: EACH(exp_(x[i]));
+  case RSQRT: EACH(1.0f / std::sqrt(x[i]));
+  case SQRT: EACH(std::sqrt(x[i]));
+  case TANH: EACH(tanh_(x[i]));
+  case SIGMOID: EACH(sigmoid_(x[i]));
+  case SILU: EACH(x[i] * sigmoid_(x[i]));
+  case GELU: EACH(0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f)));
+  case GELU_TANH: EACH(0.5f * x[i] * (1.0f + tanh_(0.79788456080286536f * (x[i] + 0.044715f * x[i] * x[i] * x[i]))));
+  case RELU: EACH(x[i] > 0.0f ? x[i] : 0.0f);
+  case COS: EACH(std::cos(x[i]));
+  case SIN: EACH(std::sin(x[i]));
+  case ABS: EACH(std::fabs(x[i]));
+  case SQUARE: EACH(x[i] * x[i]);
+  case RECIPROCAL: EACH(1.0f / x[i]);
+  }
+}
+void binary(word code, const float *__restrict a, const float *__restrict b, float *__restrict y, word count) {
+  switch (code) {
+  case ADD: EACH(a[i] + b[i]);
+  case SUB: EACH(a[i] - b[i]);
+  case MUL: EACH(a[i] * b[i]);
+  case DIV: EACH(a[i] / b[i]);
+  case POW: EACH(std::pow(a[i], b[i]));
+  case MAXIMUM: EACH(std::max(a[i], b[i]));
+  case MINIMUM: EACH(std::min(a[i], b[i]));
+  }
+}
+#undef EACH
+
+inline word bytes(word type) { return type == F32 ? 4 : type == BF16 ? 2 : 8; }
+
+// Numbers that lie in order, or one number for all of them.
+struct Source {
+  const char *p;
+  bool single, narrow;
+  v16 same;
+  Source(const char *p, const Arg &arg) : p(p), single(!arg.step[3]), narrow(arg.type == BF16), same{} {
+    const float first = narrow ? widen(*(const bf16 *)p) : *(const float *)p;
+    if (single)
+      for (int i = 0; i < 16; i++) same[i] = first;
+  }
+  inline v16 at(word i) const {
+    return single ? same : narrow ? load16((const bf16 *)p + i) : load16((const float *)p + i);
+  }
+};
+
+template <class F> inline word direct(const Instr &op, char *to, const Source &a, const Source &b, const F &f) {
+  const word count = op.d[3] & ~word(15);
+  for (word i = 0; i < count; i += 16) {
+    const v16 said = f(a.at(i), b.at(i));
+    if (op.out.type == BF16) store16(said, (bf16 *)to + i);
+    else store16(said, (float *)to + i);
+  }
+  return count;
+}
+
+// The commonest operations without a detour over other memory; returns how many of the numbers are done.
+inline word directly(const Instr &op, char *to, const char *left, const char *right) {
+  const auto plain = [](const Arg &arg) { return arg.type != I64 && (arg.step[3] == 0 || arg.step[3] == 1); };
+  const bool two = op.code >= ADD;
+  if (op.d[3] < 16 || !plain(op.out) || !op.out.step[3] || !plain(op.a) || (two && !plain(op.b))) return 0;
+  const Source a(left, op.a), b(two ? right : left, two ? op.b : op.a);
+  switch (op.code) {
+  case COPY: return direct(op, to, a, a, [](v16 x, v16) { return x; });
+  case NEG: return direct(op, to, a, a, [](v16 x, v16) { return -x; });
+  case SQUARE: return direct(op, to, a, a, [](v16 x, v16) { return x * x; });
+  case ADD: return direct(op, to, a, b, [](v16 x, v16 y) { return x + y; });
+  case SUB: return direct(op, to, a, b, [](v16 x, v16 y) { return x - y; });
+  case MUL: return direct(op, to, a, b, [](v16 x, v16 y) { return x * y; });
+  }
+  return 0;
+}
+
+// One operation on up to four dimensions, number by number.
+void pointwise(const Instr &op, char *out, const char *a, const char *b) {
+  float x[RUN], y[RUN], z[RUN];
+  word size_out = bytes(op.out.type), size_a = bytes(op.a.type), size_b = bytes(op.b.type);
+  bool two = op.code >= ADD;
+  for (word i = 0; i < op.d[0]; i++)
+    for (word j = 0; j < op.d[1]; j++)
+      for (word k = 0; k < op.d[2]; k++) {
+        char *to = out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out;
+        const char *left = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
+        const char *right = b + (i * op.b.step[0] + j * op.b.step[1] + k * op.b.step[2]) * size_b;
+        for (word at = directly(op, to, left, right); at < op.d[3]; at += RUN) {
+          word count = std::min(RUN, op.d[3] - at);
+          const float *first = fetch(left + at * op.a.step[3] * size_a, op.a.type, op.a.step[3], count, x);
+          if (two) {
+            const float *second = fetch(right + at * op.b.step[3] * size_b, op.b.type, op.b.step[3], count, y);
+            binary(op.code, first, second, z, count);
+          } else unary(op.code, first, z, count);
+          put(z, to + at * op.out.step[3] * size_out, op.out.type, op.out.step[3], count);
+        }
+      }
+}
+
+// Sum, mean or largest of the innermost dimension.
+void reduce(const Instr &op, char *out, const char *a) {
+  word size_out = bytes(op.out.type), size_a = bytes(op.a.type);
+  for (word i = 0; i < op.d[0]; i++)
+    for (word j = 0; j < op.d[1]; j++)
+      for (word k = 0; k < op.d[2]; k++) {
+        const char *from = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
+        float room[RUN], most = -INFINITY;
+        v16 sums = {};
+        for (word at = 0; at < op.d[3]; at += RUN) {
+          word count = std::min(RUN, op.d[3] - at);
+          const float *x = fetch(from + at * op.a.step[3] * size_a, op.a.type, op.a.step[3], count, room);
+          if (op.code == AMAX) for (word n = 0; n < count; n++) most = std::max(most, x[n]);
+          else {
+            word n = 0;
+            for (; n + 16 <= count; n += 16) sums += load16(x + n);
+            if (n < count) sums += load_part(x + n, count - n);
+          }
+        }
+        float said = op.code == AMAX ? most : op.code == MEAN ? total(sums) / float(op.d[3]) : total(sums);
+        put(&said, out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out, op.out.type, 1, 1);
+      }
+}
+
+// Layer norm (b: weight, c: bias) and RMS norm (b: weight) of the innermost dimension; number[0] is epsilon.
+void norm(const Instr &op, char *out, const char *a, const char *b, const char *c) {
+  word wide = op.d[3], size_out = bytes(op.out.type), size_a = bytes(op.a.type);
+  static thread_local std::vector<float> xs, ws, bs;
+  xs.resize(wide), ws.resize(wide), bs.resize(wide);
+  const float *w = b ? fetch(b, op.b.type, 1, wide, ws.data()) : nullptr;
+  const float *shift = c ? fetch(c, op.c.type, 1, wide, bs.data()) : nullptr;
+  for (word i = 0; i < op.d[0]; i++)
+    for (word j = 0; j < op.d[1]; j++)
+      for (word k = 0; k < op.d[2]; k++) {
+        const char *from = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
+        char *to = out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out;
+        const float *x = fetch(from, op.a.type, op.a.step[3], wide, xs.data());
+        float mean = 0.0f;
+        if (op.code == LAYER_NORM) {
+          v16 sums = {};
+          word n = 0;
+          for (; n + 16 <= wide; n += 16) sums += load16(x + n);
+          if (n < wide) sums += load_part(x + n, wide - n);
+          mean = total(sums) / float(wide);
+        }
+        v16 squares = {};
+        for (word n = 0; n < wide; n += 16) {
+          v16 part = wide - n >= 16 ? load16(x + n) : load_part(x + n, wide - n);
+          part -= mean;
+          for (word i = wide - n; i < 16; i++) part[i] = 0.0f;
+          squares += part * part;
+        }
+        float scale = 1.0f / std::sqrt(total(squares) / float(wide) + float(op.number[0]));
+        float *y = xs.data();
+        for (word n = 0; n < wide; n++)
+          y[n] = (x[n] - mean) * scale * (w ? w[n] : 1.0f) + (shift ? shift[n] : 0.0f);
+        put(y, to, op.out.type, op.out.step[3], wide);
+      }
+}
+
+// out = a, and on rows whose gate is open + up(down(b)); more = {down [rank, wide], up [deep, rank], wide, rank, gate}.
+template <class T> void gated(const Pass &pass, const Instr &op, word row, char *out, const char *a, const char *b) {
+  const word wide = op.more[2], rank = op.more[3], deep = op.d[3];
+  if (!((const word *)pass.slots[op.more[4]])[row]) {
+    memcpy(out, a, deep * sizeof(T));
+    return;
+  }
+  static thread_local std::vector<T> middle, more;
+  middle.resize(rank), more.resize(deep);
+  products<T, 16, 1, 0>((const T *)op.more[0], b, 0, (char *)middle.data(), 0, nullptr, wide, 0, rank, 1);
+  products<T, 16, 1, 0>((const T *)op.more[1], (const char *)middle.data(), 0, (char *)more.data(), 0, nullptr, rank, 0,
+                        deep, 1);
+  for (word i = 0; i < deep; i++) narrow(widen(((const T *)a)[i]) + widen(more[i]), ((T *)out)[i]);
+}
+
+// A row of a table: more = {table, bytes of a row, rows}. What is not in it becomes NaN, which nobody takes for an answer.
+void embed(const Instr &op, char *out, word id) {
+  if (0 <= id && id < op.more[2]) memcpy(out, (const char *)op.more[0] + id * op.more[1], op.more[1]);
+  else memset(out, 0xff, op.more[1]);
+}
+
+void glue(const Pass &pass, const Instr &op, word row, int thread) {
+  char *out = at(pass, op.out, row, thread);
+  const char *a = at(pass, op.a, row, thread), *b = at(pass, op.b, row, thread), *c = at(pass, op.c, row, thread);
+  switch (op.code) {
+  case LAYER_NORM:
+  case RMS_NORM: return norm(op, out, a, b, c);
+  case SUM:
+  case MEAN:
+  case AMAX: return reduce(op, out, a);
+  case EMBED: return embed(op, out, *(const word *)a);
+  case PICK: memcpy(out, at(pass, op.a, *(const word *)b, 0), op.more[1]); return;
+  case GATED: return op.a.type == BF16 ? gated<bf16>(pass, op, row, out, a, b) : gated<float>(pass, op, row, out, a, b);
+  default: pointwise(op, out, a, b);
+  }
+}
+
+} // namespace
