@@ -33,7 +33,7 @@ class BlockWeights(nn.Module):
         return self.packed.numel()
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights [out, in]; see `layout.dequantised_parts`."""
+        """The weights [out, in]; see `layout.dequantised`."""
         return layout.dequantised(self.packed, self.kind, self.rows_packed, self.columns, dtype)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,19 +8,16 @@ the low halves of its bytes and 8 p + 4 to 8 p + 7 in the high ones. What fills 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selfdraft.models.packed.formats import LANES, UNIT, Blocks, Format
+from selfdraft.models.packed.formats import LANES, UNIT, Blocks, Bytes, Format
 from selfdraft.models.packed.fused import fused
 
-Number = TypeVar("Number", np.uint8, np.float16, np.float32)
-Numbers: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[Number]]
-HALF, WHOLE = np.dtype(np.float16), np.dtype(np.float32)
+Numbers: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 PART = 1 << 18
 """Weights that are handled at a time: what is made of them stays close to the processor."""
@@ -53,7 +50,7 @@ def pack_groups(packed: Tensor, group: int, blocks: Blocks, kind: Format) -> Non
     """
     units, count = -(-blocks.codes.shape[1] // UNIT), -(-len(blocks.codes) // LANES)
     placed = packed.numpy().reshape(-1, units, kind.unit)[group : group + count]
-    part, dtype = kind.front // (1 + kind.min), HALF if kind.scale == torch.float16 else WHOLE
+    part, dtype = kind.front // (1 + kind.min), np.dtype(f"f{kind.scale.itemsize}")
     for number, one in enumerate((blocks.scales, blocks.mins) if kind.min else (blocks.scales,)):
         assert one is not None
         lanes = _filled(one.astype(dtype), count, units, kind.blocks)
@@ -66,7 +63,7 @@ def pack_groups(packed: Tensor, group: int, blocks: Blocks, kind: Format) -> Non
     there.reshape(*there.shape[:2], -1, LANES)[...] = np.moveaxis(words, 1, -1)
 
 
-def _filled(rows: Numbers[Number], count: int, units: int, width: int) -> Numbers[Number]:
+def _filled(rows: Numbers, count: int, units: int, width: int) -> Numbers:
     """[outputs, inputs] -> [count, 16, units, width], with zeros behind the rows and the columns."""
     short, narrow = count * LANES - rows.shape[0], units * width - rows.shape[1]
     whole = np.pad(rows, ((0, short), (0, narrow))) if short or narrow else np.ascontiguousarray(rows)
@@ -109,6 +106,54 @@ def unpack(packed: Tensor, kind: Format, out: int, wide: int) -> Blocks:
     return Blocks(codes, rows(scales, blocks), None if mins is None else rows(mins, blocks))
 
 
+def dequantised(
+    packed: Tensor, kind: Format, out: int, wide: int, dtype: torch.dtype = torch.float32, *, first: int = 0
+) -> Tensor:
+    """The weights [out, wide] of `out` outputs from `first` on, a multiple of 16.
+
+    In float64 they are exact; in float32 `scale * q` and the sum with the minimum are each rounded once. Of weights out
+    of a file the product is exact: their scales have 19 bits at most.
+    """
+    units, begin = -(-wide // UNIT), first // LANES
+    groups = packed.cpu().numpy().reshape(-1, units, kind.unit)[begin : begin + -(-out // LANES)]
+    whole = np.empty((out, wide), f"f{dtype.itemsize}")
+    for group in range(0, len(groups), some := groups_at_once(wide)):
+        numbers = _numbers(groups[group : group + some], kind, whole.dtype)
+        there = whole[group * LANES : (group + some) * LANES]
+        there[...] = numbers[: len(there), :wide]
+    return torch.from_numpy(whole).to(packed.device)
+
+
+def _numbers(units: Bytes, kind: Format, dtype: np.dtype[np.generic]) -> Numbers:
+    """Units [groups, units, bytes] -> weights [groups * 16, units * 64]."""
+    groups, many = units.shape[:2]
+    words = np.moveaxis(units[..., kind.front :].view(np.uint32).reshape(groups, many, -1, LANES), -1, 1)
+    codes = np.empty((groups, LANES, many, UNIT // 4), np.uint32)
+    if kind.bits == 4:
+        np.bitwise_and(words, LOW, out=codes[..., 0::2])
+        np.bitwise_and(words >> 4, LOW, out=codes[..., 1::2])
+    else:
+        codes[...] = words
+    numbers = codes.view(np.uint8).reshape(groups, LANES, many, kind.blocks, kind.block).astype(dtype)
+    if kind.zero:
+        numbers -= dtype.type(kind.zero)
+    part = kind.front // (1 + kind.min)
+    for first, act in ((0, np.multiply), (part, np.add))[: 1 + kind.min]:
+        scales = units[..., first : first + part].view(f"f{kind.scale.itemsize}")
+        lanes = np.moveaxis(scales.reshape(groups, many, -1, LANES), -1, 1)
+        act(numbers, lanes.astype(dtype)[..., None], out=numbers)
+    return numbers.reshape(groups * LANES, many * UNIT)
+
+
+def rows(lanes: Tensor, width: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        """[groups, units, n, 16] -> [out, width]."""
+        return lanes.movedim(-1, 1).flatten(2).flatten(0, 1)[:out, :width].numpy()
+
+    codes = _codes(words.movedim(-1, 1), kind).flatten(2).flatten(0, 1)[:out, :wide].numpy()
+    blocks = -(-wide // kind.block)
+    return Blocks(codes, rows(scales, blocks), None if mins is None else rows(mins, blocks))
+
+
 def dequantised_parts(
     packed: Tensor, kind: Format, out: int, wide: int, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[int, Tensor]]:
@@ -118,23 +163,41 @@ def dequantised_parts(
     of a file the product is exact: their scales have 19 bits at most.
     """
     units = -(-wide // UNIT)
-    whole = packed.view(-1, units, kind.unit)
+    whole = packed.cpu().numpy().reshape(-1, units, kind.unit)
+    wanted = np.dtype(f"f{dtype.itemsize}")
     for group in range(0, len(whole), some := groups_at_once(wide)):
-        scales, mins, words = _parts(whole[group : group + some], kind)
-        codes = _split(_codes(words.movedim(-1, 1), kind), kind.block)
-        numbers = codes.to(dtype).sub_(kind.zero).mul_(scales.movedim(-1, 1)[..., None])
-        if mins is not None:
-            numbers += mins.movedim(-1, 1)[..., None]
+        numbers = _numbers(whole[group : group + some], kind, wanted)
         first = group * LANES
-        yield first, numbers.flatten(2).flatten(0, 1)[: out - first, :wide]
+        yield first, torch.from_numpy(numbers[: out - first, :wide]).to(packed.device)
+
+
+def _numbers(units: Bytes, kind: Format, dtype: np.dtype[np.generic]) -> Numbers:
+    """Units [groups, units, bytes] -> weights [groups * 16, units * 64]."""
+    groups, many = units.shape[:2]
+    words = np.moveaxis(units[..., kind.front :].view(np.uint32).reshape(groups, many, -1, LANES), -1, 1)
+    codes = np.empty((groups, LANES, many, UNIT // 4), np.uint32)
+    if kind.bits == 4:
+        np.bitwise_and(words, LOW, out=codes[..., 0::2])
+        np.bitwise_and(words >> 4, LOW, out=codes[..., 1::2])
+    else:
+        codes[...] = words
+    numbers = codes.view(np.uint8).reshape(groups, LANES, many, kind.blocks, kind.block).astype(dtype)
+    if kind.zero:
+        numbers -= dtype.type(kind.zero)
+    part = kind.front // (1 + kind.min)
+    for first, act in ((0, np.multiply), (part, np.add))[: 1 + kind.min]:
+        scales = units[..., first : first + part].view(f"f{kind.scale.itemsize}")
+        lanes = np.moveaxis(scales.reshape(groups, many, -1, LANES), -1, 1)
+        act(numbers, lanes.astype(dtype)[..., None], out=numbers)
+    return numbers.reshape(groups * LANES, many * UNIT)
 
 
 def dequantised(packed: Tensor, kind: Format, out: int, wide: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights [out, wide]; see `dequantised_parts`."""
-    whole = torch.empty(out, wide, dtype=dtype, device=packed.device)
+    whole = np.empty((out, wide), f"f{dtype.itemsize}")
     for first, part in dequantised_parts(packed, kind, out, wide, dtype):
-        whole[first : first + len(part)] = part
-    return whole
+        whole[first : first + len(part)] = part.cpu().numpy()
+    return torch.from_numpy(whole).to(packed.device)
 
 
 def rows(packed: Tensor, ids: Tensor, kind: Format, wide: int, dtype: torch.dtype) -> Tensor:

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfdraft.models.packed import layout
-from selfdraft.models.packed.formats import FORMATS
+from selfdraft.models.packed.formats import FORMATS, LANES
 from selfdraft.models.packed.twin import rounded
 
+PART = 1 << 24
+"""Weights that the plain path writes out at a time."""
 # torch's own table of operations: adds names, changes none
 _LIBRARY: Any = torch.library.Library("selfdraft", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
@@ -44,8 +46,10 @@ def _blocks(x: Tensor, packed: Tensor, bias: Tensor | None, code: int, out: int,
     """In float64 exact, as proofs need it; else of rounded rows, equal to kernels/ up to the rounding of sums."""
     exact = x.dtype == torch.float64
     entering = x if exact else rounded(x).values[..., :wide]
-    parts = layout.dequantised_parts(packed, FORMATS[code], out, wide, entering.dtype)
-    said = torch.cat([F.linear(entering, part) for _, part in parts], -1)
+    kind, said = FORMATS[code], entering.new_empty(*x.shape[:-1], out)
+    for first in range(0, out, some := max(1, PART // (wide * LANES)) * LANES):
+        part = layout.dequantised(packed, kind, min(some, out - first), wide, entering.dtype, first=first)
+        said[..., first : first + some] = F.linear(entering, part)
     return (said if bias is None else said + bias.to(said.dtype)).to(x.dtype)
 
 
