@@ -145,61 +145,6 @@ def _numbers(units: Bytes, kind: Format, dtype: np.dtype[np.generic]) -> Numbers
     return numbers.reshape(groups * LANES, many * UNIT)
 
 
-def rows(lanes: Tensor, width: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        """[groups, units, n, 16] -> [out, width]."""
-        return lanes.movedim(-1, 1).flatten(2).flatten(0, 1)[:out, :width].numpy()
-
-    codes = _codes(words.movedim(-1, 1), kind).flatten(2).flatten(0, 1)[:out, :wide].numpy()
-    blocks = -(-wide // kind.block)
-    return Blocks(codes, rows(scales, blocks), None if mins is None else rows(mins, blocks))
-
-
-def dequantised_parts(
-    packed: Tensor, kind: Format, out: int, wide: int, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[int, Tensor]]:
-    """The first output and the weights [rows, wide] of a part of the outputs at a time, in order.
-
-    In float64 they are exact; in float32 `scale * q` and the sum with the minimum are each rounded once. Of weights out
-    of a file the product is exact: their scales have 19 bits at most.
-    """
-    units = -(-wide // UNIT)
-    whole = packed.cpu().numpy().reshape(-1, units, kind.unit)
-    wanted = np.dtype(f"f{dtype.itemsize}")
-    for group in range(0, len(whole), some := groups_at_once(wide)):
-        numbers = _numbers(whole[group : group + some], kind, wanted)
-        first = group * LANES
-        yield first, torch.from_numpy(numbers[: out - first, :wide]).to(packed.device)
-
-
-def _numbers(units: Bytes, kind: Format, dtype: np.dtype[np.generic]) -> Numbers:
-    """Units [groups, units, bytes] -> weights [groups * 16, units * 64]."""
-    groups, many = units.shape[:2]
-    words = np.moveaxis(units[..., kind.front :].view(np.uint32).reshape(groups, many, -1, LANES), -1, 1)
-    codes = np.empty((groups, LANES, many, UNIT // 4), np.uint32)
-    if kind.bits == 4:
-        np.bitwise_and(words, LOW, out=codes[..., 0::2])
-        np.bitwise_and(words >> 4, LOW, out=codes[..., 1::2])
-    else:
-        codes[...] = words
-    numbers = codes.view(np.uint8).reshape(groups, LANES, many, kind.blocks, kind.block).astype(dtype)
-    if kind.zero:
-        numbers -= dtype.type(kind.zero)
-    part = kind.front // (1 + kind.min)
-    for first, act in ((0, np.multiply), (part, np.add))[: 1 + kind.min]:
-        scales = units[..., first : first + part].view(f"f{kind.scale.itemsize}")
-        lanes = np.moveaxis(scales.reshape(groups, many, -1, LANES), -1, 1)
-        act(numbers, lanes.astype(dtype)[..., None], out=numbers)
-    return numbers.reshape(groups * LANES, many * UNIT)
-
-
-def dequantised(packed: Tensor, kind: Format, out: int, wide: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights [out, wide]; see `dequantised_parts`."""
-    whole = np.empty((out, wide), f"f{dtype.itemsize}")
-    for first, part in dequantised_parts(packed, kind, out, wide, dtype):
-        whole[first : first + len(part)] = part.cpu().numpy()
-    return torch.from_numpy(whole).to(packed.device)
-
-
 def rows(packed: Tensor, ids: Tensor, kind: Format, wide: int, dtype: torch.dtype) -> Tensor:
     """The weights [..., wide] of the outputs `ids` [...], each rounded once to float32 and then to `dtype`.
 
