@@ -61,7 +61,7 @@ def load_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 def load_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with its chat template. Errors: LoadError when the file has none."""
     file = joined(file)
-    metadata = _metadata(file)
+    metadata = metadata_of(file)
     if "tokenizer.ggml.tokens" not in metadata:
         raise LoadError(f"{file}: no tokenizer in the file; pass tokenizer=... or take a file that has one")
     with blaming(file, "tokenizer"):
@@ -76,12 +76,18 @@ def check(file: Path) -> torch.dtype:
 
     Errors: LoadError names the architecture, the tensor type or the size that is wrong.
     """
-    metadata = _metadata(file)
+    return checked(file)[0]
+
+
+def checked(file: Path) -> tuple[torch.dtype, SequenceOf[ReaderTensor]]:
+    """What `check` says of a file, and its table of tensors. Errors: those of `check`."""
+    metadata = metadata_of(file)
     _check_architecture(file, str(metadata["general.architecture"]))
     types: set[str] = set()
     blocks: set[int] = set()
     size, end, last = file.stat().st_size, 0, ""
-    for tensor in _tensors(file):
+    tensors = _tensors(file)
+    for tensor in tensors:
         types.add(tensor.tensor_type.name)
         if match := BLOCK.match(tensor.name):
             blocks.add(int(match["number"]))
@@ -92,8 +98,8 @@ def check(file: Path) -> torch.dtype:
     _check_types(file, types)
     _check_blocks(file, blocks, metadata.get(f"{metadata['general.architecture']}.block_count"))
     if types - set(FLOATS) - VALUES:
-        return torch.bfloat16
-    return next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32)
+        return torch.bfloat16, tensors
+    return next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32), tensors
 
 
 def _tensors(file: Path) -> SequenceOf[ReaderTensor]:
@@ -110,7 +116,7 @@ def _tensors(file: Path) -> SequenceOf[ReaderTensor]:
         raise _truncated(file, f"its table of tensors cannot be read: {error}") from error
 
 
-def _metadata(file: Path) -> JsonObject:
+def metadata_of(file: Path) -> JsonObject:
     """Keys and values of the file's head; lists of texts are only counted. Errors: LoadError."""
     check_pointer(file)
     try:

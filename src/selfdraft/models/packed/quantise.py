@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdraft.errors import LoadError
+from selfdraft.models.packed.arena import Arena
 from selfdraft.models.packed.formats import FORMATS, LANES, Blocks, Floats, Format
 from selfdraft.models.packed.layers import BlockEmbedding, BlockLinear, is_plain, is_transposed, linear_of, scale_of
 from selfdraft.models.packed.layout import groups_at_once, pack_groups
@@ -36,16 +37,14 @@ REFINED = 2
 """How often least squares are asked from each start."""
 
 
-def quantised(weight: Tensor, bits: int, into: Tensor | None = None) -> tuple[Tensor, Format]:
-    """Packed weights [size] of float weights [out, in], and their format. `bits`: 8 or 4.
+def quantised(weight: Tensor, bits: int, arena: Arena) -> tuple[Tensor, Format]:
+    """Packed weights [size] of float weights [out, in] in new memory of `arena`, and their format. `bits`: 8 or 4.
 
-    `into`: where they are written, where it has the size. Errors: LoadError when a weight is not finite.
+    Errors: LoadError when a weight is not finite; MemoryError.
     """
     kind = format_for(weight, bits)
     out, wide = weight.shape
-    packed = torch.empty(kind.size(out, wide), dtype=torch.uint8)
-    if into is not None and into.shape == packed.shape:
-        packed = into
+    packed = arena.take(kind.size(out, wide))
     find = _eight if bits == 8 else _four
     some = groups_at_once(wide)
 
@@ -134,11 +133,14 @@ def _fitted(blocks: Floats, codes: Floats, scales: Floats, mins: Floats) -> tupl
     return fitted, np.where(some, middle - fitted * mean, mins)
 
 
-def quantised_linear(layer: nn.Module, bits: int) -> BlockLinear:
-    """The layer of block weights in the place of a plain one (`layers.is_plain`), with its bias. Errors: LoadError."""
+def quantised_linear(layer: nn.Module, bits: int, arena: Arena) -> BlockLinear:
+    """The layer of block weights in the place of a plain one (`layers.is_plain`), with its bias.
+
+    Errors: those of `quantised`.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return linear_of(layer, *quantised(weight.T if is_transposed(layer) else weight, bits))
+    return linear_of(layer, *quantised(weight.T if is_transposed(layer) else weight, bits, arena))
 
 
 def quantise_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
@@ -149,7 +151,8 @@ def quantise_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and getattr(head, "weight", None) is getattr(table, "weight", head)
-    made = _embedding(table)
+    arena = Arena()
+    made = _embedding(table, arena)
     if made is not None:
         model.set_input_embeddings(made)
     for path, layer in list(model.named_modules()):
@@ -161,7 +164,7 @@ def quantise_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
             elif layer is head and tied:
                 continue  # its weights are those of an embedding that stays as it is
             else:
-                new = quantised_linear(layer, max(bits, HEAD_BITS) if layer is head else bits)
+                new = quantised_linear(layer, max(bits, HEAD_BITS) if layer is head else bits, arena)
         except LoadError as error:
             raise LoadError(f"{path}: {error}") from error
         model.set_submodule(path, new)
@@ -169,7 +172,7 @@ def quantise_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     return model
 
 
-def _embedding(table: nn.Module) -> BlockEmbedding | None:
+def _embedding(table: nn.Module, arena: Arena) -> BlockEmbedding | None:
     """The embedding of block weights; None for a class of its own, which stays as it is. Errors: LoadError."""
     try:
         scale = scale_of(table)
@@ -178,7 +181,7 @@ def _embedding(table: nn.Module) -> BlockEmbedding | None:
     weight = table.weight
     assert isinstance(weight, Tensor)
     try:
-        packed, kind = quantised(weight, HEAD_BITS)
+        packed, kind = quantised(weight, HEAD_BITS, arena)
     except LoadError as error:
         raise LoadError(f"the embedding: {error}") from error
     samples = weight[:: max(1, len(weight) // 64), :16].detach().clone()
