@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from selfdraft.errors import LoadError
 from selfdraft.models.checkpoint import gguf
+from selfdraft.models.checkpoint.gguf_table import StoredTensor
 from selfdraft.models.checkpoint.load_errors import blaming
 from selfdraft.models.checkpoint.memory import check_memory
 from selfdraft.models.checkpoint.weights import LoadingInfo, check_weights
@@ -38,9 +39,6 @@ from selfdraft.models.packed.arena import Arena
 from selfdraft.models.packed.formats import FORMATS, GGUF_TYPES, LANES, Blocks, Bytes, Format, unpacked
 from selfdraft.models.packed.layers import BlockEmbedding, is_plain, is_transposed, linear_of, scale_of
 from selfdraft.models.packed.layout import groups_at_once, pack_groups
-
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
 
 _log = logging.getLogger("selfdraft")
 Order = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -57,9 +55,7 @@ def load_blocks(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     file = gguf.joined(file)
     own, tensors = gguf.checked(file)
     architecture = str(gguf.metadata_of(file)["general.architecture"])
-    if architecture not in GGUF_SUPPORTED_ARCHITECTURES or not any(
-        one.tensor_type.name in GGUF_TYPES for one in tensors
-    ):
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES or not any(one.type in GGUF_TYPES for one in tensors):
         _log.info("%s: nothing in it runs as blocks", file)
         return gguf.load_model(file, dtype)
     with blaming(file):
@@ -69,7 +65,7 @@ def load_blocks(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or own)
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=fields)
-        names = get_gguf_hf_weights_map(model, processor)
+        names = _names(model, processor)
     reading = _Reading(file, model, processor, names, tensors)
     check_memory(file, reading.needed)
     with blaming(file):
@@ -78,11 +74,33 @@ def load_blocks(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return model.eval()
 
 
+class _Outline:
+    """The first floors of a model, as the table of names asks for them; it asks every floor of a model, slowly."""
+
+    def __init__(self, module: nn.Module, config: PreTrainedConfig, depth: int) -> None:
+        self._module, self.config, self._depth = module, config, depth
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _Outline]]:
+        inner = self._module.named_children() if self._depth else ()
+        return [(name, _Outline(child, self.config, self._depth - 1)) for name, child in inner]
+
+
+def _names(model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+    """The model's name of each tensor that a file may hold."""
+    names: dict[str, str] = get_gguf_hf_weights_map(_Outline(model, model.config, 2), processor)
+    if {*model.state_dict()} - {*names.values()} - {*(model._tied_weights_keys or {})}:
+        names = get_gguf_hf_weights_map(model, processor)
+    return names
+
+
 @dataclass(slots=True)
 class _Plan:
     """A tensor whose blocks stay: the layer it belongs to, its format and the order of its rows (None: as they are)."""
 
-    tensor: ReaderTensor
+    tensor: StoredTensor
     path: str
     layer: nn.Module
     kind: Format
@@ -98,9 +116,9 @@ class _Reading:
     processor: TensorProcessor
     names: dict[str, str]
     """The model's name of each of the file's tensors."""
-    tensors: SequenceOf[ReaderTensor]
+    tensors: SequenceOf[StoredTensor]
     plans: list[_Plan] = field(default_factory=list)
-    plain: list[ReaderTensor] = field(default_factory=list)
+    plain: list[StoredTensor] = field(default_factory=list)
     expected: set[str] = field(default_factory=set)
     odd: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     """Weights of other sizes than the model's: name, size in the file, size in the model."""
@@ -118,13 +136,13 @@ class _Reading:
     @property
     def needed(self) -> int:
         """Bytes of memory that the model will take, and reading its largest tensor."""
-        kept = sum(plan.kind.size(*_sides(plan.tensor)) for plan in self.plans)
+        kept = sum(plan.kind.size(*plan.tensor.shape) for plan in self.plans)
         size = int(self.model.dtype.itemsize)
-        widest = max((int(one.n_elements) for one in self.plain), default=0) * 4
-        return kept + sum(int(one.n_elements) * size for one in self.plain) + widest
+        widest = max((one.numbers for one in self.plain), default=0) * 4
+        return kept + sum(one.numbers * size for one in self.plain) + widest
 
-    def _plan(self, tensor: ReaderTensor) -> _Plan | None:
-        stored = GGUF_TYPES.get(tensor.tensor_type.name)
+    def _plan(self, tensor: StoredTensor) -> _Plan | None:
+        stored = GGUF_TYPES.get(tensor.type)
         path, _, last = self.names[tensor.name].rpartition(".")
         if stored is None or last != "weight" or len(tensor.shape) != 2:
             return None
@@ -136,7 +154,7 @@ class _Reading:
                 return None
         elif not is_plain(layer):
             return None
-        out, wide = _sides(tensor)
+        out, wide = tensor.shape
         order = self._order(tensor.name, out, wide)
         if isinstance(order, str) and order != ("transposed" if is_transposed(layer) else "same"):
             return None
@@ -192,7 +210,7 @@ class _Reading:
 
     def _take(self, plan: _Plan, packed: Tensor) -> None:
         """Put the layer of block weights into the place of the plain one."""
-        out, wide = _sides(plan.tensor)
+        out, wide = plan.tensor.shape
         if plan.layer is self.model.get_input_embeddings():
             table = BlockEmbedding(packed, plan.kind, out, wide, self.model.dtype, scale=scale_of(plan.layer))
             self.model.set_input_embeddings(table)
@@ -206,7 +224,7 @@ class _Reading:
         shared: dict[str, dict[str, Tensor]] = {"tensors": {}}
         for tensor in self.plain:
             said = self.processor.process(
-                weights=dequantize(tensor.data, tensor.tensor_type),
+                weights=dequantize(tensor.raw(self.file), tensor.kind),
                 name=tensor.name,
                 tensor_key_mapping=self.names,
                 parsed_parameters=shared,
@@ -247,27 +265,19 @@ class _Reading:
 
     def _note(self) -> None:
         """Say in one line which blocks do not run as they are."""
-        kinds = Counter(
-            one.tensor_type.name for one in self.plain if one.tensor_type.name not in {*gguf.FLOATS, *gguf.VALUES}
-        )
+        kinds = Counter(one.type for one in self.plain if one.type not in {*gguf.FLOATS, *gguf.VALUES})
         if kinds:
             told = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
             _log.warning("%s: dequantised, since they cannot run as blocks: %s", self.file, told)
 
 
-def _sides(tensor: ReaderTensor) -> tuple[int, int]:
-    """Outputs and inputs; the file names the inputs first."""
-    wide, out = (int(side) for side in tensor.shape)
-    return out, wide
-
-
 def _packed(file: Path, opened: BinaryIO, plan: _Plan, arena: Arena) -> Tensor:
     """The blocks of a tensor, packed into new memory of `arena`. Errors: LoadError for scales that are no numbers."""
-    out, wide = _sides(plan.tensor)
+    out, wide = plan.tensor.shape
     kind, packed = plan.kind, arena.take(plan.kind.size(out, wide))
     some = groups_at_once(wide)
     for group, raw in _raw(opened, plan, out, some):
-        blocks = unpacked(raw, plan.tensor.tensor_type.name)
+        blocks = unpacked(raw, plan.tensor.type)
         _check_numbers(file, plan.tensor.name, blocks)
         pack_groups(packed, group, blocks, kind)
     return packed
@@ -275,7 +285,7 @@ def _packed(file: Path, opened: BinaryIO, plan: _Plan, arena: Arena) -> Tensor:
 
 def _raw(opened: BinaryIO, plan: _Plan, out: int, some: int) -> Iterator[tuple[int, Bytes]]:
     """The raw rows of `some` groups at a time, and the first group; read, not mapped: pages of the file stay out."""
-    start, size = int(plan.tensor.data_offset), int(plan.tensor.n_bytes) // out
+    start, size = plan.tensor.start, plan.tensor.bytes // out
     rows = some * LANES
     whole = None
     if plan.order is not None:
