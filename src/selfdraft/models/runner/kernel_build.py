@@ -58,6 +58,7 @@ def library() -> ctypes.CDLL:
     opened.selfdraft_keep.argtypes = [place, place, word, word, word, place, word]
     opened.selfdraft_run.argtypes = [place, word, place, place]
     opened.selfdraft_pack.argtypes = [word, place, word, word, word, word, place, word]
+    opened.selfdraft_forget.argtypes = [place, word]
     opened.selfdraft_packed_bytes.argtypes = [word, word, word, word]
     opened.selfdraft_packed_bytes.restype = word
     sizes = [opened.selfdraft_sizes(which) for which in range(3)]

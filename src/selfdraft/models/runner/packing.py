@@ -65,15 +65,20 @@ class Packer:
         if key not in self._packed:
             packed = packed_floats(weight, self.arena)
             self._packed[key] = packed
-            self.sources[packed.data_ptr()] = weight
+            self.sources[packed.data_ptr()] = weight.detach()  # holds the numbers, whatever becomes of the parameter
         return self._packed[key]
 
     def moved(self, old: Tensor, new: Tensor) -> None:
-        """Know a weight by a place where the same numbers lie; the old place may be given up."""
-        packed = self._packed.pop(_key(old), None)
-        if packed is not None:
-            self._packed[_key(new)] = packed
-            self.sources[packed.data_ptr()] = new
+        """Know what was packed of a contiguous weight by where the same numbers lie; the old place may be freed."""
+        first, last = old.data_ptr(), old.data_ptr() + old.nbytes
+        for key, packed in [*self._packed.items()]:
+            source = self.sources[packed.data_ptr()]
+            if first <= source.data_ptr() < last:
+                skip = (source.data_ptr() - first) // source.dtype.itemsize
+                moved = new.as_strided(source.shape, source.stride(), new.storage_offset() + skip)
+                del self._packed[key]
+                self._packed[_key(moved)] = packed
+                self.sources[packed.data_ptr()] = moved
 
 
 def _key(weight: Tensor) -> tuple[object, ...]:

@@ -37,12 +37,14 @@ LARGEST = 12
 
 
 class Runner:
-    """Runs views of one stock model, of weights of one type, over one cache.
+    """Runs views of one stock model, of weights of one type, over one cache; `packer` may have packed them already.
 
     Errors: RunnerUnavailable, when it is made.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, cache: KVCache, adapters: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, cache: KVCache, adapters: int, packer: Packer | None = None
+    ) -> None:
         if device.type != "cpu":
             raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {device}")
         self._library = kernel_build.library()
@@ -50,7 +52,7 @@ class Runner:
         self.dtype = dtype
         self._like = torch.empty(0, dtype=dtype)
         self._adapters = adapters
-        self.packer = Packer()
+        self.packer = packer or Packer()
         self._traced: dict[tuple[int, bool, bool], tuple[PreTrainedModel, Traced]] = {}
         self._memory = np.empty(0, np.uint8)
         self._room_at = 0

@@ -248,7 +248,7 @@ def _encode_operand(arg: np.void, operand: Operand, kept: list[Tensor]) -> None:
     skip = operand.offset * source.dtype.itemsize
     arg["steps"], arg["type"] = operand.steps, TYPES[source.dtype]
     if isinstance(source, Tensor):
-        kept.append(source)
+        kept.append(source.detach())  # a parameter may be given other numbers; what the tape reads has to stay
         arg["place"], arg["base"] = Place.FIXED, source.data_ptr() + skip
     else:
         arg["place"], arg["base"] = source.place, source.base + skip

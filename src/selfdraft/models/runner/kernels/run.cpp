@@ -9,6 +9,10 @@
 #include <vector>
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "attention.h"
 #include "glue.h"
@@ -60,6 +64,13 @@ void selfdraft_pack(word type, const void *from, word N, word K, word n_step, wo
 }
 word selfdraft_packed_bytes(word type, word code, word N, word K) {
   return ceiling(N, width_of(code)) * (type == BF16 ? group_bytes<bf16>(code, K) : group_bytes<float>(code, K));
+}
+// Pages of a mapped file leave memory until they are read again.
+void selfdraft_forget(char *from, word bytes) {
+#if defined(__linux__)
+  const word page = sysconf(_SC_PAGESIZE), first = ceiling(word(from), page) * page, last = word(from + bytes) / page * page;
+  if (first < last) madvise((void *)first, last - first, MADV_DONTNEED);
+#endif
 }
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
 void selfdraft_keep(const Pass *given, const word *shapes, word size, word slot, word base, const word *order,
