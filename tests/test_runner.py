@@ -17,8 +17,7 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.exactness import NATURAL
 from selfdraft.models.load import open_target
 from selfdraft.models.runner import kernel_build
-from selfdraft.models.runner.tape import Buffer, Instr, Kind, Operand, Slot, assemble
-from selfdraft.models.runner.trace import Traced
+from selfdraft.models.runner.one_layer import run_floats
 from selfdraft.models.target import HFTarget
 from selfdraft.prove.doctor import trial
 from selfdraft.types import SamplingParams, Skip
@@ -143,32 +142,17 @@ def test_products_of_every_size(out: int, wide: int, dtype: torch.dtype) -> None
     """A linear layer alone, against float64; a row has the same bits beside any number of others."""
     draw = torch.Generator().manual_seed(out)
     weight, bias, x = (torch.randn(size, generator=draw).to(dtype) for size in ((out, wide), (out,), (70, wide)))
-    instr = Instr(
-        Kind.LINEAR,
-        0,
-        Operand(Buffer(dtype, out, slot=Slot.HIDDEN)),
-        (Operand(Buffer(dtype, wide, slot=Slot.EMBEDS)),),
-        more=(weight.data_ptr(), bias.data_ptr(), out, wide),
-        keep=(weight, bias),
-    )
-    traced = Traced(assemble([instr]), (), {}, 1, out)
-    target = fast_target(dtype)
-    target.forward(chain_rows([(0, 0, 1)]))
-    assert target.runner is not None
 
-    def said(count: int, first: int = 0) -> Tensor:
-        rows = pack([(Sequence([1] * count, count, SamplingParams(), slot=0), count, EMPTY)])
-        assert target.runner is not None
-        noted = target.runner.run(traced, rows, embeds=x[first : first + count])[1]
-        assert noted is not None
-        return noted
+    def said(count: int, first: int = 0, threads: int = 1) -> Tensor:
+        return run_floats(x[first : first + count], weight, bias, threads=threads)
 
     alone = torch.cat([said(1, row) for row in range(len(x))])
     wanted = x.double() @ weight.double().T + bias.double()
     scale = x.double().abs() @ weight.double().abs().T + 1
     assert ((alone - wanted).abs() / scale).max() < (2e-6 if dtype == torch.float32 else 4e-3)
-    for count in (2, 3, 4, 5, 8, 9, 17, 64, 65, 70):
-        assert torch.equal(said(count), alone[:count]), count
+    for count in (*range(2, 18), 64, 65, 70):
+        for threads in (1, 2, 3):
+            assert torch.equal(said(count, 0, threads), alone[:count]), (count, threads)
 
 
 @pytest.mark.parametrize("dtype", TYPES.values())

@@ -27,6 +27,7 @@ from selfdraft.models.facts import Stock
 from selfdraft.models.load import load_model
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.runner import kernel_build
+from selfdraft.models.runner.packing import Packer
 from selfdraft.models.start import opening, tape_file
 from selfdraft.models.start.weights import MappedWeights
 from selfdraft.models.target import HFTarget
@@ -147,14 +148,13 @@ def test_bits_are_equal(cache: Path, name: str) -> None:
 
 
 def test_the_trial_of_bits_can_tell(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pointer that is one row off is seen before anything is written."""
-    right = tape_file._Sources.of
+    """A weight that is one row off is seen before anything is written."""
+    right = tape_file._seen
 
-    def wrong(sources: tape_file._Sources, tensor: Tensor) -> tuple[int, int]:
-        source, offset = right(sources, tensor)
-        return source, offset + (tensor.ndim == 2) * tensor.stride(0) * tensor.dtype.itemsize
+    def wrong(whole: Tensor, skip: int, dtype: str, shape: list[int], steps: list[int]) -> Tensor:
+        return right(whole, skip, dtype, shape, steps).roll(1, 0)
 
-    monkeypatch.setattr(tape_file._Sources, "of", wrong)
+    monkeypatch.setattr(tape_file, "_seen", wrong)
     opened(POCKET)
     assert not cache.exists()
 
@@ -170,8 +170,10 @@ def test_families(tmp_path: Path, name: str, dtype: str) -> None:
     except RunnerUnavailable as error:
         pytest.skip(str(error))
     assert target.traced is not None
-    kept = tape_file.packed(target.traced, model, MappedWeights(tmp_path))
-    again = HFTarget(Stock.of(model), slots=2, fast=True, traced=tape_file.unpacked(kept, MappedWeights(tmp_path)))
+    assert target.runner is not None
+    kept = tape_file.packed(target.traced, model, MappedWeights(tmp_path), target.runner.packer)
+    traced = tape_file.unpacked(kept, MappedWeights(tmp_path), packer := Packer())
+    again = HFTarget(Stock.of(model), slots=2, fast=True, traced=traced, packer=packer)
     assert same_bits(logits_of(target), logits_of(again))
 
 

@@ -24,6 +24,7 @@ from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.facts import Facts, Stock
 from selfdraft.models.rounded import Copy, rounding
+from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.runner import Runner
 from selfdraft.models.runner.trace import Traced
 from selfdraft.protocols import DraftExtras, MaskTokens
@@ -51,8 +52,8 @@ class HFTarget:
     `model` is used through a view and never touched. `shapes` sets the exactness level (`exactness.py`).
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
-    `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass,
-    where it is known already. `clock` is what drafters and measurements read, in seconds.
+    `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass, and
+    `packer` has its weights, where they are known already. `clock` is what drafters and measurements read, in seconds.
     Errors: RunnerUnavailable when that cannot be done.
     """
 
@@ -67,6 +68,7 @@ class HFTarget:
         exactness: Exactness = UNPROBED,
         fast: bool = False,
         traced: Traced | None = None,
+        packer: Packer | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.facts = model.facts if isinstance(model, Stock) else Facts.of(model)
@@ -103,7 +105,7 @@ class HFTarget:
         self.traced = traced
         if fast:
             self.runs = "fast"
-            self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters))
+            self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters), packer)
             self.traced = traced or self.runner.tape(self._view)
 
     @cached_property

@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("kernels") / "run.cpp"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
 PATIENCE = 300
 """Seconds that the compiler may take."""
@@ -38,7 +38,8 @@ class Pass(ctypes.Structure):
         ("scratch_bytes", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("slots", "slot", "place", "seen", "extra", "position", "extras")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "strides")),
-        ("ahead", ctypes.c_int64),
+        ("stage", ctypes.c_void_p),
+        ("stage_bytes", ctypes.c_int64),
     ]
 
 
@@ -56,6 +57,10 @@ def library() -> ctypes.CDLL:
     word, place = ctypes.c_int64, ctypes.c_void_p
     opened.selfdraft_keep.argtypes = [place, place, word, word, word, place, word]
     opened.selfdraft_run.argtypes = [place, word, place, place]
+    opened.selfdraft_pack.argtypes = [word, place, word, word, word, word, place, word]
+    opened.selfdraft_forget.argtypes = [place, word]
+    opened.selfdraft_packed_bytes.argtypes = [word, word, word, word]
+    opened.selfdraft_packed_bytes.restype = word
     sizes = [opened.selfdraft_sizes(which) for which in range(3)]
     assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels/tape.h and tape.py disagree"
     return opened

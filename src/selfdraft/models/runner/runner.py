@@ -20,8 +20,9 @@ from torch import Tensor
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.models.runner import fetching, kernel_build
+from selfdraft.models.runner import kernel_build
 from selfdraft.models.runner.kernel_build import Pass
+from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import Slot
 from selfdraft.models.runner.trace import Traced, trace
 
@@ -31,13 +32,19 @@ if TYPE_CHECKING:
 Words = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
+LARGEST = 12
+"""Rows of a chunk, at most (kernels/products.h)."""
+
+
 class Runner:
-    """Runs views of one stock model, of weights of one type, over one cache.
+    """Runs views of one stock model, of weights of one type, over one cache; `packer` may have packed them already.
 
     Errors: RunnerUnavailable, when it is made.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, cache: KVCache, adapters: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, cache: KVCache, adapters: int, packer: Packer | None = None
+    ) -> None:
         if device.type != "cpu":
             raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {device}")
         self._library = kernel_build.library()
@@ -45,13 +52,14 @@ class Runner:
         self.dtype = dtype
         self._like = torch.empty(0, dtype=dtype)
         self._adapters = adapters
+        self.packer = packer or Packer()
         self._traced: dict[tuple[int, bool, bool], tuple[PreTrainedModel, Traced]] = {}
         self._memory = np.empty(0, np.uint8)
         self._room_at = 0
         self._strips: tuple[tuple[int, int], Words] | None = None
         self._opened: dict[int, tuple[int, int]] = {}
         self._shapes = np.zeros((0, 3), np.int64)
-        self._pass = Pass(ahead=fetching.ahead(self.dtype))
+        self._pass = Pass()
         self._address = ctypes.addressof(self._pass)
 
     def tape(self, model: PreTrainedModel, *, embedded: bool = False, resuming: bool = False) -> Traced:
@@ -59,7 +67,7 @@ class Runner:
         key = (id(model), embedded, resuming)
         if key not in self._traced:  # the view is kept, so that its id stays its own
             with torch.inference_mode(False):
-                self._traced[key] = (model, trace(model, embedded=embedded, resuming=resuming))
+                self._traced[key] = (model, trace(model, self.packer, embedded=embedded, resuming=resuming))
         return self._traced[key][1]
 
     def run(
@@ -99,8 +107,9 @@ class Runner:
         lines = addresses_of + 8 * (len(rows.logit_rows) + len(extras))
         told, size = self._pass, tape.arena * max(count, len(rows.logit_rows))
         told.rows, told.answers, told.threads = count, len(rows.logit_rows), threads
-        told.arena = self._room(size + threads * tape.scratch)
+        told.arena = self._room(size + threads * tape.scratch + stage_rows(count, threads) * tape.stage)
         told.scratch, told.scratch_bytes, told.slots = told.arena + size, tape.scratch, start
+        told.stage, told.stage_bytes = told.scratch + threads * tape.scratch, tape.stage
         told.extras = addresses_of + 8 * len(rows.logit_rows)
         told.slot, told.place, told.seen, told.extra, told.position = (lines + 8 * count * i for i in range(5))
         self._library.selfdraft_run(steps, len(tape.steps), instrs, self._address)
@@ -153,6 +162,11 @@ class Runner:
             told.keys, told.values, told.strides = (table[row:].ctypes.data for row in range(3))
             self._strips = (state, table)
         return self._opened[id(traced)]
+
+
+def stage_rows(rows: int, threads: int) -> int:
+    """For how many rows there has to be room where linear layers stage them: chunks are filled up, all alike."""
+    return 2 * threads + 2 * rows + LARGEST
 
 
 def _paths(rows: Rows) -> tuple[list[list[int]], list[int]]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 ALIGNED = 64
 """Bytes: a cache line, and a full vector."""
+UNIT, STAGED = 64, 104
+"""Inputs of block weights that lie together, and bytes of a row for them (kernels/stage.h)."""
 
 
 class Kind(IntEnum):
@@ -105,12 +107,14 @@ STEP = np.dtype([("kind", "i8"), ("first", "i8"), ("count", "i8"), ("answers", "
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tape:
-    """What `kernels/` runs. `arena` are bytes per row, `scratch` bytes per thread."""
+    """What `kernels/` runs. `arena` and `stage` are bytes per row, `scratch` bytes per thread."""
 
     steps: np.ndarray[tuple[int], np.dtype[np.void]]
     instrs: np.ndarray[tuple[int], np.dtype[np.void]]
     arena: int
     scratch: int
+    stage: int
+    """For rows as linear layers take them."""
     kept: tuple[Tensor, ...]
     """Every tensor whose address is on the tape."""
 
@@ -129,7 +133,14 @@ def assemble(instrs: SequenceOf[Instr]) -> Tape:
     for line, step in zip(heads, steps, strict=True):
         line["kind"], line["first"], line["count"], line["answers"] = step.kind, first, len(step.instrs), step.answers
         first += len(step.instrs)
-    return Tape(heads, coded, arena, scratch, tuple(kept))
+    return Tape(heads, coded, arena, scratch, _stage(flat), tuple(kept))
+
+
+def _stage(instrs: Iterable[Instr]) -> int:
+    """Most bytes that a row takes as linear layers read it (kernels/stage.h): as floats, and rounded in units of 64."""
+    inputs = max((instr.more[3] for instr in instrs if instr.kind == Kind.LINEAR), default=0)
+    units = -(-inputs // UNIT)
+    return -(-(units * UNIT * 4 + units * STAGED) // ALIGNED) * ALIGNED
 
 
 def ordered(instrs: SequenceOf[Instr]) -> list[Step]:
@@ -237,7 +248,7 @@ def _encode_operand(arg: np.void, operand: Operand, kept: list[Tensor]) -> None:
     skip = operand.offset * source.dtype.itemsize
     arg["steps"], arg["type"] = operand.steps, TYPES[source.dtype]
     if isinstance(source, Tensor):
-        kept.append(source)
+        kept.append(source.detach())  # a parameter may be given other numbers; what the tape reads has to stay
         arg["place"], arg["base"] = Place.FIXED, source.data_ptr() + skip
     else:
         arg["place"], arg["base"] = source.place, source.base + skip

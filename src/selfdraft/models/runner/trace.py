@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.runner.graph import VIEWS, Graph, Node, record
+from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import TYPES, Buffer, Instr, Kind, Operand, Slot, Tape, assemble
 from selfdraft.models.runner.trace_ops import Recorder
 
@@ -48,6 +49,8 @@ BINARY = {"add": 32, "sub": 33, "mul": 34, "div": 35, "maximum": MAXIMUM, "minim
 REDUCING = {"sum.dim_IntList": 64, "mean.dim": 65, "amax.default": 66}
 LAYER_NORM, RMS_NORM, EMBED, PICK, GATED = range(80, 85)
 """The codes of kernels/."""
+ROWS = -1
+"""The format of a table that is not packed: row after row."""
 SAME = frozenset({"clone", "contiguous", "lift_fresh_copy", "lift_fresh", "dropout"})
 
 
@@ -82,8 +85,8 @@ class Traced:
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel, *, embedded: bool, resuming: bool) -> Traced:
-    """Write down the forward pass of a view. `embedded`: it starts from embeddings instead of token ids;
+def trace(model: PreTrainedModel, packer: Packer, *, embedded: bool, resuming: bool) -> Traced:
+    """Write down the forward pass of a view, its weights packed by `packer`. `embedded`: it starts from embeddings;
     `resuming`: the view takes hidden states from the call (`view.resuming`).
 
     Errors: RunnerUnavailable says which operation is in the way.
@@ -110,7 +113,7 @@ def trace(model: PreTrainedModel, *, embedded: bool, resuming: bool) -> Traced:
     except Exception as error:  # whatever stops the trace, the plain path is there
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunnerUnavailable(f"its forward pass cannot be traced: {line}") from error
-    return _Writer(graph, rows, asked).write(tuple(recorder.calls))
+    return _Writer(graph, packer, rows, asked).write(tuple(recorder.calls))
 
 
 def _marks(model: nn.Module) -> tuple[int, int]:
@@ -125,8 +128,9 @@ def _marks(model: nn.Module) -> tuple[int, int]:
 class _Writer:
     """Translates the nodes of one traced graph."""
 
-    def __init__(self, graph: Graph, rows: int, asked: int) -> None:
-        self.graph, self.rows, self.asked = graph, rows, asked
+    def __init__(self, graph: Graph, packer: Packer, rows: int, asked: int) -> None:
+        self.graph, self.packer, self.rows, self.asked = graph, packer, rows, asked
+        self.multiplied = _multiplied(graph)
         self.instrs: list[Instr] = []
         self.heads: dict[int, tuple[int, int, int]] = {}
         self.known: dict[Node, Known] = {}
@@ -187,8 +191,10 @@ class _Writer:
             return self._attend(*args)
         if name == "selfdraft.gated.default":
             return self._gated(*args)
-        if name == "selfdraft.rounded.default":
-            return self._rounded(node.value, *args)
+        if name == "selfdraft.blocks.default":
+            return self._blocks(node.value, *args)
+        if name == "selfdraft.block_rows.default":
+            return self._block_rows(node.value, *args[:-1])
         space, _, short = name.partition(".")
         if space == "aten":
             family = short.partition(".")[0]
@@ -387,19 +393,15 @@ class _Writer:
     def _embedding(self, example: Tensor, weight: Tensor, ids: Value, *_: object) -> Value:
         if not isinstance(weight, Tensor) or not isinstance(ids, Value) or ids.buffer.width != 1:
             raise RunnerUnavailable("the fast runner embeds one id for each row")
-        table = weight.contiguous()
+        shared = weight.data_ptr() in self.multiplied
+        table, code = (self.packer.floats(weight), 0) if shared else (weight.contiguous(), ROWS)
+        return self._embed(example, ids, table, code, *weight.shape)
+
+    def _embed(self, example: Tensor, ids: Value, table: Tensor, code: int, count: int, wide: int) -> Value:
+        """Rows out of a table of `count` rows of `wide` numbers."""
         out = self._new(example)
-        size = table.shape[1] * table.dtype.itemsize
-        self.instrs.append(
-            Instr(
-                Kind.GLUE,
-                EMBED,
-                _operand(out),
-                (_operand(ids),),
-                more=(table.data_ptr(), size, table.shape[0]),
-                keep=(table,),
-            )
-        )
+        more = (table.data_ptr(), wide, count, code)
+        self.instrs.append(Instr(Kind.GLUE, EMBED, _operand(out), (_operand(ids),), more=more, keep=(table,)))
         return out
 
     def _index(self, example: Tensor, x: Value, at: SequenceOf[Value | None]) -> Value:
@@ -425,31 +427,28 @@ class _Writer:
         if not isinstance(x, Value) or not isinstance(weight, Tensor) or weight.dtype != x.layout.dtype:
             raise RunnerUnavailable("the fast runner multiplies rows by weights of their own type only")
         x = self._contiguous(x)
-        table = weight.t().contiguous()  # a view where the layer keeps [out, in], as most do
+        return self._product(example, x, self.packer.floats(weight.t()), bias, 0, *weight.t().shape)
+
+    def _product(
+        self, example: Tensor, x: Value, packed: Tensor, bias: Tensor | None, code: int, count: int, wide: int
+    ) -> Value:
+        """A linear layer of `count` outputs and `wide` inputs; `code` is 0 for floats, else that of a format."""
         out = self._new(example)
-        address = 0 if bias is None else bias.data_ptr()
-        self.instrs.append(
-            Instr(
-                Kind.LINEAR,
-                0,
-                _operand(out),
-                (_operand(x),),
-                more=(table.data_ptr(), address, *table.shape),
-                keep=(table,) if bias is None else (table, bias),
-            )
-        )
+        more = (packed.data_ptr(), 0 if bias is None else bias.data_ptr(), count, wide)
+        kept = (packed,) if bias is None else (packed, bias)
+        self.instrs.append(Instr(Kind.LINEAR, code, _operand(out), (_operand(x),), more=more, keep=kept))
         return out
 
-    def _rounded(
-        self, example: Tensor, x: Value, codes: Tensor, scales: Tensor, bias: Tensor | None, wide: int, bits: int
+    def _blocks(
+        self, example: Tensor, x: Value, packed: Tensor, bias: Tensor | None, code: int, count: int, wide: int
     ) -> Value:
-        x = self._contiguous(x)
-        out = self._new(example)
-        address = 0 if bias is None else bias.data_ptr()
-        kept = (codes, scales) if bias is None else (codes, scales, bias)
-        more = (codes.data_ptr(), address, codes.shape[0], wide, scales.data_ptr())
-        self.instrs.append(Instr(Kind.LINEAR, bits, _operand(out), (_operand(x),), more=more, keep=kept))
-        return out
+        bias = None if bias is None else bias.to(x.layout.dtype).contiguous()
+        return self._product(example, self._contiguous(x), packed, bias, code, count, wide)
+
+    def _block_rows(self, example: Tensor, ids: Value, packed: Tensor, code: int, count: int, wide: int) -> Value:
+        if ids.buffer.width != 1:
+            raise RunnerUnavailable("the fast runner embeds one id for each row")
+        return self._embed(example, ids, packed, code, count, wide)
 
     def _bmm(self, example: Tensor, one: Value | Tensor, other: Value | Tensor) -> Value:
         """An outer product, as rotary embeddings are made; no other."""
@@ -485,8 +484,8 @@ class _Writer:
 
     def _gated(self, y: Value, x: Value, down: Tensor, up: Tensor, number: int) -> Value:
         y, x = self._contiguous(y), self._contiguous(x)
-        wide, rank = down.shape
-        down, up = down.t().contiguous(), up.t().contiguous()
+        (wide, rank), deep = down.shape, up.shape[1]
+        down, up = self.packer.floats(down.t()), self.packer.floats(up.t())
         out = self._new(y.layout)
         self.instrs.append(
             Instr(
@@ -494,7 +493,7 @@ class _Writer:
                 GATED,
                 _operand(out),
                 (_operand(y), _operand(x)),
-                (1, 1, 1, up.shape[0]),
+                (1, 1, 1, deep),
                 more=(down.data_ptr(), up.data_ptr(), wide, rank, Slot.GATES + number),
                 keep=(down, up),
             )
@@ -503,6 +502,13 @@ class _Writer:
 
 
 OUTPUTS = (Slot.LOGITS, Slot.HIDDEN)
+
+
+def _multiplied(graph: Graph) -> set[int]:
+    """Addresses of the weights that rows are multiplied by: a table among them is not kept twice."""
+    names = {"aten.mm.default": 1, "aten.addmm.default": 2}
+    found = [node.args[names[str(node.target)]] for node in graph.nodes if str(node.target) in names]
+    return {one.data_ptr() for one in found if isinstance(one, Tensor)}
 
 
 def _operand(part: Value | Tensor, steps: tuple[int, ...] = (0, 0, 0, 0)) -> Operand:

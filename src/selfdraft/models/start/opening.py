@@ -28,6 +28,7 @@ from selfdraft.models.checkpoint.folder import check_tokenizer_files, check_voca
 from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.facts import Stock
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
+from selfdraft.models.runner.packing import Packer
 from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
 from selfdraft.models.start.tape_file import NotKept, agrees, named_places, packed, unpacked
 from selfdraft.models.start.weights import MappedWeights, Place
@@ -154,7 +155,7 @@ def reopened(file: StartFile, identity: JsonObject, wanted: Wanted) -> Opened | 
         if tuple(hashes_of(adapters)) != kept.adapters:
             return None
         mapped = MappedWeights(file.folder)
-        traced = unpacked(kept.tape, mapped)
+        traced = unpacked(kept.tape, mapped, packer := Packer())
         late = partial(_load_late, file, identity, wanted.dtype, mapped, named_places(kept.tape))
         stock = Stock(kept.facts, late, kept.frame)
         target = HFTarget(
@@ -165,6 +166,7 @@ def reopened(file: StartFile, identity: JsonObject, wanted: Wanted) -> Opened | 
             exactness=kept.proof.exactness,
             fast=True,
             traced=traced,
+            packer=packer,
             clock=wanted.clock,
         )
         tokenizer = wanted.tokenizer or _tokenizer(file.name, kept.tokenizer)
@@ -216,25 +218,37 @@ def _made(folder: str, kind: tuple[str, str]) -> Tokenizer:
 def keep(file: StartFile, identity: JsonObject, opened: Opened) -> bool:
     """Keep a start for the next one, tried before it is written. Returns whether it is kept."""
     target, stock = opened.target, opened.stock
-    if target.traced is None or target.runs != "fast" or target.max_length < TRIED:
+    runner = target.runner
+    if target.traced is None or runner is None or target.runs != "fast" or target.max_length < TRIED:
         return False
     try:
         mapped = MappedWeights(file.folder)
-        tape = packed(target.traced, stock.model, mapped)
+        tape = packed(target.traced, stock.model, mapped, runner.packer)
         proof = Record.of(target.exactness, target.shapes, target.runs)
         hashes = tuple(hashes_of(target.adapters))
         kind = None if opened.tokenizer is None else _kind(opened.tokenizer, file.name)
         start = KeptStart(target.facts, stock.frame, proof, hashes, kind, tape)
-        again = unpacked(tape, mapped)
+        again = unpacked(tape, mapped, Packer())
         if not agrees(*(_trial(HFTarget(stock, fast=True, traced=one)) for one in (target.traced, again))):
             raise NotKept("its pass over mapped weights has other bits")
         if files_of(file.folder) != identity["files"]:
             raise NotKept("its files have changed meanwhile")
         file.write(identity, start)
+        let_go(stock.model, named_places(tape), mapped, runner.packer)
     except (NotKept, LoadError, OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
         _log.info("nothing is kept for the next start of %s: %s", file.folder, error)
         return False
     return True
+
+
+def let_go(model: Model, places: Mapping[str, Place], mapped: MappedWeights, packer: Packer) -> None:
+    """Point the weights of a model that are packed to the files that they came from: they are in memory once then."""
+    for name, place in places.items():
+        parameter = model.get_parameter(name)
+        new = mapped.tensor(place)
+        packer.moved(parameter.data, new)
+        parameter.data = new
+        mapped.forget(new)
 
 
 def _trial(target: HFTarget) -> list[torch.Tensor]:

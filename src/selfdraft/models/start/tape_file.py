@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.files.arrays import Numbers
+from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import ALIGNED, ARG, INSTR, STEP, Place, Tape
 from selfdraft.models.runner.trace import Traced
 from selfdraft.models.start import weights
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 Coded = np.ndarray[tuple[int], np.dtype[np.void]]
 OPERANDS = (("out", 1), ("inputs", 3))
 """The fields of an instruction that say where to read or write, and how many there are in each."""
-CONSTANT = -1
-"""Stands for the constants where the number of a weight could stand."""
+CONSTANT, PACKED = -1, 1 << 32
+"""Where the number of a weight could stand: CONSTANT for the constants, and PACKED and more for a packed weight."""
 MOST = 1 << 24
 """Bytes of constants that are kept: more would be a second copy of the weights."""
 
@@ -42,16 +43,21 @@ class TapeFile:
     arrays: Mapping[str, Numbers]
 
 
-def packed(traced: Traced, model: PreTrainedModel, mapped: MappedWeights) -> TapeFile:
-    """The traced pass of a model that was loaded from the folder of these weights. Errors: NotKept."""
+def packed(traced: Traced, model: PreTrainedModel, mapped: MappedWeights, packer: Packer) -> TapeFile:
+    """The traced pass of a model that was loaded from the folder of these weights; `packer` packed them.
+
+    Errors: NotKept.
+    """
     tape = traced.tape
     held = _held(tape.kept)
     pointers = [*_pointers(tape, held)]
-    sources = _Sources(model, mapped)
+    sources = _Sources(model, mapped, packer)
     rows = [(at, *sources.of(held[address])) for at, address in pointers]
     facts = {
         "arena": tape.arena,
         "scratch": tape.scratch,
+        "stage": tape.stage,
+        "packed": sources.packed,
         "calls": traced.calls,
         "heads": [[layer, *sizes] for layer, sizes in traced.heads.items()],
         "vocab": traced.vocab,
@@ -70,21 +76,29 @@ def packed(traced: Traced, model: PreTrainedModel, mapped: MappedWeights) -> Tap
     return TapeFile(facts, arrays)
 
 
-def unpacked(file: TapeFile, mapped: MappedWeights) -> Traced:
-    """The traced pass over mapped weights. Errors: those of `MappedWeights`; TypeError, ValueError, LookupError."""
+def unpacked(file: TapeFile, mapped: MappedWeights, packer: Packer) -> Traced:
+    """The traced pass over mapped weights, those that products read packed by `packer`.
+
+    Errors: those of `MappedWeights`; TypeError, ValueError, LookupError, MemoryError.
+    """
     facts, arrays = file.facts, file.arrays
     steps, instrs = (cast("Coded", arrays[name].copy()) for name in ("steps", "instrs"))
     if steps.dtype != STEP or instrs.dtype != INSTR:
         raise ValueError("the tape is of another layout")
     constants = _aligned(arrays["constants"])
     places = [mapped.tensor(place) for place in named_places(file).values()]
-    held = [*places, constants]  # CONSTANT is the last one
+    wholes = [*places, constants]
+    tables = [packer.floats(_seen(wholes[number], *view)) for number, *view in facts["packed"]]
+    for place in places:
+        mapped.forget(place)
+    held = [*places, *tables, constants]  # CONSTANT is the last one
     bases = np.array([tensor.data_ptr() for tensor in held], np.int64)
     at, source, offset = arrays["pointers"].T
+    source = np.where(source >= PACKED, source - PACKED + len(places), source)
     if (offset < 0).any() or (offset >= np.array([tensor.nbytes for tensor in held])[source]).any():
         raise ValueError("a pointer of the tape leaves its tensor")
     instrs.view(np.int64).reshape(-1)[at] = bases[source] + offset
-    tape = Tape(steps, instrs, facts["arena"], facts["scratch"], tuple(held))
+    tape = Tape(steps, instrs, facts["arena"], facts["scratch"], facts["stage"], tuple(held))
     heads = {layer: (keyed, wide, deep) for layer, keyed, wide, deep in facts["heads"]}
     calls = tuple((layer, window) for layer, window in facts["calls"])
     return Traced(tape, calls, heads, facts["vocab"], facts["notes"])
@@ -93,6 +107,16 @@ def unpacked(file: TapeFile, mapped: MappedWeights) -> Traced:
 def named_places(file: TapeFile) -> dict[str, weights.Place]:
     """The weights that the tape reads, by their names in the model. Errors: TypeError, ValueError."""
     return {name: weights.Place(**{**place, "shape": tuple(place["shape"])}) for name, place in file.facts["weights"]}
+
+
+def _seen(whole: Tensor, skip: int, dtype: str, shape: SequenceOf[int], steps: SequenceOf[int]) -> Tensor:
+    """A weight as a product of the tape sees it, from byte `skip` of a tensor on.
+
+    Errors: RuntimeError or AttributeError where it leaves the tensor, or is of no type.
+    """
+    numbers = whole.reshape(-1).view(torch.uint8)[skip:]
+    kind: torch.dtype = getattr(torch, dtype)
+    return numbers[: len(numbers) // kind.itemsize * kind.itemsize].view(kind).as_strided(tuple(shape), tuple(steps))
 
 
 def _held(kept: Iterable[Tensor]) -> dict[int, Tensor]:
@@ -138,16 +162,25 @@ def _word_of(layout: np.dtype[np.void], field: str) -> int:
 class _Sources:
     """Where the tensors of a tape come from: weights that lie in the files as they are, and constants."""
 
-    def __init__(self, model: PreTrainedModel, mapped: MappedWeights) -> None:
+    def __init__(self, model: PreTrainedModel, mapped: MappedWeights, packer: Packer) -> None:
         self.weights: dict[str, weights.Place] = {}
         self.constants = bytearray()
+        self.packed: list[tuple[int, int, str, list[int], list[int]]] = []
+        """(number of a weight or CONSTANT, first byte, dtype, shape, steps) of what is packed."""
+        self._packer, self._tables = packer, dict[int, int]()
         self._mapped, self._places = mapped, weights.places_in(mapped.folder)
         self._prefix = f"{model.base_model_prefix}."
         self._named = [(name, one) for name, one in model.named_parameters() if one.numel() and one.is_contiguous()]
         self._offsets: dict[tuple[int, int], int] = {}
 
     def of(self, tensor: Tensor) -> tuple[int, int]:
-        """(number of a weight, byte in it), or (CONSTANT, byte in the constants). Errors: NotKept."""
+        """(number of a weight, byte in it), (PACKED and the number of a packed one, 0), or (CONSTANT, byte in the
+        constants). Errors: NotKept."""
+        source = self._packer.sources.get(tensor.data_ptr())
+        return self._plain(tensor) if source is None else (PACKED + self._table(tensor.data_ptr(), source), 0)
+
+    def _plain(self, tensor: Tensor) -> tuple[int, int]:
+        """The same for a tensor that is not packed."""
         address, extent = tensor.data_ptr(), _extent(tensor)
         for name, weight in self._named:
             skip = address - weight.data_ptr()
@@ -161,6 +194,15 @@ class _Sources:
         if len(self.constants) > MOST:
             raise NotKept("its pass needs weights in another form than the files hold them")
         return CONSTANT, self._offsets[address, extent]
+
+    def _table(self, address: int, source: Tensor) -> int:
+        """The number of a packed weight. Errors: NotKept."""
+        if address not in self._tables:
+            number, skip = self._plain(source)
+            self._tables[address] = len(self.packed)
+            dtype = str(source.dtype).removeprefix("torch.")
+            self.packed.append((number, skip, dtype, [*source.shape], [*source.stride()]))
+        return self._tables[address]
 
     def _lies(self, name: str, weight: Tensor) -> bool:
         """Whether the weight is in the files, under its name there or without the prefix of the bare model."""

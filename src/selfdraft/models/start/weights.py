@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.models.checkpoint.folder import weight_files
+from selfdraft.models.runner import kernel_build
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 """The types that the fast runner computes in, by their names in a file."""
@@ -53,6 +54,10 @@ class MappedWeights:
         if not 0 <= place.start <= len(whole) - place.bytes or place.start % dtype.itemsize:
             raise ValueError(f"{place.file} does not hold {place.bytes} bytes of {dtype} from {place.start} on")
         return whole[place.start : place.start + place.bytes].view(dtype).view(place.shape)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Give back the memory that reading a weight has taken; it is read from the file again when it is asked for."""
+        kernel_build.library().selfdraft_forget(tensor.data_ptr(), tensor.nbytes)
 
     def _file(self, name: str) -> Tensor:
         if name not in self.files:

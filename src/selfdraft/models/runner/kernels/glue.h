@@ -216,7 +216,8 @@ void norm(const Instr &op, char *out, const char *a, const char *b, const char *
       }
 }
 
-// out = a, and on rows whose gate is open + up(down(b)); more = {down [rank, wide], up [deep, rank], wide, rank, gate}.
+// out = a, and on rows whose gate is open + up(down(b)); more = {down [rank, wide], up [deep, rank], wide, rank, gate},
+// both packed.
 template <class T> void gated(const Pass &pass, const Instr &op, word row, char *out, const char *a, const char *b) {
   const word wide = op.more[2], rank = op.more[3], deep = op.d[3];
   if (!((const word *)pass.slots[op.more[4]])[row]) {
@@ -225,16 +226,18 @@ template <class T> void gated(const Pass &pass, const Instr &op, word row, char 
   }
   static thread_local std::vector<T> middle, more;
   middle.resize(rank), more.resize(deep);
-  products<T, 16, 1, 0>((const T *)op.more[0], b, 0, (char *)middle.data(), 0, nullptr, wide, 0, rank, 1);
-  products<T, 16, 1, 0>((const T *)op.more[1], (const char *)middle.data(), 0, (char *)more.data(), 0, nullptr, rank, 0,
-                        deep, 1);
+  product_of_row<T>((const char *)op.more[0], (const T *)b, wide, rank, middle.data());
+  product_of_row<T>((const char *)op.more[1], middle.data(), rank, deep, more.data());
   for (word i = 0; i < deep; i++) narrow(widen(((const T *)a)[i]) + widen(more[i]), ((T *)out)[i]);
 }
 
-// A row of a table: more = {table, bytes of a row, rows}. What is not in it becomes NaN, which nobody takes for an answer.
-void embed(const Instr &op, char *out, word id) {
-  if (0 <= id && id < op.more[2]) memcpy(out, (const char *)op.more[0] + id * op.more[1], op.more[1]);
-  else memset(out, 0xff, op.more[1]);
+// A row of a table: more = {table, numbers of a row, rows, format}; format -1: row after row, else packed. What is not in
+// it becomes NaN, which nobody takes for an answer.
+template <class T> void embed(const Instr &op, char *out, word id) {
+  const word wide = op.more[1];
+  if (id < 0 || id >= op.more[2]) memset(out, 0xff, wide * sizeof(T));
+  else if (op.more[3] < 0) memcpy(out, (const T *)op.more[0] + id * wide, wide * sizeof(T));
+  else unpack<T>(op.more[3], (const char *)op.more[0], wide, id, (T *)out);
 }
 
 void glue(const Pass &pass, const Instr &op, word row, int thread) {
@@ -246,7 +249,8 @@ void glue(const Pass &pass, const Instr &op, word row, int thread) {
   case SUM:
   case MEAN:
   case AMAX: return reduce(op, out, a);
-  case EMBED: return embed(op, out, *(const word *)a);
+  case EMBED:
+    return op.out.type == BF16 ? embed<bf16>(op, out, *(const word *)a) : embed<float>(op, out, *(const word *)a);
   case PICK: memcpy(out, at(pass, op.a, *(const word *)b, 0), op.more[1]); return;
   case GATED: return op.a.type == BF16 ? gated<bf16>(pass, op, row, out, a, b) : gated<float>(pass, op, row, out, a, b);
   default: pointwise(op, out, a, b);

@@ -5,7 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#include <type_traits>
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -66,6 +67,24 @@ template <class T> inline v16 load_part(const T *p, word count) {
   T part[16] = {};
   memcpy(part, p, count * sizeof(T));
   return load16(part);
+}
+
+inline v16 same(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+// a * b + c, rounded once
+inline v16 fma16(v16 a, v16 b, v16 c) {
+#if defined(__AVX512F__)
+  return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+  for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  memcpy(&c, z, 64);
+  return c;
+#else
+  for (int i = 0; i < 16; i++) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
 }
 
 // e^x to about one unit in the last place; the polynomial is the usual one of Cephes.

@@ -9,6 +9,10 @@
 #include <vector>
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "attention.h"
 #include "glue.h"
@@ -20,7 +24,7 @@ word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 
 
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
-  std::vector<Progress> progress(2 * count); // an attention has two stages
+  std::vector<Progress> progress(2 * count); // a step has at most two stages
 #pragma omp parallel num_threads(pass.threads)
   {
     const int thread = omp_get_thread_num();
@@ -30,7 +34,10 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
       const word rows = step.answers ? pass.answers : pass.rows;
       Progress *mine = &progress[2 * s];
       if (!rows) continue;
-      if (step.kind == LINEAR) linears(pass, ops, step.count, rows, *mine);
+      if (step.kind == LINEAR) {
+        if (ops->a.type == BF16) linears<bf16>(pass, ops, step.count, rows, thread, mine);
+        else linears<float>(pass, ops, step.count, rows, thread, mine);
+      }
       else if (step.kind == ATTEND) {
         if (ops->a.type == BF16) attention<bf16>(pass, *ops, mine);
         else attention<float>(pass, *ops, mine);
@@ -45,6 +52,25 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
       }
     }
   }
+}
+// Packs floats [N, K] of a type, steps in elements, into memory that `selfdraft_packed_bytes` says the size of.
+void selfdraft_pack(word type, const void *from, word N, word K, word n_step, word k_step, void *to, word threads) {
+  const word groups = ceiling(N, width_of(0));
+#pragma omp parallel for num_threads(threads)
+  for (word g = 0; g < groups; g++) {
+    if (type == BF16) pack_floats<bf16>((const bf16 *)from, N, K, n_step, k_step, (char *)to, g);
+    else pack_floats<float>((const float *)from, N, K, n_step, k_step, (char *)to, g);
+  }
+}
+word selfdraft_packed_bytes(word type, word code, word N, word K) {
+  return ceiling(N, width_of(code)) * (type == BF16 ? group_bytes<bf16>(code, K) : group_bytes<float>(code, K));
+}
+// Pages of a mapped file leave memory until they are read again.
+void selfdraft_forget(char *from, word bytes) {
+#if defined(__linux__)
+  const word page = sysconf(_SC_PAGESIZE), first = ceiling(word(from), page) * page, last = word(from + bytes) / page * page;
+  if (first < last) madvise((void *)first, last - first, MADV_DONTNEED);
+#endif
 }
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
 void selfdraft_keep(const Pass *given, const word *shapes, word size, word slot, word base, const word *order,

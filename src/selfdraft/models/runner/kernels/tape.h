@@ -38,7 +38,8 @@ struct Pass {
   const word *extras;                                 // places behind `seen`, of rows that see no mere chain
   char **keys, **values;                              // per layer
   const word *strides;                                // per layer: elements from slot to slot and head to head, K and V
-  word ahead; // bit 0 for one row, bit 1 for two: the weights to come are fetched by hand (fetching.py)
+  char *stage;      // rows as products take them: twice stage_bytes for each thread and then for each row of all chunks
+  word stage_bytes; // of one row
 };
 
 // How far a step is. Whoever comes takes the next part; a step is over when its parts are done, not when all threads
@@ -80,10 +81,11 @@ inline void share(word count, word unit, word mine, word parts, word &from, word
   to = std::min(count, units * (mine + 1) / parts * unit);
 }
 
-// Into how many parts to cut work of `cost` bytes read: enough to go round, none so small that taking it costs more.
-inline word cut(word cost, word most, word threads) {
+// Into how many parts to cut work of `cost` bytes read: enough to go round, none so small that taking it costs more, and
+// about `each` for a thread.
+inline word cut(word cost, word most, word threads, word each = PARTS) {
   if (threads == 1) return 1;
-  word parts = std::min({cost / PART, most, PARTS * threads});
+  word parts = std::min({cost / PART, most, each * threads});
   if (parts > threads) parts = parts / threads * threads; // or one thread waits for the last part of another
   return std::max<word>(1, parts);
 }

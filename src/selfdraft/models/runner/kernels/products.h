@@ -1,0 +1,193 @@
+#pragma once
+// Products of packed weights with a chunk of staged rows; the two innermost loops of a pass
+
+#include "stage.h"
+
+namespace {
+
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+
+// Rows that go through a group of weights together, at most: what there are registers for.
+#if defined(__AVX512F__)
+constexpr word MOST = 12;
+#else
+constexpr word MOST = 4;
+#endif
+constexpr word AHEAD = 16384; // bytes of weights that are fetched ahead; measured (docs/decisions/011)
+
+// ---- Floats
+
+template <class T, int R>
+inline __attribute__((always_inline)) void float_step(const T *w, const typename Pack<T>::staged *x,
+                                                      v16 (&acc)[VECTORS][R]) {
+#if defined(BF16_PAIRS)
+  if constexpr (sizeof(T) == 2) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      int32_t row;
+      memcpy(&row, x + 2 * r, 4);
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(row);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++)
+        acc[v][r] = (v16)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)_mm512_load_si512(w + v * 32), pair);
+    }
+    return;
+  }
+#endif
+  constexpr int inputs = Pack<T>::inputs;
+  v16 part[inputs][VECTORS];
+#pragma GCC unroll 2
+  for (int v = 0; v < VECTORS; v++)
+    if constexpr (inputs == 2) {
+      u32x16 both;
+      memcpy(&both, __builtin_assume_aligned(w + v * 32, 64), 64);
+      part[0][v] = (v16)(both << 16), part[inputs - 1][v] = (v16)(both & 0xffff0000);
+    } else part[0][v] = load16((const float *)w + v * 16);
+#pragma GCC unroll 2
+  for (int i = 0; i < inputs; i++)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const v16 row = same(x[inputs * r + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) acc[v][r] = fma16(part[i][v], row, acc[v][r]);
+    }
+}
+
+template <class T, int R>
+__attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, v16 (&said)[VECTORS][R]) {
+  const word steps = steps_of<T>(K);
+  const typename Pack<T>::staged *rows = (const typename Pack<T>::staged *)x;
+  v16 acc[VECTORS][R] = {};
+  for (word k = 0; k < steps; k++, w += 64 * VECTORS, rows += R * Pack<T>::inputs) {
+    for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + v * 64 + AHEAD, 0, 2);
+    float_step<T, R>((const T *)w, rows, acc);
+  }
+  for (int v = 0; v < VECTORS; v++)
+    for (int r = 0; r < R; r++) said[v][r] = acc[v][r];
+}
+
+// ---- Blocks
+
+// sums += four products of an unsigned and a signed byte in each lane
+inline i32x16 dot(i32x16 sums, i32x16 w, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(__AVX2__)
+  __m256i part[2], sum[2];
+  memcpy(part, &w, 64), memcpy(sum, &sums, 64);
+  const __m256i row = _mm256_set1_epi32(x);
+  for (int i = 0; i < 2; i++)
+#if defined(__AVXVNNI__)
+    sum[i] = _mm256_dpbusd_avx_epi32(sum[i], part[i], row);
+#else
+    sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(part[i], row), _mm256_set1_epi16(1)));
+#endif
+  memcpy(&sums, sum, 64);
+  return sums;
+#else
+  uint8_t bytes[64];
+  int8_t row[4];
+  memcpy(bytes, &w, 64), memcpy(row, &x, 4);
+  for (int o = 0; o < LANES; o++)
+    for (int i = 0; i < 4; i++) sums[o] += int(bytes[4 * o + i]) * row[i];
+  return sums;
+#endif
+}
+
+// The same with weights from 0 to 255 that stand for -128 to 127; START says whether the sums begin at -128 times the
+// sum of the row, which makes up for that, or at nothing.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr bool START = false; // pairs of products of 255 do not fit into 16 bits, those of 128 do
+inline i32x16 dot_signed(i32x16 sums, i32x16 w, int32_t x) {
+  __m256i part[2], sum[2];
+  memcpy(part, &w, 64), memcpy(sum, &sums, 64);
+  const __m256i row = _mm256_set1_epi32(x), middle = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
+  for (int i = 0; i < 2; i++) {
+    const __m256i code = _mm256_xor_si256(part[i], middle);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(row, code));
+    sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, one));
+  }
+  memcpy(&sums, sum, 64);
+  return sums;
+}
+#else
+constexpr bool START = true;
+inline i32x16 dot_signed(i32x16 sums, i32x16 w, int32_t x) { return dot(sums, w, x); }
+#endif
+
+inline i32x16 load_codes(const char *p) {
+  i32x16 v;
+  memcpy(&v, __builtin_assume_aligned(p, 64), 64);
+  return v;
+}
+inline int32_t four(const char *p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return v;
+}
+inline float number(const char *p) {
+  float v;
+  memcpy(&v, p, 4);
+  return v;
+}
+
+// sums[r] of one block of weights, its codes at `w`, with the rows of a chunk; `first` is its first input in the block
+// of activations at `x`.
+template <class F, int R>
+inline __attribute__((always_inline)) void block_sums(const char *w, const char *x, int first, i32x16 (&sums)[R]) {
+  if constexpr (F::bits == 8)
+#pragma GCC unroll 8
+    for (int v = 0; v < F::block / 4; v++) {
+      const i32x16 codes = load_codes(w + v * 64);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const int32_t row = four(x + r * BLOCK + first + 4 * v);
+        sums[r] = F::min ? dot(sums[r], codes, row) : dot_signed(sums[r], codes, row);
+      }
+    }
+  else
+#pragma GCC unroll 4
+    for (int v = 0; v < F::block / 8; v++) {
+      const i32x16 both = load_codes(w + v * 64), low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sums[r] = dot(sums[r], low, four(x + r * BLOCK + first + 8 * v));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sums[r] = dot(sums[r], high, four(x + r * BLOCK + first + 8 * v + 4));
+    }
+}
+
+template <int CODE, int R> __attribute__((noinline)) void block_group(const char *w, const char *x, word K, v16 (&acc)[R]) {
+  typedef Format<CODE> F;
+  const word units = ceiling(K, UNIT);
+  for (word u = 0; u < units; u++, w += F::unit, x += UNIT / BLOCK * R * STAGED) {
+    for (word line = 0; line < F::unit; line += 64) __builtin_prefetch(w + line + AHEAD, 0, 2);
+#pragma GCC unroll 4
+    for (int b = 0; b < F::blocks; b++) {
+      const char *rows = x + b * F::block / BLOCK * R * STAGED, *numbers = rows + R * BLOCK;
+      const int first = b * F::block % BLOCK;
+      i32x16 sums[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        int32_t start = 0;
+        if (F::bits == 4 && !F::min) start = four(numbers + (2 * R + r) * 4);
+        else if (!F::min && START) {
+          if (F::block == BLOCK) start = four(numbers + (R + r) * 4);
+          else start = first ? four(numbers + (R + r) * 4) - four(numbers + (4 * R + r) * 4)
+                             : four(numbers + (4 * R + r) * 4);
+        }
+        sums[r] = i32x16{} + start;
+      }
+      block_sums<F, R>(w + F::front + b * F::block * LANES * F::bits / 8, rows, first, sums);
+      const v16 scale = load_scales<F::wide>(w + b * (F::scales / F::blocks));
+      v16 min = {};
+      if (F::min) min = load_scales<F::wide>(w + F::scales + b * (F::scales / F::blocks));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        acc[r] = fma16(__builtin_convertvector(sums[r], v16) * number(numbers + r * 4), scale, acc[r]);
+        if (F::min) acc[r] = fma16(min, same(number(numbers + (3 * R + r) * 4)), acc[r]);
+      }
+    }
+  }
+}
+
+} // namespace

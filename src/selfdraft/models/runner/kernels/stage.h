@@ -1,0 +1,106 @@
+#pragma once
+// Staging: rows of activations as products take them, so many rows of a chunk beside each other for every input
+//
+// Floats: for each step of inputs (two of bfloat16, one of float32) the numbers of all rows of the chunk. Block weights:
+// rows are rounded to 8 bits in blocks of 32 with a scale each; for each block what the struct below says.
+
+#include "packed.h"
+
+namespace {
+
+constexpr word BLOCK = 32;
+
+// Bytes for one row of a chunk and one block: codes, scale d, -128 s, -8 s, d s and -128 times the sum of the first
+// half, s being the sum of the codes. One kind after the other, each for all rows of the chunk.
+constexpr word SUMS = 5, STAGED = BLOCK + 4 * SUMS;
+
+template <class T> inline word staged_floats(word K) { // bytes of a row
+  return steps_of<T>(K) * Pack<T>::inputs * word(sizeof(typename Pack<T>::staged));
+}
+inline word staged_blocks(word K) { return ceiling(K, UNIT) * (UNIT / BLOCK) * STAGED; }
+
+// Inputs from .. to of one row, which is row `r` of a chunk of `R`.
+template <class T> void stage_floats(const T *x, word K, word from, word to, word r, word R, char *chunk) {
+  typedef typename Pack<T>::staged S;
+  constexpr word pair = Pack<T>::inputs;
+  S *out = (S *)chunk;
+  for (word k = from; k < std::min(to, K); k++) {
+    S &place = out[k / pair * R * pair + r * pair + k % pair];
+    if constexpr (sizeof(S) == sizeof(T)) place = x[k];
+    else narrow(widen(x[k]), place);
+  }
+  if (K % pair && to >= K) narrow(0.0f, out[K / pair * R * pair + r * pair + 1]);
+}
+
+struct Rounded {
+  int8_t codes[BLOCK];
+  float scale;
+  int32_t first, second; // sums of the codes of either half
+};
+
+// A block of at most 32 numbers, the rest of it zeros. Not a number where one of them is not finite.
+template <class T> inline Rounded round_block(const T *x, word count) {
+  Rounded said;
+  v16 low, high;
+  if (count >= BLOCK) low = load16(x), high = load16(x + LANES);
+  else {
+    T part[BLOCK] = {};
+    memcpy(part, x, count * sizeof(T));
+    low = load16(part), high = load16(part + LANES);
+  }
+#if defined(__AVX512F__)
+  const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+  const __m512i most = _mm512_max_epi32(_mm512_and_si512((__m512i)low, mask), _mm512_and_si512((__m512i)high, mask));
+  const uint32_t bits = uint32_t(_mm512_reduce_max_epi32(most));
+#else
+  typedef int32_t i32x16 __attribute__((vector_size(64)));
+  i32x16 a, b;
+  memcpy(&a, &low, 64), memcpy(&b, &high, 64);
+  a &= 0x7fffffff, b &= 0x7fffffff;
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; i++) bits = std::max(bits, uint32_t(std::max(a[i], b[i])));
+#endif
+  float largest;
+  memcpy(&largest, &bits, 4);
+  const float scale = largest / 127.0f;
+  const bool none = !(scale >= 1.1754943508222875e-38f), broken = bits >= 0x7f800000;
+  said.scale = broken ? NAN : none ? 0.0f : scale;
+  const float inverse = none || broken ? 0.0f : 1.0f / scale;
+#if defined(__AVX512F__)
+  const __m512i l = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)low, _mm512_set1_ps(inverse)));
+  const __m512i h = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)high, _mm512_set1_ps(inverse)));
+  const __mmask16 keep = broken ? 0 : 0xffff; // infinity times zero is no number
+  _mm_storeu_si128((__m128i *)said.codes, _mm512_cvtepi32_epi8(_mm512_maskz_mov_epi32(keep, l)));
+  _mm_storeu_si128((__m128i *)(said.codes + LANES), _mm512_cvtepi32_epi8(_mm512_maskz_mov_epi32(keep, h)));
+  said.first = _mm512_reduce_add_epi32(_mm512_maskz_mov_epi32(keep, l));
+  said.second = _mm512_reduce_add_epi32(_mm512_maskz_mov_epi32(keep, h));
+#else
+  said.first = said.second = 0;
+  for (int i = 0; i < LANES; i++) {
+    said.codes[i] = broken ? 0 : int8_t(std::nearbyint(low[i] * inverse));
+    said.codes[LANES + i] = broken ? 0 : int8_t(std::nearbyint(high[i] * inverse));
+    said.first += said.codes[i], said.second += said.codes[LANES + i];
+  }
+#endif
+  return said;
+}
+
+// The blocks of inputs from .. to (multiples of UNIT) of one row, which is row `r` of a chunk of `R`.
+template <class T> void stage_blocks(const T *x, word K, word from, word to, word r, word R, char *chunk) {
+  for (word k = from; k < to; k += BLOCK) {
+    const Rounded block = round_block(x + std::min(k, K), std::max<word>(0, std::min(BLOCK, K - k)));
+    char *out = chunk + k / BLOCK * R * STAGED;
+    memcpy(out + r * BLOCK, block.codes, BLOCK);
+    const int32_t sum = block.first + block.second;
+    const int32_t sums[3] = {-128 * sum, -8 * sum, -128 * block.first};
+    const float both = block.scale * float(sum);
+    char *numbers = out + R * BLOCK;
+    memcpy(numbers + r * 4, &block.scale, 4);
+    memcpy(numbers + (R + r) * 4, sums, 4);
+    memcpy(numbers + (2 * R + r) * 4, sums + 1, 4);
+    memcpy(numbers + (3 * R + r) * 4, &both, 4);
+    memcpy(numbers + (4 * R + r) * 4, sums + 2, 4);
+  }
+}
+
+} // namespace
