@@ -19,7 +19,8 @@ SAMPLINGS = {"greedy": SamplingParams(max_tokens=24), "sampled": SamplingParams(
 
 
 def open_file(file: Path, **options: str) -> LLM:
-    return LLM(file, drafter="none", dtype="float32", runner="plain", **options)  # type: ignore[arg-type]
+    """The file as a model of float weights; `test_gguf_blocks.py` has those that keep their blocks."""
+    return LLM(file, drafter="none", dtype="float32", runner="plain", quantization="none", **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", gguf_files.TYPES, ids=lambda kind: kind.name)

@@ -1,4 +1,4 @@
-"""Rounded weights: how near they come, and that the compiled products say what the weights say."""
+"""Rounded copies of a model, and drafts of them; `test_packed_layers.py` has the weights themselves."""
 
 from __future__ import annotations
 
@@ -14,130 +14,21 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
 from selfdraft.errors import OptionError
-from selfdraft.models.adapters import Gate
-from selfdraft.models.rounded import LINE, RoundedLinear, decode, encode, rounding
-from selfdraft.models.runner.tape import Buffer, Instr, Kind, Operand, Slot, assemble
-from selfdraft.models.runner.trace import Traced
+from selfdraft.models.packed.layers import BlockLinear
+from selfdraft.models.packed.quantise import quantise_model
+from selfdraft.models.rounded import rounding
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Rounded, SamplingParams, Skip, Stats
 from tests.clocks import Ticking
 from tests.models import random_adapters, run, tiny_llama, tiny_target, unavailable
-from tests.test_runner import TYPES, fast_target
+from tests.test_runner import fast_target
 
 compiled = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
-SIZES = [(16, 128), (5, 1), (1, 64), (33, 127), (17, 129), (48, 200), (3, 513), (61, 48)]
-"""(outputs, inputs): lines that are full, short, and just too long."""
-
-
-def weights(out: int, wide: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(out, wide, generator=torch.Generator().manual_seed(out * wide)).to(dtype)
-
-
-@pytest.mark.parametrize(("out", "wide"), SIZES)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_every_weight_is_the_nearest_level(bits: int, out: int, wide: int) -> None:
-    """Half a step at most where nothing is clipped; 4 bits may clip, and err less in squares for it."""
-    weight = weights(out, wide)
-    codes, scales = encode(weight, bits)
-    assert codes.shape == (out, -(-wide // LINE) * LINE * bits // 8)
-    near = decode(codes, scales, bits, wide)
-    assert near.shape == weight.shape
-    group = LINE if bits == 8 else LINE // 2
-    step = scales.abs().repeat_interleave(group, 1)[:, :wide]
-    levels = near / step
-    assert torch.allclose(levels, levels.round(), atol=1e-4)
-    if bits == 8:
-        assert ((near - weight).abs() <= 0.5001 * step).all()
-    clipped = (levels.abs() >= 6.9) if bits == 4 else torch.zeros_like(near, dtype=torch.bool)
-    assert ((near - weight).abs() <= 0.5001 * step)[~clipped].all()
-
-
-def test_a_search_for_the_scale_helps() -> None:
-    weight = weights(64, 1024)
-    codes, scales = encode(weight, 4)
-    error = (decode(codes, scales, 4, 1024) - weight).square().mean().sqrt()
-    grouped = weight.view(64, -1, 64)
-    step = grouped.abs().amax(-1, keepdim=True) / 7
-    usual = ((grouped / step).round() * step - grouped).square().mean().sqrt()
-    assert error < 0.88 * usual
-    assert error < 0.10
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_zeros_and_giants(bits: int) -> None:
-    weight = torch.zeros(3, 130)
-    weight[1, 5], weight[2, 129] = -3.0, 1e30
-    codes, scales = encode(weight, bits)
-    near = decode(codes, scales, bits, 130)
-    assert torch.isfinite(scales).all()
-    assert torch.equal(near[0], weight[0])
-    torch.testing.assert_close(near[1:], weight[1:], rtol=1e-5, atol=0.0)
-
-
-def layer(out: int, wide: int, bits: int, dtype: torch.dtype) -> RoundedLinear:
-    made = nn.Linear(wide, out, dtype=dtype)
-    with torch.no_grad():
-        made.weight.copy_(weights(out, wide, dtype))
-        made.bias.copy_(weights(out, 1, dtype)[:, 0])
-    return RoundedLinear(made, bits, Gate())
-
-
-def compiled_product(target: HFTarget, rounded: RoundedLinear, x: Tensor) -> Tensor:
-    """Rows x [n, in] through a tape that is nothing but this layer."""
-    assert target.runner is not None
-    out, wide = rounded.out_features, rounded.in_features
-    bias = rounded.bias
-    assert bias is not None
-    instr = Instr(
-        Kind.LINEAR,
-        rounded.bits,
-        Operand(Buffer(x.dtype, out, slot=Slot.HIDDEN)),
-        (Operand(Buffer(x.dtype, wide, slot=Slot.EMBEDS)),),
-        more=(rounded.codes.data_ptr(), bias.data_ptr(), out, wide, rounded.scales.data_ptr()),
-        keep=(rounded.codes, rounded.scales, bias),
-    )
-    traced = Traced(assemble([instr]), (), {}, 1, out)
-    _, said = target.runner.run(traced, chain_of(len(x)), embeds=x)
-    assert said is not None
-    return said
 
 
 def chain_of(rows: int) -> Rows:
     sequence = Sequence([1] * rows, rows, SamplingParams(), slot=0)
     return pack([(sequence, rows, EMPTY)])
-
-
-@compiled
-@pytest.mark.parametrize("dtype", TYPES.values())
-@pytest.mark.parametrize("bits", [4, 8])
-def test_compiled_products(bits: int, dtype: torch.dtype) -> None:
-    """Against the weights written out, in float64, for every size; rows have the same bits in any company."""
-    target = fast_target(dtype)
-    target.forward(chain_of(3))
-    for out, wide in SIZES:
-        rounded = layer(out, wide, bits, dtype)
-        x = weights(20, wide, dtype)
-        alone = torch.cat([compiled_product(target, rounded, row[None]) for row in x])
-        assert rounded.bias is not None
-        wanted = x.double() @ rounded.weight.double().T + rounded.bias.double()
-        scale = x.double().abs() @ rounded.weight.double().abs().T + 1
-        assert ((alone - wanted).abs() / scale).max() < (2e-6 if dtype == torch.float32 else 4e-3), (out, wide)
-        for rows in range(2, 21):
-            said = compiled_product(target, rounded, x[:rows].contiguous())
-            assert torch.equal(said, alone[:rows]), (out, wide, rows)
-
-
-@compiled
-def test_what_lies_behind_a_row_is_not_read() -> None:
-    """The last line of a row ends within it; the next row holds infinities."""
-    target = fast_target(torch.bfloat16)
-    target.forward(chain_of(3))
-    for bits in (4, 8):
-        rounded = layer(9, 130, bits, torch.bfloat16)
-        x = weights(3, 130, torch.bfloat16)
-        wanted = compiled_product(target, rounded, x)
-        x[1] = float("inf")
-        assert torch.equal(compiled_product(target, rounded, x)[[0, 2]], wanted[[0, 2]])
 
 
 # passes
@@ -209,13 +100,22 @@ def test_layers_of_another_kind_stay_as_they_are() -> None:
     own = Own(old.in_features, old.out_features, bias=False, dtype=torch.float64)
     own.weight = old.weight
     model.model.layers[1].mlp.up_proj = own
-    changed, made = rounding(model, 4, Gate(), Ticking())
+    changed, made = rounding(model, 4, Ticking())
     assert made.seconds == 1.0
     assert (made.layers, made.kept) == (4 * 7, 1)
     assert changed.model.layers[1].mlp.up_proj is own
     assert model.model.layers[0].mlp.up_proj.weight.shape == own.weight.shape, "the model itself is not touched"
-    assert isinstance(changed.lm_head, RoundedLinear)
-    assert changed.lm_head.bits == 8
+    assert isinstance(changed.lm_head, BlockLinear)
+    assert changed.lm_head.kind.bits == 8
+
+
+def test_block_weights_of_more_bits_are_rounded_again() -> None:
+    model = quantise_model(copy.deepcopy(tiny_llama(torch.float32)), 8)
+    changed, made = rounding(model, 4, Ticking())
+    assert (made.layers, made.kept) == (4 * 7, 1), "the output layer has its 8 bits already"
+    assert changed.model.layers[0].mlp.up_proj.kind.bits == 4
+    assert model.model.layers[0].mlp.up_proj.kind.bits == 8
+    assert rounding(model, 8, Ticking())[1].layers == 0
 
 
 def test_bits_are_checked() -> None:

@@ -35,7 +35,7 @@ class StoredTensor:
     @property
     def type(self) -> str:
         """The name of its type."""
-        return self.kind.name
+        return str(self.kind.name)
 
     @property
     def numbers(self) -> int:

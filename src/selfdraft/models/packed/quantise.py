@@ -42,7 +42,9 @@ def quantised(weight: Tensor, bits: int, arena: Arena) -> tuple[Tensor, Format]:
 
     Errors: LoadError when a weight is not finite; MemoryError.
     """
-    kind = format_for(weight, bits)
+    largest = _largest(weight)
+    kind = _format_for(largest, bits)
+    power = int(np.frexp(largest)[1]) if kind.code == CODES[bits][1] else 0
     out, wide = weight.shape
     packed = arena.take(kind.size(out, wide))
     find = _eight if bits == 8 else _four
@@ -50,7 +52,12 @@ def quantised(weight: Tensor, bits: int, arena: Arena) -> tuple[Tensor, Format]:
 
     def write(group: int) -> None:
         part = floats_of(weight[group * LANES : (group + some) * LANES])
-        pack_groups(packed, group, find(part, kind), kind)
+        if power:  # squares of such numbers would be infinite or nothing
+            found = find(np.ldexp(part, -power), kind)
+            mins = None if found.mins is None else np.ldexp(found.mins, power)
+            pack_groups(packed, group, Blocks(found.codes, np.ldexp(found.scales, power), mins), kind)
+        else:
+            pack_groups(packed, group, find(part, kind), kind)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy lets other threads run while it computes
         for _ in pool.map(write, range(0, -(-out // LANES), some)):
@@ -58,11 +65,16 @@ def quantised(weight: Tensor, bits: int, arena: Arena) -> tuple[Tensor, Format]:
     return packed, kind
 
 
-def format_for(weight: Tensor, bits: int) -> Format:
-    """The format that holds these weights. Errors: LoadError when one of them is not finite."""
+def _largest(weight: Tensor) -> float:
+    """The size of the largest weight. Errors: LoadError when one is not finite."""
     largest = float(weight.detach().abs().max()) if weight.numel() else 0.0
     if not np.isfinite(largest):
         raise LoadError(f"a weight is {largest}; no number of bits holds it: download the checkpoint again")
+    return largest
+
+
+def _format_for(largest: float, bits: int) -> Format:
+    """The format that holds weights up to this size."""
     held = largest == 0 or (largest / TOP[bits] >= HELD[0] and largest <= HELD[1])
     return FORMATS[CODES[bits][0 if held else 1]]
 

@@ -38,7 +38,7 @@ class Rounded(NamedTuple):
 def rounded(x: Tensor) -> Rounded:
     """Rows [..., wide] in 8 bits, filled up with zeros to whole units; a block with a NaN or an infinity is all NaN."""
     filled = F.pad(x.float(), (0, -x.shape[-1] % UNIT))
-    filled = filled.view(*x.shape[:-1], -1, BLOCK)
+    filled = filled.view(*x.shape[:-1], filled.shape[-1] // BLOCK, BLOCK)
     largest = filled.abs().amax(-1)
     scales = largest / LARGEST
     scales = torch.where(scales < SMALLEST, 0.0, scales)
@@ -56,7 +56,10 @@ def twin(x: Tensor, packed: Tensor, bias: Tensor | None, kind: Format, out: int,
     mins = None if weights.mins is None else torch.from_numpy(weights.mins)
     blocks = scales.shape[1]
     stored = F.pad(torch.from_numpy(weights.codes).double() - kind.zero, (0, blocks * kind.block - wide))
-    stored, whole = stored.view(out, blocks, kind.block), rows.whole.view(len(x), -1, kind.block)
+    stored, whole = (
+        stored.view(out, blocks, kind.block),
+        rows.whole.view(len(x), rows.whole.shape[1] * BLOCK // kind.block, kind.block),
+    )
     said = torch.zeros(len(x), out)
     for block in range(blocks):
         scale = rows.scales[:, block * kind.block // BLOCK, None]
