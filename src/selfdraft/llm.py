@@ -53,7 +53,7 @@ from selfdraft.prompts import (
 from selfdraft.protocols import Drafter
 from selfdraft.sampling import bad_word_ids, generation_defaults, read_generation_config, spread, stop_tokens
 from selfdraft.tune.machine import profile_of
-from selfdraft.types import Clock, SamplingParams, Stats, check_dtype, within
+from selfdraft.types import Clock, Quantization, SamplingParams, Stats, check_dtype, check_quantization, within
 
 __all__ = ["LLM", "CompletionOutput", "Job", "Message", "Piece", "Prompt", "RequestOutput", "naming", "pick_dtype"]
 _log = logging.getLogger("selfdraft")
@@ -72,6 +72,9 @@ class LLM:
     natural shapes.
     `runner`: 'auto' runs passes on the fast runner where it works for this model and machine, 'plain' never, 'fast'
     or not at all; `llm.target.runs` says what was taken, and why.
+    `quantization`: 'auto' runs a GGUF file's own blocks where the fast runner can, and anything else as it is; 'none'
+    makes floats of all weights; 'int8' and 'int4' round the weights of any checkpoint when they are loaded. The model
+    that is run is the one that drafts are exact to. Block weights round the rows they multiply to 8 bits.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
     `lora`: the folder of a LoRA adapter of peft, merged into the weights when they are loaded.
@@ -100,6 +103,7 @@ class LLM:
         lora: str | Path | None = None,
         exactness: Literal["bitwise", "token"] = "bitwise",
         runner: Literal["auto", "plain", "fast"] = "auto",
+        quantization: Quantization = "auto",
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
@@ -117,7 +121,17 @@ class LLM:
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
         opening = Wanted(
-            wanted, tokenizer, adapters, lora, exactness, runner, max_num_seqs, max_model_len, trust_remote_code, clock
+            wanted,
+            tokenizer,
+            adapters,
+            lora,
+            exactness,
+            runner,
+            check_quantization(quantization),
+            max_num_seqs,
+            max_model_len,
+            trust_remote_code,
+            clock,
         )
         self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
         self._take_skip_set(folder)

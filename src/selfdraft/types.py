@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from selfdraft.errors import OptionError, shown
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 JsonObject = dict[str, Any]
 """An object of JSON, in a file or from a process: whoever reads a field knows its kind, or checks it."""
 FinishReason = Literal["stop", "length", "abort"]
+Quantization = Literal["auto", "none", "int8", "int4"]
+"""What a model's weights run as: a GGUF file's own blocks and everything else as it is (auto), floats, or blocks."""
 StoppingCriterion = Callable[[Sequence[int]], bool]
 """(tokens: prompt and output so far) -> whether to stop here; asked after every token."""
 LogitsProcessor = Callable[[Sequence[int], "Tensor"], "Tensor"]
@@ -245,6 +247,15 @@ def check_dtype(name: str) -> None:
     """Errors: OptionError when `name` is neither 'auto' nor in DTYPES."""
     if name != "auto" and name not in DTYPES:
         raise OptionError(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
+
+
+def check_quantization(name: str) -> Quantization:
+    """The option, checked. Errors: OptionError."""
+    for known in get_args(Quantization):
+        if name == known:
+            found: Quantization = known
+            return found
+    raise OptionError(f"quantization={shown(name)} is unknown; there are {', '.join(get_args(Quantization))}")
 
 
 def within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:

@@ -24,6 +24,7 @@ from selfdraft.cli.options import (
     MaxNew,
     Model,
     NoCache,
+    Quantized,
     Threads,
     conditions,
     named,
@@ -82,6 +83,7 @@ def bench(
     model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     lora: Lora = None,
+    quantization: Quantized = "auto",
     drafters: Names = None,
     speculative_config: Configs = None,
     peers: Peers = None,
@@ -123,7 +125,19 @@ def bench(
     source = Source(tasks, data_dir, limit, as_template=chat is None)
     subject = Subject(model, adapter or [], lora, contenders, found_peers, drafters not in (None, "all"), peer_timeout)
     items, draw = gather_items(source, plan), drawing_to(pictures)
-    opening = partial(open_llm, model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
+    opening = partial(
+        open_llm,
+        model,
+        "none",
+        None,
+        dtype,
+        exactness,
+        threads,
+        adapter,
+        no_cache=no_cache,
+        lora=lora,
+        quantization=quantization,
+    )
     records = measured(opening, subject, plan, source, items, output, log, quiet=as_json)
     show_results(records, output, draw, profile=profile, as_json=as_json)
 

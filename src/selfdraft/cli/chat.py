@@ -20,6 +20,7 @@ from selfdraft.cli.options import (
     Lora,
     MaxNew,
     NoCache,
+    Quantized,
     Threads,
     as_verb,
     open_llm,
@@ -46,7 +47,7 @@ Url = Annotated[
 KeyFile = Annotated[
     Path | None, typer.Option(help="A file with the API key for --url; or set SELFDRAFT_API_KEY.", metavar="FILE")
 ]
-LOADING = ("adapter", "lora", "dtype", "threads", "no_cache")
+LOADING = ("adapter", "lora", "quantization", "dtype", "threads", "no_cache")
 """Options that say how a model is loaded here: with --url the server has done that."""
 
 
@@ -61,6 +62,7 @@ class ChatOptions:
     speculative_config: Config = None
     adapter: Adapters = None
     lora: Lora = None
+    quantization: Quantized = "auto"
     system: System = None
     max_new_tokens: MaxNew = 256
     temperature: Temperature = 0.0
@@ -94,6 +96,7 @@ def chat(given: ChatOptions) -> None:
         given.adapter,
         no_cache=given.no_cache,
         lora=given.lora,
+        quantization=given.quantization,
         engine=EngineSizes(prefix_caching=True),
     )
     converse(ask, lambda messages: reply(llm, messages, sampling), opening)

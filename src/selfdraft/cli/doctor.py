@@ -17,6 +17,7 @@ from selfdraft.cli.options import (
     Lora,
     MaxNew,
     Model,
+    Quantized,
     Threads,
     open_llm,
     repeatable,
@@ -24,11 +25,13 @@ from selfdraft.cli.options import (
 
 if TYPE_CHECKING:
     from selfdraft.prove.doctor import Trial
+    from selfdraft.types import Quantization
 
 
 def doctor(
     model: Model = DEFAULT_MODEL,
     lora: Lora = None,
+    quantization: Quantized = "auto",
     max_new_tokens: MaxNew = 48,
     threads: Threads = None,
     prove: Annotated[bool, typer.Option("--prove", help="Do the proof at load again, kept or not.")] = False,
@@ -37,7 +40,7 @@ def doctor(
     """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
     from selfdraft.prove.doctor import machine
 
-    findings = [*examine(model, max_new_tokens, threads, lora, prove=prove)]
+    findings = [*examine(model, max_new_tokens, threads, lora, quantization, prove=prove)]
     if as_json:
         trials = [finding.as_dict() for finding in findings]
         terminal.print_json({"machine": machine(), "model": model, "trials": trials})
@@ -63,7 +66,13 @@ class Finding:
 
 
 def examine(
-    model: str, max_new_tokens: int, threads: int | None, lora: Path | None, *, prove: bool
+    model: str,
+    max_new_tokens: int,
+    threads: int | None,
+    lora: Path | None,
+    quantization: Quantization = "auto",
+    *,
+    prove: bool,
 ) -> Iterator[Finding]:
     """Open the model with every dtype, runner and level, and compare drafted with plain decoding in each."""
     from selfdraft.prove.doctor import trial
@@ -72,7 +81,13 @@ def examine(
     sampling = SamplingParams(max_tokens=max_new_tokens, ignore_eos=True)
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
-            llm = open_llm(model, "none", None, dtype, exactness, threads, runner=runner, no_cache=prove, lora=lora)
+            llm = open_llm(
+                *(model, "none", None, dtype, exactness, threads),
+                runner=runner,
+                no_cache=prove,
+                lora=lora,
+                quantization=quantization,
+            )
             if runner == "auto" and llm.target.runner is None:
                 continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in SAMPLE_PROMPTS]

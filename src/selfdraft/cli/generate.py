@@ -27,6 +27,7 @@ from selfdraft.cli.options import (
     Memory,
     Model,
     NoCache,
+    Quantized,
     Threads,
     check_options,
     conditions,
@@ -62,6 +63,7 @@ def generate(
     speculative_config: Config = None,
     adapter: Adapters = None,
     lora: Lora = None,
+    quantization: Quantized = "auto",
     prompt_file: PromptFile = None,
     prompts: Prompts = None,
     limit: Annotated[int | None, typer.Option(help="Take at most this many prompts of the file.", min=1)] = None,
@@ -98,7 +100,7 @@ def generate(
     check_options(model, drafter, speculative_config, dtype)
     sampling = replace(sampling, seed=0 if compare and seed is None else seed)
     texts = read_texts(prompt, prompt_file, prompts, limit, log)
-    loading = partial(open_llm, memory=memory, lora=lora, no_cache=no_cache)
+    loading = partial(open_llm, memory=memory, lora=lora, no_cache=no_cache, quantization=quantization)
     llm = loading(model, drafter, speculative_config, dtype, exactness, threads, adapter)
     requests = open_all(llm, texts, chat_template, sampling, system)
     answers = [*answer_all(llm, texts, requests, sampling, log, memory, compare=compare, quiet=as_json)]

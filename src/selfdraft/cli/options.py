@@ -16,7 +16,7 @@ import typer
 from selfdraft.cli import terminal
 from selfdraft.errors import LoadError, MissingMasks, OptionError, RequestError
 from selfdraft.methods import ALIASES, OPTIONS, check_early, drafter_of, offered
-from selfdraft.types import check_dtype
+from selfdraft.types import Quantization, check_dtype
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
@@ -53,6 +53,13 @@ Adapters = Annotated[
 Lora = Annotated[
     Path | None,
     typer.Option("--lora", help="A LoRA adapter of peft, merged into the model at load: its folder.", metavar="DIR"),
+]
+Quantized = Annotated[
+    Literal["auto", "none", "int8", "int4"],
+    typer.Option(
+        "--quantization",
+        help="auto: a GGUF file's own blocks, else the weights as they are; none: floats; int8, int4: round at load.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default when not given.", min=1)]
 Log = Annotated[
@@ -101,6 +108,7 @@ def open_llm(
     lora: Path | None = None,
     remember: bool = False,
     engine: EngineSizes = EngineSizes(),
+    quantization: Quantization = "auto",
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
@@ -123,6 +131,7 @@ def open_llm(
             adapters=adapters or (),
             lora=lora,
             runner="plain" if runner == "plain" else "auto",
+            quantization=quantization,
             cache=not no_cache,
             max_num_seqs=engine.slots,
             enable_prefix_caching=engine.prefix_caching,
@@ -293,6 +302,8 @@ class Conditions:
     model: str
     lora: Path | None
     dtype: str
+    formats: Mapping[str, int]
+    """Layers of block weights, by format."""
     exactness: Exactness
     runner: str
     machine: Mapping[str, object]
@@ -303,6 +314,7 @@ class Conditions:
             "model": self.model,
             **({"lora": str(self.lora)} if self.lora is not None else {}),
             "dtype": self.dtype,
+            **({"blocks": dict(self.formats)} if self.formats else {}),
             "exactness": {"level": self.exactness.level, "why": self.exactness.why},
             "runner": self.runner,
             "machine": self.machine,
@@ -314,7 +326,7 @@ def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:
     from selfdraft.prove.doctor import machine
 
     dtype = str(llm.target.facts.dtype).removeprefix("torch.")
-    return Conditions(model, lora, dtype, llm.exactness, llm.target.runs, machine())
+    return Conditions(model, lora, dtype, llm.target.facts.formats, llm.exactness, llm.target.runs, machine())
 
 
 def named(wanted: str) -> list[str]:

@@ -21,6 +21,7 @@ from selfdraft.cli.options import (
     Lora,
     Model,
     NoCache,
+    Quantized,
     Threads,
     as_verb,
     check_options,
@@ -82,6 +83,7 @@ class ServeOptions:
     speculative_config: Config = None
     adapter: Adapters = None
     lora: Lora = None
+    quantization: Quantized = "auto"
     host: Host = "127.0.0.1"
     port: Port = 8000
     api_key_file: ApiKeyFile = None
@@ -132,6 +134,7 @@ def serve(given: ServeOptions) -> None:
         given.adapter,
         no_cache=given.no_cache,
         lora=given.lora,
+        quantization=given.quantization,
         remember=given.shared_memory,
         # one piece of a prompt a step: whoever decodes waits for no more than that
         engine=EngineSizes(given.max_batch, False, given.max_model_len, given.prefill_chunk, given.prefill_chunk),

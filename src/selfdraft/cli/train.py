@@ -76,7 +76,15 @@ def train(
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
     llm = open_llm(
-        model, "none", None, dtype, "token", threads, engine=EngineSizes(batch_size if distill else 1), lora=lora
+        model,
+        "none",
+        None,
+        dtype,
+        "token",
+        threads,
+        engine=EngineSizes(batch_size if distill else 1),
+        lora=lora,
+        quantization="none",  # gradients go through float weights
     )
     if card is not None:
         _check_model(llm, card, output)

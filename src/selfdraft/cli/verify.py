@@ -20,6 +20,7 @@ from selfdraft.cli.options import (
     MaxNew,
     Model,
     NoCache,
+    Quantized,
     Threads,
     check_options,
     conditions,
@@ -48,6 +49,7 @@ def verify(
     model: Model = DEFAULT_MODEL,
     adapter: Adapters = None,
     lora: Lora = None,
+    quantization: Quantized = "auto",
     drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Take at most this many prompts.", min=1)] = None,
     max_new_tokens: MaxNew = 128,
@@ -71,7 +73,9 @@ def verify(
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
     check_options(model, None, None, dtype)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora)
+    llm = open_llm(
+        model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora, quantization=quantization
+    )
     ids = encode_all(llm, texts, chat_template, sampling)
     requests = [repeatable(llm, sampling, seed + i, prompt) for i, prompt in enumerate(ids)]
     tried = {name: runnable(llm, name, named=drafters != "all") for name in names}

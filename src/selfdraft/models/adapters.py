@@ -26,6 +26,7 @@ from selfdraft.errors import LoadError
 from selfdraft.models import views
 from selfdraft.models.exactness import out_of, width_of
 from selfdraft.models.identity import base_hash
+from selfdraft.models.packed.layers import BlockLinear
 from selfdraft.models.runner.trace_ops import gate
 from selfdraft.types import JsonObject
 
@@ -136,7 +137,9 @@ def linked(model: PreTrainedModel, before: Tensor, down: Tensor, up: Tensor, ids
     embedded = model.get_input_embeddings()(before).to(down.dtype)
     state = F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
     head = model.get_output_embeddings()
-    if head.weight.is_floating_point():
+    if isinstance(head, BlockLinear) and ids is not None:
+        return F.linear(state, head.rows(ids, state.dtype))
+    if not isinstance(head, BlockLinear) and head.weight.is_floating_point():
         weight = head.weight if ids is None else head.weight[ids]
         return F.linear(state.to(weight.dtype), weight)
     shift: Tensor = head(state)  # quantised: only the layer itself can read its weights

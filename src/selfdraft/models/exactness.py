@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from selfdraft.models.packed.layers import BlockEmbedding, BlockLinear
 
 MULTIPLES = (1, 2, 4, 8, 16)
 LARGEST = 64
@@ -59,7 +62,10 @@ def probe_rows(model: nn.Module, most: int = LARGEST) -> int | None:
     """
     seen: dict[tuple[object, ...], nn.Module] = {}
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        if isinstance(module, BlockLinear):
+            seen.setdefault((type(module), module.kind, module.in_features, module.out_features), module)
+            continue
+        weight = None if isinstance(module, BlockEmbedding) else getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
             seen.setdefault((type(module), width_of(module), *weight.shape, weight.dtype), module)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -88,7 +94,7 @@ def out_of(module: nn.Module) -> int | None:
 
 @torch.inference_mode()
 def _invariant(module: nn.Module, width: int, dtype: torch.dtype, counts: Iterable[int]) -> bool:
-    device = next(iter(module.parameters())).device
+    device = next(chain(module.parameters(), module.buffers())).device
     draw = torch.Generator().manual_seed(1)
     row = torch.randn(1, width, generator=draw).to(device, dtype)
     first: Tensor | None = None

@@ -11,6 +11,7 @@ import torch
 
 from selfdraft.models.checkpoint.end_ids import declared_ends
 from selfdraft.models.identity import config_hash
+from selfdraft.models.packed.layers import formats_of
 from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Facts:
     """What each part of the checkpoint says of the ids that end a text (`checkpoint/end_ids.py`)."""
     generation: Mapping[str, object]
     """Numbers and switches of the generation config."""
+    formats: Mapping[str, int]
+    """How many layers of block weights there are of each format, by its words; none in a model of float weights."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Facts:
@@ -51,6 +54,7 @@ class Facts:
             config_hash(model),
             declared_ends(model),
             {name: value for name, value in settings.items() if isinstance(value, int | float) and name[0] != "_"},
+            formats_of(model),
         )
 
     def as_dict(self) -> dict[str, object]:

@@ -4,7 +4,7 @@ Each is a hash, and each has its own question, for what must not be used again a
 
 | name | changes with | and not with | names |
 |---|---|---|---|
-| `config_hash` | the configuration | weights | a profile: what a pass costs |
+| `config_hash` | the configuration, formats of blocks | weights | a profile: what a pass costs |
 | `base_hash` | sizes, norms, embeddings | dtype, quantisation | the model that an adapter was trained for |
 | `weights_hash` | the ends of every weight, dtype | code | the study of a skip set |
 | `whole_hash` | configuration, code, modules, samples of all weights | | a proof: the strictest |
@@ -21,7 +21,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from selfdraft.models.packed.layers import BlockEmbedding, block_layers, formats_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +35,9 @@ ENDS = 64
 
 
 def config_hash(model: PreTrainedModel) -> str:
-    """A name for the shape of a model: its configuration, whatever its weights are."""
-    return hashlib.blake2b(_config(model).encode(), digest_size=12).hexdigest()
+    """A name for the shape of a model: its configuration and the formats of its blocks, whatever its weights are."""
+    blocks = formats_of(model)
+    return hashlib.blake2b((_config(model) + (str(blocks) if blocks else "")).encode(), digest_size=12).hexdigest()
 
 
 def base_hash(model: PreTrainedModel) -> str:
@@ -42,12 +45,23 @@ def base_hash(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     digest = hashlib.blake2b(digest_size=12)
     digest.update(f"{config.vocab_size} {config.hidden_size} {config.num_hidden_layers}".encode())
-    table = model.get_input_embeddings().weight
-    samples = [table[:: max(1, len(table) // 64), :16]]
+    samples = [_table_samples(model.get_input_embeddings())]
     samples += [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.rsplit(".", 2)[-2]]
     for sample in samples:
         digest.update(_bytes(sample.to("cpu", torch.bfloat16)))
     return digest.hexdigest()
+
+
+def _table_samples(table: nn.Module) -> Tensor:
+    """Some numbers of the embeddings; of block weights those before they were rounded, where they are known."""
+    if isinstance(table, BlockEmbedding):
+        if table.samples is not None:
+            return table.samples
+        ids = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 64))
+        return table.rows(ids, torch.float32)[:, :16]
+    weight = table.weight
+    assert isinstance(weight, Tensor)
+    return weight[:: max(1, len(weight) // 64), :16]
 
 
 def weights_hash(model: PreTrainedModel) -> str:
@@ -64,6 +78,7 @@ def whole_hash(model: PreTrainedModel) -> str:
     """A name for this very model: its configuration, the code and tree of its modules, and samples of all weights."""
     tree = [f"{name} {type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()]
     attention = str(getattr(model.config, "_attn_implementation", None))
+    tree += [f"{name} {layer.extra_repr()}" for name, layer in block_layers(model)]
     texts = [_config(model), *tree, attention, _source(type(model))]
     weights = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return hash_of(*(text.encode() for text in texts), *samples_of(weights))

@@ -6,6 +6,7 @@ adapter and are compared with the stock model's own forward pass.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
@@ -27,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models.adapters import MaskAdapter
-from selfdraft.models.checkpoint import gguf
+from selfdraft.models.checkpoint import gguf, gguf_blocks
 from selfdraft.models.checkpoint.end_ids import whole_ends
 from selfdraft.models.checkpoint.folder import (
     check_folder,
@@ -43,11 +44,15 @@ from selfdraft.models.checkpoint.weights import check_weights
 from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
 from selfdraft.models.facts import GROWING, context_of, ropes_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
+from selfdraft.models.packed.quantise import quantise_model
 from selfdraft.models.proof.kept import ProofStore, Record, identity_of
 from selfdraft.models.proof.shapes import probe_fast, probe_shapes
 from selfdraft.models.proof.whole_model import prove
+from selfdraft.models.runner import kernel_build
 from selfdraft.models.target import Exactness, HFTarget
-from selfdraft.types import Clock
+from selfdraft.types import Clock, Quantization
+
+_log = logging.getLogger("selfdraft")
 
 
 class Sizes(TypedDict):
@@ -61,6 +66,8 @@ class Sizes(TypedDict):
 
 NO_ADAPTER = "selfdraft-merges-adapters-itself"
 """A subfolder that is nowhere: where transformers looks for an adapter, which it applies only if peft is installed."""
+BITS = {"int8": 8, "int4": 4}
+"""Bits of the weights by the option `quantization`."""
 ATTENDING = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers whose whole memory is keys and values at positions."""
 
@@ -111,6 +118,46 @@ def load_model(
         )
     check_weights(where, model, info)
     return model.eval()
+
+
+def load_quantised(
+    path: str | Path,
+    quantization: Quantization,
+    *,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool = False,
+    lora: str | Path | None = None,
+    compiled: bool = True,
+) -> PreTrainedModel:
+    """The model that a path and the option `quantization` of `LLM` stand for, in eval mode; see `load_model`.
+
+    `compiled`: blocks of a GGUF file are worth keeping only where the fast runner can be built; else they are
+    dequantised, which is logged. Errors: LoadError; OptionError for a checkpoint that is quantised already.
+    """
+    file = find_gguf(path)
+    if quantization == "auto" and file is not None and lora is None and (not compiled or _kernels(file)):
+        own = gguf_blocks.load_blocks(file, dtype)
+        check_config(own.config)
+        return own
+    model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code, lora=lora)
+    if quantization not in BITS:
+        return model
+    if is_quantised(model):
+        raise OptionError(f"quantization={quantization!r}: {path} is quantised already; leave the option out")
+    try:
+        return quantise_model(model, BITS[quantization])
+    except LoadError as error:
+        raise LoadError(f"{path}: {error}") from error
+
+
+def _kernels(file: Path) -> bool:
+    """Whether there are kernels for block weights; if not, why is logged."""
+    try:
+        kernel_build.library()
+    except RunnerUnavailable as error:
+        _log.warning("%s: its blocks are dequantised, since the fast runner cannot run: %s", file, error)
+        return False
+    return True
 
 
 def _config(where: str, trust_remote_code: bool, local: bool) -> PreTrainedConfig:

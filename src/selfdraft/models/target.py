@@ -276,9 +276,7 @@ class HFTarget:
         if short not in self._views:
             if isinstance(short, Rounded):
                 with torch.inference_mode(False):
-                    self._views[short], self.copies[short.bits] = rounding(
-                        self._view, short.bits, self._gate, self.clock
-                    )
+                    self._views[short], self.copies[short.bits] = rounding(self._view, short.bits, self.clock)
                 return self._views[short]
             made = self._short(self._view, short)
             self._views[short] = views.noting(made, self.layers, short.first) if short.first else made

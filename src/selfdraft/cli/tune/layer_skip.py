@@ -18,6 +18,7 @@ from selfdraft.cli.options import (
     Exact,
     Lora,
     Model,
+    Quantized,
     Threads,
     conditions,
     encode_all,
@@ -87,6 +88,7 @@ def tune_layer_skip(
     check: Checked = None,
     draft_lengths: Lengths = "2,4",
     lora: Lora = None,
+    quantization: Quantized = "auto",
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
@@ -107,7 +109,7 @@ def tune_layer_skip(
     options = replace(options, max_new_tokens=max_new_tokens, temperature=temperature, confirm=confirm, runs=runs)
     options = replace(options, num_speculative_tokens=num_speculative_tokens, max_cost=max_cost)
     lengths, texts = lengths_of(draft_lengths), read_prompts(prompts, limit)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora, quantization=quantization)
     ids = encode_all(llm, texts, chat, options.sampling)
     subject = Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model, lora).as_dict())
     if check:

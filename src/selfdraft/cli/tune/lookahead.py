@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from selfdraft.cli import terminal
-from selfdraft.cli.options import DEFAULT_MODEL, AsJson, Dtype, Exact, Lora, Model, Threads, conditions, open_llm
+from selfdraft.cli.options import (
+    DEFAULT_MODEL,
+    AsJson,
+    Dtype,
+    Exact,
+    Lora,
+    Model,
+    Quantized,
+    Threads,
+    conditions,
+    open_llm,
+)
 from selfdraft.cli.tune.prompts import (
     InTemplate,
     Limit,
@@ -42,6 +53,7 @@ def tune_lookahead(
     seed: Annotated[int, typer.Option(help="Same seed, same own text.")] = 0,
     output: Output = None,
     lora: Lora = None,
+    quantization: Quantized = "auto",
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
@@ -53,7 +65,7 @@ def tune_lookahead(
     """
     sampling = sampling_of(max_new_tokens, temperature, seed)
     output, texts = output_of(output, "lookahead", model), read_prompts(prompts, limit)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora, quantization=quantization)
     requests = requests_of(llm, texts, chat, sampling)
     from selfdraft.files.skip_sets import check_writable, write_json
     from selfdraft.tune import lookahead

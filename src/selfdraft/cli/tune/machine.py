@@ -19,6 +19,7 @@ from selfdraft.cli.options import (
     Exact,
     Lora,
     Model,
+    Quantized,
     Threads,
     conditions,
     open_llm,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def tune_machine(
     model: Model = DEFAULT_MODEL,
     lora: Lora = None,
+    quantization: Quantized = "auto",
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
@@ -42,7 +44,7 @@ def tune_machine(
     A pass is timed by its rows. The result is kept in the user's cache folder, where the drafter auto finds it. Under
     a minute.
     """
-    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora, quantization=quantization)
     from selfdraft.tune import machine as profiles
     from selfdraft.tune.advice import explain, paragraph
 

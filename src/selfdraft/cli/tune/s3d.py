@@ -19,6 +19,7 @@ from selfdraft.cli.options import (
     Exact,
     Lora,
     Model,
+    Quantized,
     Threads,
     conditions,
     open_llm,
@@ -59,6 +60,7 @@ def tune_s3d(
     sweep: Sweep = False,
     runs: Runs = 3,
     lora: Lora = None,
+    quantization: Quantized = "auto",
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
@@ -72,7 +74,7 @@ def tune_s3d(
     sampling = sampling_of(max_new_tokens, temperature, seed)
     within("runs", runs, 1, 100)
     output, texts = output_of(output, "s3d", model), read_prompts(prompts, limit)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, lora=lora)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, lora=lora, quantization=quantization)
     requests = requests_of(llm, texts, chat, sampling)
     from selfdraft.files.skip_sets import check_writable, write_json
 

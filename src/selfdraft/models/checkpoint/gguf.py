@@ -11,7 +11,6 @@ import re
 import struct
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,13 +19,11 @@ from transformers.integrations.gguf import read_gguf_metadata
 from selfdraft.errors import LoadError
 from selfdraft.files.atomic import cache_folder, whole_file
 from selfdraft.models.checkpoint.folder import check_pointer
+from selfdraft.models.checkpoint.gguf_table import StoredTensor, read_table
 from selfdraft.models.checkpoint.load_errors import blaming
 from selfdraft.models.checkpoint.places import PART
 from selfdraft.models.checkpoint.weights import check_weights
 from selfdraft.types import JsonObject
-
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCK = re.compile(r"blk\.(?P<number>\d+)\.")
@@ -61,7 +58,7 @@ def load_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 def load_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with its chat template. Errors: LoadError when the file has none."""
     file = joined(file)
-    metadata = _metadata(file)
+    metadata = metadata_of(file)
     if "tokenizer.ggml.tokens" not in metadata:
         raise LoadError(f"{file}: no tokenizer in the file; pass tokenizer=... or take a file that has one")
     with blaming(file, "tokenizer"):
@@ -76,41 +73,45 @@ def check(file: Path) -> torch.dtype:
 
     Errors: LoadError names the architecture, the tensor type or the size that is wrong.
     """
-    metadata = _metadata(file)
+    return checked(file)[0]
+
+
+def checked(file: Path) -> tuple[torch.dtype, SequenceOf[StoredTensor]]:
+    """What `check` says of a file, and its table of tensors. Errors: those of `check`."""
+    metadata = metadata_of(file)
     _check_architecture(file, str(metadata["general.architecture"]))
     types: set[str] = set()
     blocks: set[int] = set()
     size, end, last = file.stat().st_size, 0, ""
-    for tensor in _tensors(file):
-        types.add(tensor.tensor_type.name)
+    tensors = _tensors(file)
+    for tensor in tensors:
+        types.add(tensor.type)
         if match := BLOCK.match(tensor.name):
             blocks.add(int(match["number"]))
-        if end < (behind := int(tensor.data_offset) + int(tensor.n_bytes)):
+        if end < (behind := tensor.start + tensor.bytes):
             end, last = behind, tensor.name
     if end > size:
         raise _truncated(file, f"tensor {last!r} ends at byte {end:,} and the file has {size:,}")
     _check_types(file, types)
     _check_blocks(file, blocks, metadata.get(f"{metadata['general.architecture']}.block_count"))
     if types - set(FLOATS) - VALUES:
-        return torch.bfloat16
-    return next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32)
+        return torch.bfloat16, tensors
+    return next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32), tensors
 
 
-def _tensors(file: Path) -> SequenceOf[ReaderTensor]:
+def _tensors(file: Path) -> SequenceOf[StoredTensor]:
     """The table of tensors. Errors: LoadError."""
-    from gguf import GGUFReader
-
     try:
-        return list(GGUFReader(file).tensors)
+        return read_table(file)
+    except (struct.error, UnicodeDecodeError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        raise _truncated(file, f"its table of tensors cannot be read: {error}") from error
     except ValueError as error:
         if "GGMLQuantizationType" in str(error):
             raise LoadError(f"{file}: a tensor has an unknown type ({error}); `pip install --upgrade gguf`") from error
         raise _truncated(file, str(error).partition("\n")[0]) from error
-    except (IndexError, KeyError, OverflowError) as error:
-        raise _truncated(file, f"its table of tensors cannot be read: {error}") from error
 
 
-def _metadata(file: Path) -> JsonObject:
+def metadata_of(file: Path) -> JsonObject:
     """Keys and values of the file's head; lists of texts are only counted. Errors: LoadError."""
     check_pointer(file)
     try:

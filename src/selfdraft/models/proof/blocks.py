@@ -18,11 +18,18 @@ from selfdraft.core.rows import Rows
 from selfdraft.errors import UnsupportedModel
 from selfdraft.models import views
 from selfdraft.models.attention import Plan
+from selfdraft.models.packed.layers import BlockLinear, block_layers, has_blocks
+from selfdraft.models.packed.twin import twin
+from selfdraft.models.runner.one_layer import run_blocks
 from selfdraft.models.runner.runner import Runner
 from selfdraft.models.target import HFTarget
 
 LIMIT = 1e-3
 """Largest error of a block, relative to what it adds to the residual stream."""
+COARSE = 0.15
+"""The same for blocks of block weights, which round their rows to 8 bits; their layers are tried one by one, too."""
+TRIED = 3
+"""Rows that each layer of block weights is tried with."""
 RESIDUAL = 0.01
 """A number counts as large as what the block adds to it, or as this share of it: float32 rounds it as a whole."""
 
@@ -70,23 +77,44 @@ class _Alone(views.Resuming):
 
 
 def check_blocks(target: HFTarget, exact: Blocks, case: Passes, name: str) -> float:
-    """Run every block alone. Returns the largest error in units of LIMIT.
+    """Run every block alone. Returns the largest error in units of the largest that passes.
 
     Errors: UnsupportedModel names the first block that differs; RunnerUnavailable.
     """
-    worst = 0.0
+    worst, limit = 0.0, COARSE if has_blocks(target._view) else LIMIT
     for block in range(target.layers):
         with torch.inference_mode(False), torch.no_grad():
             model = _only(target._view, target.layers, block)
             weight = next(p for p in model.parameters() if p.is_floating_point())
         error = _error(Runner(weight.dtype, weight.device, KVCache(1, 256), 0), model, block, exact, case)
-        worst = max(worst, error / LIMIT)
-        if not error <= LIMIT:
+        worst = max(worst, error / limit)
+        if not error <= limit:
             raise UnsupportedModel(
                 f"{name}: the fast runner computes block {block} otherwise than transformers does, by {error:.2g} of "
-                f"what the block adds, and only {LIMIT:g} would be rounding"
+                f"what the block adds, and only {limit:g} would be rounding"
             )
     return worst
+
+
+@torch.inference_mode()
+def check_layers(model: PreTrainedModel, name: str) -> None:
+    """Run one layer of block weights of every format and size alone, and compare it with its specification, bit by bit.
+
+    Errors: UnsupportedModel names the first that differs; RunnerUnavailable.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    draw, tried = torch.Generator().manual_seed(3), set[tuple[int, int, int]]()
+    for path, layer in block_layers(model):
+        sizes = layer.kind.code, layer.rows_packed, layer.columns
+        if not isinstance(layer, BlockLinear) or sizes in tried:
+            continue
+        tried.add(sizes)
+        x = torch.randn(TRIED, layer.in_features, generator=draw).to(dtype)
+        wanted = twin(x, layer.packed, layer.bias, layer.kind, layer.out_features, layer.in_features)
+        said = run_blocks(x, layer.packed, layer.bias, *sizes)
+        if not torch.equal(said, wanted):
+            off = float((said.double() - wanted.double()).abs().max())
+            raise UnsupportedModel(f"{name}: the fast runner computes {path} ({layer.kind}) otherwise, by up to {off:.2g}")
 
 
 @torch.inference_mode()

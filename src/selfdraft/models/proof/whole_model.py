@@ -27,7 +27,7 @@ from selfdraft.errors import UnsupportedModel
 from selfdraft.models import views
 from selfdraft.models.facts import context_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised
-from selfdraft.models.proof.blocks import Blocks, check_blocks
+from selfdraft.models.proof.blocks import Blocks, check_blocks, check_layers
 from selfdraft.models.proof.wide import Wide
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
@@ -119,6 +119,7 @@ def prove(target: HFTarget, model: PreTrainedModel) -> Report:
     noise = (lambda: _error(own, reference)) if exact is not None else (lambda: _unrest(stock, case, own))
     report.compare("its own dtype", _error(said, reference), ROUNDING.get(dtype, 0.1), noise)
     if target.runner is not None and exact is not None:
+        check_layers(model, name)
         report.blocks = check_blocks(target, exact, case, name)
     return report
 

@@ -21,7 +21,7 @@ import torch
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import open_sequence
 from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.errors import LoadError
+from selfdraft.errors import LoadError, OptionError
 from selfdraft.models.adapters import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.checkpoint.embedded import checkpoint
 from selfdraft.models.checkpoint.folder import check_tokenizer_files, check_vocabulary
@@ -33,7 +33,7 @@ from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
 from selfdraft.models.start.tape_file import NotKept, agrees, named_places, packed, unpacked
 from selfdraft.models.start.weights import MappedWeights, Place
 from selfdraft.models.target import HFTarget
-from selfdraft.types import Clock, JsonObject, SamplingParams
+from selfdraft.types import Clock, JsonObject, Quantization, SamplingParams
 
 if TYPE_CHECKING:
     from selfdraft.models.reference import Model, Tokenizer
@@ -53,6 +53,7 @@ class Wanted:
     lora: str | Path | None
     exactness: Literal["bitwise", "token"]
     runner: Literal["auto", "plain", "fast"]
+    quantization: Quantization
     slots: int
     context: int | None
     trust_remote_code: bool
@@ -62,7 +63,8 @@ class Wanted:
     def options(self) -> dict[str, str | int | None]:
         """Those on which a proof and a tape depend."""
         dtype = None if self.dtype is None else str(self.dtype)
-        return {"dtype": dtype, "exactness": self.exactness, "runner": self.runner, "context": self.context}
+        told: dict[str, str | int | None] = {"dtype": dtype, "exactness": self.exactness, "runner": self.runner}
+        return {**told, "quantization": self.quantization, "context": self.context}
 
 
 class Opened(NamedTuple):
@@ -78,6 +80,10 @@ def open_model(model: str | Path | Model, wanted: Wanted, *, cache: bool) -> Ope
 
     Errors: those of `load.load_model` and `load.open_target`."""
     if not isinstance(model, str | Path):
+        if wanted.quantization in ("int8", "int4"):
+            raise OptionError(
+                f"quantization={wanted.quantization!r} is for checkpoints: give the model's folder or name"
+            )
         stock = unwrapped(model, wanted.lora)
         return Opened(Stock.of(stock), wanted.tokenizer, _target(stock, wanted, None, None), None)
     path = checkpoint(model, note=_log.warning)
@@ -94,7 +100,7 @@ def open_model(model: str | Path | Model, wanted: Wanted, *, cache: bool) -> Ope
 def _start_file(folder: Path, wanted: Wanted) -> tuple[StartFile | None, JsonObject]:
     """The file of this start and its identity now; None where none is kept."""
     plain = wanted.runner == "plain" or wanted.lora is not None or wanted.trust_remote_code
-    if plain or not keepable(folder):
+    if plain or wanted.quantization in ("int8", "int4") or not keepable(folder):
         return None, {}
     file = StartFile(folder, wanted.options)
     try:
@@ -107,7 +113,14 @@ def _loaded(path: str | Path, folder: Path, wanted: Wanted, proofs: ProofStore |
     """The model through transformers."""
     from selfdraft.models import load
 
-    stock = load.load_model(path, dtype=wanted.dtype, trust_remote_code=wanted.trust_remote_code, lora=wanted.lora)
+    stock = load.load_quantised(
+        path,
+        wanted.quantization,
+        dtype=wanted.dtype,
+        trust_remote_code=wanted.trust_remote_code,
+        lora=wanted.lora,
+        compiled=wanted.runner != "plain",
+    )
     tokenizer = wanted.tokenizer or load.load_tokenizer(path, trust_remote_code=wanted.trust_remote_code)
     return Opened(Stock.of(stock), tokenizer, _target(stock, wanted, folder, proofs), folder)
 
