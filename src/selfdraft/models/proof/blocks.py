@@ -26,7 +26,7 @@ from selfdraft.models.target import HFTarget
 
 LIMIT = 1e-3
 """Largest error of a block, relative to what it adds to the residual stream."""
-COARSE = 0.15
+COARSE = 0.3
 """The same for blocks of block weights, which round their rows to 8 bits; their layers are tried one by one, too."""
 TRIED = 3
 """Rows that each layer of block weights is tried with."""
@@ -114,7 +114,9 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
         said = run_blocks(x, layer.packed, layer.bias, *sizes)
         if not torch.equal(said, wanted):
             off = float((said.double() - wanted.double()).abs().max())
-            raise UnsupportedModel(f"{name}: the fast runner computes {path} ({layer.kind}) otherwise, by up to {off:.2g}")
+            raise UnsupportedModel(
+                f"{name}: the fast runner computes {path} ({layer.kind}) otherwise, by up to {off:.2g}"
+            )
 
 
 @torch.inference_mode()
