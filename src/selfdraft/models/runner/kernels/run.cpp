@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "glue.h"
 #include "linear.h"
+#include "pinning.h"
 
 extern "C" {
 
@@ -21,9 +22,11 @@ word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
   std::vector<Progress> progress(2 * count); // an attention has two stages
+  const pinning::Pass pinned(int(pass.threads));
 #pragma omp parallel num_threads(pass.threads)
   {
     const int thread = omp_get_thread_num();
+    pinned.enter(thread);
     for (word s = 0; s < count; s++) {
       const Step &step = steps[s];
       const Instr *ops = instrs + step.first;
@@ -45,7 +48,12 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
       }
     }
   }
+  pinned.leave();
 }
+
+// How threads are placed from now on, in the whole process: 1 pinned to cores of their own, 0 as the system likes.
+void selfdraft_pin(word on) { pinning::wanted = on != 0; }
+
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
 void selfdraft_keep(const Pass *given, const word *shapes, word size, word slot, word base, const word *order,
                     word count) {
