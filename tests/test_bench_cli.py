@@ -56,7 +56,7 @@ RECORD = {
     *("weights_bytes", "cache_bytes", "working_bytes", "extra_bytes", "peak_bytes", "memory_vs_plain"),
     *("speed_memory_ratio", "scores", "unscored", "load_average_max", "conditions", "peer", "equal_tokens"),
     *("prompt_tokens_per_second", "peer_file", "texts_equal_own_plain", "prompts_different_own_plain"),
-    "decode_speedup_vs_own_plain",
+    *("decode_speedup_vs_own_plain", "cores", "machine_state", "resident_bytes"),
 }
 
 

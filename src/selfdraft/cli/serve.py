@@ -21,6 +21,7 @@ from selfdraft.cli.options import (
     Lora,
     Model,
     NoCache,
+    Pin,
     Threads,
     as_verb,
     check_options,
@@ -109,6 +110,7 @@ class ServeOptions:
     page: Page = True
     dtype: Dtype = "auto"
     threads: Threads = None
+    pin_threads: Pin = False
     no_cache: NoCache = False
 
 
@@ -133,6 +135,7 @@ def serve(given: ServeOptions) -> None:
         no_cache=given.no_cache,
         lora=given.lora,
         remember=given.shared_memory,
+        pin=given.pin_threads,
         # one piece of a prompt a step: whoever decodes waits for no more than that
         engine=EngineSizes(given.max_batch, False, given.max_model_len, given.prefill_chunk, given.prefill_chunk),
     )

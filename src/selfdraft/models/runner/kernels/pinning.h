@@ -1,6 +1,7 @@
 // Threads of a pass on cores of their own: thread i on the i-th core that the process may use, one to a physical core.
 //
-// Two threads that wait for one another and land on one core cost a time slice at every barrier: milliseconds.
+// Two threads that wait for one another and land on one core cost a time slice at every barrier. Off unless asked for:
+// two processes that both pin take the same cores, and what the system could have spread they share.
 #pragma once
 
 #include <atomic>
@@ -13,7 +14,7 @@
 
 namespace pinning {
 
-inline std::atomic<bool> wanted{true};
+inline std::atomic<bool> wanted{false};
 
 #if defined(__linux__)
 
@@ -44,32 +45,29 @@ inline std::vector<int> physical(const cpu_set_t &mask) {
   return cores;
 }
 
-// One pass: made by the thread that calls, before its parallel region; `enter` is called by each thread in it, `leave` behind it.
-class Pass {
+// The places of one pass: made by the thread that calls, before its parallel region; `enter` is called by each thread in
+// it, `leave` behind it. Nothing is pinned while another pass runs in this process, nor where threads outnumber cores.
+class Places {
  public:
-  explicit Pass(int threads) {
-    alone_ = passes.fetch_add(1) == 0;
+  explicit Places(int threads) : alone_(passes.fetch_add(1) == 0) {
     if (sched_getaffinity(0, sizeof mask_, &mask_)) return;
+    usable_ = true;
+    if (!wanted || !alone_ || threads < 2) return;
     static thread_local cpu_set_t known; // reading the topology takes longer than a pass of a small model
     static thread_local std::vector<int> cores;
     if (cores.empty() || !CPU_EQUAL(&known, &mask_)) cores = physical(mask_), known = mask_;
-    if (wanted && alone_ && threads > 1 && threads <= int(cores.size())) cores_ = cores.data();
-    usable_ = true;
+    if (threads <= int(cores.size())) cores_ = cores.data();
   }
-  ~Pass() { passes.fetch_sub(1); }
-  Pass(const Pass &) = delete;
-  Pass &operator=(const Pass &) = delete;
+  ~Places() { passes.fetch_sub(1); }
+  Places(const Places &) = delete;
+  Places &operator=(const Places &) = delete;
 
   void enter(int thread) const {
-    if (!usable_) return;
     const int core = cores_ ? cores_[thread] : -1;
-    if (thread == 0) {
-      if (core >= 0) set(core);
-    } else if (held() != core || (core < 0 && held() >= 0)) {
-      if (core >= 0) set(core);
-      else sched_setaffinity(0, sizeof mask_, &mask_);
-      held() = core;
-    }
+    if (!usable_ || core == held()) return;
+    if (core >= 0) set(core);
+    else sched_setaffinity(0, sizeof mask_, &mask_);
+    if (thread) held() = core; // the pool's threads stay where they are until another place is wanted
   }
   // The calling thread does other work between passes, with all cores.
   void leave() const {
@@ -77,6 +75,7 @@ class Pass {
   }
 
  private:
+  // The core that the calling thread is kept on from pass to pass, or -1.
   static int &held() {
     static thread_local int core = -1;
     return core;
@@ -90,13 +89,14 @@ class Pass {
 
   cpu_set_t mask_;
   const int *cores_ = nullptr;
-  bool alone_, usable_ = false;
+  const bool alone_;
+  bool usable_ = false;
 };
 
 #else
 
-struct Pass {
-  explicit Pass(int) {}
+struct Places {
+  explicit Places(int) {}
   void enter(int) const {}
   void leave() const {}
 };

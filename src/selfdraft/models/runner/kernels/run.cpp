@@ -22,11 +22,11 @@ word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
   std::vector<Progress> progress(2 * count); // an attention has two stages
-  const pinning::Pass pinned(int(pass.threads));
+  const pinning::Places places(int(pass.threads));
 #pragma omp parallel num_threads(pass.threads)
   {
     const int thread = omp_get_thread_num();
-    pinned.enter(thread);
+    places.enter(thread);
     for (word s = 0; s < count; s++) {
       const Step &step = steps[s];
       const Instr *ops = instrs + step.first;
@@ -48,10 +48,11 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
       }
     }
   }
-  pinned.leave();
+  places.leave();
 }
 
-// How threads are placed from now on, in the whole process: 1 pinned to cores of their own, 0 as the system likes.
+// How threads are placed from the next pass on, in the whole process: 1 pinned to cores of their own, 0 as the system
+// likes.
 void selfdraft_pin(word on) { pinning::wanted = on != 0; }
 
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
