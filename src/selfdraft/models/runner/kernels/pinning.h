@@ -45,7 +45,7 @@ inline std::vector<int> physical(const cpu_set_t &mask) {
   return cores;
 }
 
-// The places of one pass: made by the thread that calls, before its parallel region; `enter` is called by each thread in
+// The places of one pass, made by the calling thread before its parallel region; `enter` is called by each thread in
 // it, `leave` behind it. Nothing is pinned while another pass runs in this process, nor where threads outnumber cores.
 class Places {
  public:
