@@ -38,14 +38,17 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
+    from selfdraft.models.machine_state import Watch
     from selfdraft.prove.doctor import machine
 
+    watch = Watch()
     findings = [*examine(model, max_new_tokens, threads, lora, quantization, prove=prove)]
+    state = watch.span()
     if as_json:
         trials = [finding.as_dict() for finding in findings]
-        terminal.print_json({"machine": machine(), "model": model, "trials": trials})
+        terminal.print_json({"machine": machine(), "machine_state": state.as_dict(), "model": model, "trials": trials})
     else:
-        show_findings(machine(), findings)
+        show_findings(machine(), str(state), findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,13 @@ def examine(
             yield Finding(llm.target.runs, exactness, found, llm.exactness.level, llm.exactness.why)
 
 
-def show_findings(machine: Mapping[str, object], findings: Sequence[Finding]) -> None:
-    """The machine, a table of the trials, and what was promised beside what was found."""
+def show_findings(machine: Mapping[str, object], state: str, findings: Sequence[Finding]) -> None:
+    """The machine and its state, a table of the trials, and what was promised beside what was found."""
     from rich.table import Table
 
     known = [f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if value is not None]
     terminal.out.print(", ".join(known))
+    terminal.out.print(state)
     heads = ("dtype", "asked", "shapes", "tokens equal", "logit bits equal", "found")
     table = Table(*heads, box=None, pad_edge=False)
     for finding in findings:

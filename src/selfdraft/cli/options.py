@@ -62,6 +62,10 @@ Quantized = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default when not given.", min=1)]
+Pin = Annotated[
+    bool,
+    typer.Option("--pin-threads", help="Keep each thread of a pass on a core of its own: for one busy neighbour."),
+]
 Log = Annotated[
     Path | None, typer.Option(help="Append the tokens of every answer to this jsonl file; 'replay' reads it.")
 ]
@@ -109,6 +113,7 @@ def open_llm(
     remember: bool = False,
     engine: EngineSizes = EngineSizes(),
     quantization: Quantization = "auto",
+    pin: bool = False,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
@@ -141,7 +146,18 @@ def open_llm(
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)
+    if pin:
+        keep_on_cores(llm)
     return llm
+
+
+def keep_on_cores(llm: LLM) -> None:
+    """Pin the threads of passes. Errors: OptionError where no fast runner takes them."""
+    from selfdraft.models.runner.kernel_build import pin_threads
+
+    if llm.target.runner is None:
+        raise OptionError(f"--pin-threads needs the fast runner; this model runs {llm.target.runs}: leave it out")
+    pin_threads(True)
 
 
 def _with_memory(

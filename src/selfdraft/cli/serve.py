@@ -21,6 +21,7 @@ from selfdraft.cli.options import (
     Lora,
     Model,
     NoCache,
+    Pin,
     Quantized,
     Threads,
     as_verb,
@@ -111,6 +112,7 @@ class ServeOptions:
     page: Page = True
     dtype: Dtype = "auto"
     threads: Threads = None
+    pin_threads: Pin = False
     no_cache: NoCache = False
 
 
@@ -136,6 +138,7 @@ def serve(given: ServeOptions) -> None:
         lora=given.lora,
         quantization=given.quantization,
         remember=given.shared_memory,
+        pin=given.pin_threads,
         # one piece of a prompt a step: whoever decodes waits for no more than that
         engine=EngineSizes(given.max_batch, False, given.max_model_len, given.prefill_chunk, given.prefill_chunk),
     )

@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "glue.h"
 #include "linear.h"
+#include "pinning.h"
 
 extern "C" {
 
@@ -25,9 +26,11 @@ word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
   std::vector<Progress> progress(2 * count); // a step has at most two stages
+  const pinning::Places places(int(pass.threads));
 #pragma omp parallel num_threads(pass.threads)
   {
     const int thread = omp_get_thread_num();
+    places.enter(thread);
     for (word s = 0; s < count; s++) {
       const Step &step = steps[s];
       const Instr *ops = instrs + step.first;
@@ -52,6 +55,7 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
       }
     }
   }
+  places.leave();
 }
 // Packs floats [N, K] of a type, steps in elements, into memory that `selfdraft_packed_bytes` says the size of.
 void selfdraft_pack(word type, const void *from, word N, word K, word n_step, word k_step, void *to, word threads) {
@@ -72,6 +76,11 @@ void selfdraft_forget(char *from, word bytes) {
   if (first < last) madvise((void *)first, last - first, MADV_DONTNEED);
 #endif
 }
+
+// How threads are placed from the next pass on, in the whole process: 1 pinned to cores of their own, 0 as the system
+// likes.
+void selfdraft_pin(word on) { pinning::wanted = on != 0; }
+
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
 void selfdraft_keep(const Pass *given, const word *shapes, word size, word slot, word base, const word *order,
                     word count) {
