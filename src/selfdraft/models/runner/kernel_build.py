@@ -38,7 +38,7 @@ class Pass(ctypes.Structure):
         ("scratch_bytes", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("slots", "slot", "place", "seen", "extra", "position", "extras")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "strides")),
-        ("ahead", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("ahead", "coded")),
     ]
 
 

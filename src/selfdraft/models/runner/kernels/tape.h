@@ -39,6 +39,7 @@ struct Pass {
   char **keys, **values;                              // per layer
   const word *strides;                                // per layer: elements from slot to slot and head to head, K and V
   word ahead; // bit 0 for one row, bit 1 for two: the weights to come are fetched by hand (fetching.py)
+  word coded; // keys and values lie in the cache as codes of 8 bits
 };
 
 // How far a step is. Whoever comes takes the next part; a step is over when its parts are done, not when all threads
