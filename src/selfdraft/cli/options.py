@@ -50,6 +50,10 @@ Adapters = Annotated[
     list[Path] | None,
     typer.Option("--adapter", help="Mask tokens for s3d or space: a folder of 'selfdraft train'. May be repeated."),
 ]
+KvCacheDtype = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="int8: keys and values of tokens as codes of 8 bits, in less memory; auto: as they are."),
+]
 Lora = Annotated[
     Path | None,
     typer.Option("--lora", help="A LoRA adapter of peft, merged into the model at load: its folder.", metavar="DIR"),
@@ -101,6 +105,7 @@ def open_llm(
     lora: Path | None = None,
     remember: bool = False,
     engine: EngineSizes = EngineSizes(),
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
@@ -123,6 +128,7 @@ def open_llm(
             adapters=adapters or (),
             lora=lora,
             runner="plain" if runner == "plain" else "auto",
+            kv_cache_dtype=kv_cache_dtype,
             cache=not no_cache,
             max_num_seqs=engine.slots,
             enable_prefix_caching=engine.prefix_caching,
@@ -295,6 +301,7 @@ class Conditions:
     dtype: str
     exactness: Exactness
     runner: str
+    kv_cache_dtype: str
     machine: Mapping[str, object]
 
     def as_dict(self) -> dict[str, object]:
@@ -305,6 +312,7 @@ class Conditions:
             "dtype": self.dtype,
             "exactness": {"level": self.exactness.level, "why": self.exactness.why},
             "runner": self.runner,
+            **({"kv_cache_dtype": self.kv_cache_dtype} if self.kv_cache_dtype != "auto" else {}),
             "machine": self.machine,
         }
 
@@ -314,7 +322,7 @@ def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:
     from selfdraft.prove.doctor import machine
 
     dtype = str(llm.target.facts.dtype).removeprefix("torch.")
-    return Conditions(model, lora, dtype, llm.exactness, llm.target.runs, machine())
+    return Conditions(model, lora, dtype, llm.exactness, llm.target.runs, llm.target.cache.dtype, machine())
 
 
 def named(wanted: str) -> list[str]:

@@ -18,6 +18,7 @@ from selfdraft.cli.options import (
     Config,
     Dtype,
     EngineSizes,
+    KvCacheDtype,
     Lora,
     Model,
     NoCache,
@@ -108,6 +109,7 @@ class ServeOptions:
     cors_origin: Cors = None
     page: Page = True
     dtype: Dtype = "auto"
+    kv_cache_dtype: KvCacheDtype = "auto"
     threads: Threads = None
     no_cache: NoCache = False
 
@@ -132,6 +134,7 @@ def serve(given: ServeOptions) -> None:
         given.adapter,
         no_cache=given.no_cache,
         lora=given.lora,
+        kv_cache_dtype=given.kv_cache_dtype,
         remember=given.shared_memory,
         # one piece of a prompt a step: whoever decodes waits for no more than that
         engine=EngineSizes(given.max_batch, False, given.max_model_len, given.prefill_chunk, given.prefill_chunk),

@@ -51,6 +51,7 @@ def identity(target: HFTarget) -> dict[str, object]:
         "model": target.facts.config,
         "shapes": str(target.shapes),
         "runner": "plain" if target.runner is None else hashlib.blake2b(SOURCE.read_bytes(), digest_size=6).hexdigest(),
+        "kv_cache_dtype": target.cache.dtype,
         **machine_of(target.facts.dtype, target.facts.device),
     }
 

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr word STRETCH = 512; // places whose weights are relative to one largest score
+constexpr word STRETCH = 256; // places whose weights are relative to one largest score
 constexpr word PACKED_PLACES = 64;  // of them, that many are packed at a time: they stay close to the processor
 constexpr word ROWS_TOGETHER = 16;  // rows that go through packed places together
 constexpr int QUERY_TILE = 6;     // query rows whose sums are in registers at once
@@ -40,7 +40,7 @@ template <class T, int M>
 void score(const float *const *q, const float *blocks, word count, word cols, const float *scales, float scale,
            float *const *out) {
   typedef KvUnits<T> P;
-  constexpr int G = VALUE_TILE == 1 ? 1 : M > 3 ? 2 : 4;
+  constexpr int G = VALUE_TILE;
   auto some = [&](word g, auto together) {
     constexpr int many = decltype(together)::value;
     v16 acc[M][many] = {};
@@ -63,6 +63,7 @@ void score(const float *const *q, const float *blocks, word count, word cols, co
   };
   word g = 0;
   for (; g + G <= count; g += G) some(g, std::integral_constant<int, G>());
+  for (; G > 2 && g + 2 <= count; g += 2) some(g, std::integral_constant<int, 2>());
   for (; g < count; g++) some(g, std::integral_constant<int, 1>());
 }
 
@@ -192,31 +193,52 @@ template <class T, class S> struct Attention {
     }
   }
 
-  // Blocks [cols][16] of 16 places; a place that is none has keys of zero.
+  // A block [cols][16] of 16 places; a place that is none has keys of zero.
   void pack_keys(const char *const *from, Room &room, float *block, float *scales) const {
     const char *ready[16];
-    static const std::vector<char> nothing(S::bytes(1 << 16), 0);
     for (int i = 0; i < 16; i++) {
-      const char *p = from[i] ? from[i] : nothing.data();
-      scales[i] = S::scale(p, wide);
-      if (S::template direct<T>(wide)) ready[i] = p;
-      else {
-        float *to = room.wider + i * cols;
-        S::template units<T>(p, wide, to);
-        ready[i] = (const char *)to;
-      }
+      ready[i] = from[i] ? from[i] : nothing();
+      if (S::scaled) scales[i] = S::scale(ready[i], wide);
+      if (S::template direct<T>(wide)) continue;
+      S::template units<T>(ready[i], wide, room.wider + i * cols);
+      ready[i] = (const char *)(room.wider + i * cols);
     }
-    turn(ready, cols, block);
+    turn([&](int i) { return ready[i]; }, cols, block);
   }
-
   // Lines [16 / per][lanes] of 16 places; a place that is none has values of zero.
   void pack_values(const char *const *from, float *lines) const {
-    static const std::vector<char> nothing(S::bytes(1 << 16), 0);
-    for (word i = 0; i < 16; i += P::per) {
-      const char *p[P::per];
-      for (word j = 0; j < P::per; j++) p[j] = from[i + j] ? from[i + j] : nothing.data();
-      S::template line<T>(p, deep, lines + i / P::per * lanes);
+    const char *ready[16];
+    for (int i = 0; i < 16; i++) ready[i] = from[i] ? from[i] : nothing();
+    for (word i = 0; i < 16; i += P::per) S::template line<T>(ready + i, deep, lines + i / P::per * lanes);
+  }
+  static const char *nothing() {
+    static const std::vector<char> zeros(S::bytes(1 << 16), 0);
+    return zeros.data();
+  }
+  // The same of `count` places that lie behind one another.
+  void pack_straight_keys(const char *from, word count, Room &room, float *scales) const {
+    for (word g = 0; g < count; g += 16, from += 16 * S::bytes(wide)) {
+      const char *rows = from;
+      if (S::scaled)
+        for (int i = 0; i < 16; i++) scales[g + i] = S::scale(from + i * S::bytes(wide), wide);
+      if (!S::template direct<T>(wide)) {
+        for (int i = 0; i < 16; i++) S::template units<T>(from + i * S::bytes(wide), wide, room.wider + i * cols);
+        rows = (const char *)room.wider;
+      }
+      turn_straight(rows, cols, room.block + g * cols);
     }
+  }
+  void pack_straight_values(const char *from, word count, float *lines) const {
+    const word bytes = S::bytes(deep), step = P::per * bytes;
+    auto all = [&](word deep, word lanes) {
+      for (word i = 0; i < count; i += P::per, from += step, lines += lanes) {
+        const char *both[2] = {from, from + bytes};
+        S::template line<T>(both, deep, lines);
+      }
+    };
+    if (deep == 64) all(64, 64);
+    else if (deep == 128) all(128, 128);
+    else all(deep, lanes);
   }
 
   // Where the places g .. g + 16 of a row's list are.
@@ -224,9 +246,6 @@ template <class T, class S> struct Attention {
     const word *extras = pass.extras + pass.extra[row];
     for (word j = g; j < g + 16; j++)
       to[j - g] = j >= length(row) ? nullptr : strip + (j < pass.seen[row] ? j : extras[j - pass.seen[row]]) * bytes;
-  }
-  static void straight(word g, const char *strip, word bytes, const char **to) {
-    for (int i = 0; i < 16; i++) to[i] = strip + (g + i) * bytes;
   }
 
   struct Range {
@@ -291,11 +310,13 @@ template <class T, class S> struct Attention {
       for (word j = from; j < to; j++) scores[j] = cap * tanh_(scores[j] / cap);
     for (word j = from; j < first(row) - begin; j++) scores[j] = -INFINITY;
     for (word j = length(row) - begin; j < to; j++) scores[j] = -INFINITY;
-    float lanes_[16], most = -INFINITY;
-    for (int i = 0; i < 16; i++) lanes_[i] = scores[from + i];
-    for (word j = from + 16; j < to; j += 16)
-      for (int i = 0; i < 16; i++) lanes_[i] = std::max(lanes_[i], scores[j + i]);
-    for (int i = 0; i < 16; i++) most = std::max(most, lanes_[i]);
+    v16 tops = load16(scores + from);
+    for (word j = from + 16; j < to; j += 16) {
+      const v16 next = load16(scores + j);
+      tops = tops < next ? next : tops;
+    }
+    float most = -INFINITY;
+    for (int i = 0; i < 16; i++) most = std::max(most, tops[i]);
     v16 sums = {};
     for (word j = from; j < to; j += 16) {
       float part[16];
@@ -328,10 +349,7 @@ template <class T, class S> struct Attention {
     low = begin + (low - begin) / PACKED_PLACES * PACKED_PLACES;
     for (word p = low; p < high; p += PACKED_PLACES) {
       const word to = std::min(p + PACKED_PLACES, high);
-      for (word g = p; g < to; g += 16) {
-        straight(g, unit.keys, S::bytes(wide), places);
-        pack_keys(places, room, room.block + (g - p) * cols, scales + g - p);
-      }
+      pack_straight_keys(unit.keys + p * S::bytes(wide), to - p, room, scales);
       together(unit, p, to, [&](word q, word count, Range range) {
         scores(q, count, room.block + (range.from - p) * cols, (range.to - range.from) / 16, scales + range.from - p,
                range.from - begin, room);
@@ -342,10 +360,7 @@ template <class T, class S> struct Attention {
     for (word i = 0; i < unit.rows; i++) finish_scores(unit, i, begin, room, states);
     for (word p = low; p < high; p += PACKED_PLACES) {
       const word to = std::min(p + PACKED_PLACES, high);
-      for (word g = p; g < to; g += 16) {
-        straight(g, unit.values, S::bytes(deep), places);
-        pack_values(places, room.lines + (g - p) / P::per * lanes);
-      }
+      pack_straight_values(unit.values + p * S::bytes(deep), to - p, room.lines);
       together(unit, p, to, [&](word q, word count, Range range) {
         mixed(q, count, room.lines + (range.from - p) / P::per * lanes, range.to - range.from, range.from - begin,
               states, room);

@@ -51,7 +51,7 @@ template <class T> struct KvPlain {
       for (word i = 0; i < wide; i++) to[i] = widen(x[i]);
   }
   // A line of values of as many places as go into one number, padded with zeros to a multiple of 16.
-  template <class A> static void line(const char *const *from, word deep, float *to) {
+  template <class A> static inline void line(const char *const *from, word deep, float *to) {
     word i = 0;
     if (KvUnits<A>::per == 1) {
       const T *x = (const T *)from[0];
@@ -147,7 +147,7 @@ struct KvCoded {
     }
 #endif
   }
-  template <class A> static void line(const char *const *from, word deep, float *to) {
+  template <class A> static inline void line(const char *const *from, word deep, float *to) {
     const int8_t *x = (const int8_t *)from[0], *y = (const int8_t *)from[KvUnits<A>::per - 1];
     for (word i = 0; i < deep; i += 16) {
       const bool full = i + 16 <= deep;
@@ -168,11 +168,11 @@ struct KvCoded {
   template <class A> static void order(float *, word) {}
 };
 
-// Sixteen rows of `cols` floats to [cols][16].
-inline void turn(const char *const *rows, word cols, float *to) {
+// Sixteen rows of `cols` floats, `row(i)` being where they begin, to [cols][16].
+template <class Row> inline __attribute__((always_inline)) void turn(const Row &row, word cols, float *to) {
   word c = 0;
 #if defined(__AVX512F__)
-  auto four = [&](int i) { return _mm_loadu_si128((const __m128i *)(rows[i] + 4 * c)); };
+  auto four = [&](int i) { return _mm_loadu_si128((const __m128i *)(row(i) + 4 * c)); };
   for (; c + 4 <= cols; c += 4) {
     __m512i x[4];
 #pragma GCC unroll 4
@@ -190,9 +190,16 @@ inline void turn(const char *const *rows, word cols, float *to) {
     _mm512_storeu_si512(line + 32, _mm512_unpacklo_epi64(d, e));
     _mm512_storeu_si512(line + 48, _mm512_unpackhi_epi64(d, e));
   }
+  if (cols % 4 == 0) return;
 #endif
   for (; c < cols; c++)
-    for (int i = 0; i < 16; i++) memcpy(to + 16 * c + i, rows[i] + 4 * c, 4);
+    for (int i = 0; i < 16; i++) memcpy(to + 16 * c + i, row(i) + 4 * c, 4);
+}
+// The same of rows that lie behind one another; the commonest lengths are known to the compiler.
+inline void turn_straight(const char *rows, word cols, float *to) {
+  if (cols == 32) turn([=](int i) { return rows + i * 128; }, 32, to);
+  else if (cols == 64) turn([=](int i) { return rows + i * 256; }, 64, to);
+  else turn([=](int i) { return rows + i * 4 * cols; }, cols, to);
 }
 
 } // namespace
