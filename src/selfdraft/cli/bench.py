@@ -19,6 +19,7 @@ from selfdraft.cli.options import (
     AsJson,
     Dtype,
     Exact,
+    KvCacheDtype,
     Log,
     Lora,
     MaxNew,
@@ -105,6 +106,7 @@ def bench(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
+    kv_cache_dtype: KvCacheDtype = "auto",
     output: Output = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None,
     log: Log = None,
@@ -127,19 +129,8 @@ def bench(
     source = Source(tasks, data_dir, limit, as_template=chat is None)
     subject = Subject(model, adapter or [], lora, contenders, found_peers, drafters not in (None, "all"), peer_timeout)
     items, draw = gather_items(source, plan), drawing_to(pictures)
-    opening = partial(
-        open_llm,
-        model,
-        "none",
-        None,
-        dtype,
-        exactness,
-        threads,
-        adapter,
-        no_cache=no_cache,
-        lora=lora,
-        quantization=quantization,
-    )
+    loading = partial(open_llm, no_cache=no_cache, lora=lora, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    opening = partial(loading, model, "none", None, dtype, exactness, threads, adapter)
     records = measured(opening, subject, plan, source, items, output, log, quiet=as_json)
     show_results(records, output, draw, profile=profile, as_json=as_json)
 

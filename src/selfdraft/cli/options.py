@@ -50,6 +50,10 @@ Adapters = Annotated[
     list[Path] | None,
     typer.Option("--adapter", help="Mask tokens for s3d or space: a folder of 'selfdraft train'. May be repeated."),
 ]
+KvCacheDtype = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="int8: keys and values of tokens as codes of 8 bits, in less memory; auto: as they are."),
+]
 Lora = Annotated[
     Path | None,
     typer.Option("--lora", help="A LoRA adapter of peft, merged into the model at load: its folder.", metavar="DIR"),
@@ -114,6 +118,7 @@ def open_llm(
     engine: EngineSizes = EngineSizes(),
     quantization: Quantization = "auto",
     pin: bool = False,
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
@@ -137,6 +142,7 @@ def open_llm(
             lora=lora,
             runner="plain" if runner == "plain" else "auto",
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             cache=not no_cache,
             max_num_seqs=engine.slots,
             enable_prefix_caching=engine.prefix_caching,
@@ -322,6 +328,7 @@ class Conditions:
     """Layers of block weights, by format."""
     exactness: Exactness
     runner: str
+    kv_cache_dtype: str
     machine: Mapping[str, object]
 
     def as_dict(self) -> dict[str, object]:
@@ -333,6 +340,7 @@ class Conditions:
             **({"blocks": dict(self.formats)} if self.formats else {}),
             "exactness": {"level": self.exactness.level, "why": self.exactness.why},
             "runner": self.runner,
+            **({"kv_cache_dtype": self.kv_cache_dtype} if self.kv_cache_dtype != "auto" else {}),
             "machine": self.machine,
         }
 
@@ -342,7 +350,9 @@ def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:
     from selfdraft.prove.doctor import machine
 
     dtype = str(llm.target.facts.dtype).removeprefix("torch.")
-    return Conditions(model, lora, dtype, llm.target.facts.formats, llm.exactness, llm.target.runs, machine())
+    target = llm.target
+    cached = target.cache.dtype
+    return Conditions(model, lora, dtype, target.facts.formats, llm.exactness, target.runs, cached, machine())
 
 
 def named(wanted: str) -> list[str]:

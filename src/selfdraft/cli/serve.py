@@ -18,6 +18,7 @@ from selfdraft.cli.options import (
     Config,
     Dtype,
     EngineSizes,
+    KvCacheDtype,
     Lora,
     Model,
     NoCache,
@@ -111,6 +112,7 @@ class ServeOptions:
     cors_origin: Cors = None
     page: Page = True
     dtype: Dtype = "auto"
+    kv_cache_dtype: KvCacheDtype = "auto"
     threads: Threads = None
     pin_threads: Pin = False
     no_cache: NoCache = False
@@ -137,6 +139,7 @@ def serve(given: ServeOptions) -> None:
         no_cache=given.no_cache,
         lora=given.lora,
         quantization=given.quantization,
+        kv_cache_dtype=given.kv_cache_dtype,
         remember=given.shared_memory,
         pin=given.pin_threads,
         # one piece of a prompt a step: whoever decodes waits for no more than that

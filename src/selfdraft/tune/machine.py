@@ -52,6 +52,7 @@ def identity(target: HFTarget) -> dict[str, object]:
         "model": target.facts.config,
         "shapes": str(target.shapes),
         "runner": "plain" if target.runner is None else kernel_build.fingerprint(),
+        "kv_cache_dtype": target.cache.dtype,
         **machine_of(target.facts.dtype, target.facts.device),
     }
 

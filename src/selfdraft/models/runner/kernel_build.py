@@ -41,6 +41,7 @@ class Pass(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("keys", "values", "strides")),
         ("stage", ctypes.c_void_p),
         ("stage_bytes", ctypes.c_int64),
+        ("coded", ctypes.c_int64),
     ]
 
 

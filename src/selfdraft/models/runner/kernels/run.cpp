@@ -25,8 +25,14 @@ word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 
 
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
-  std::vector<Progress> progress(2 * count); // a step has at most two stages
+  std::vector<Progress> progress(3 * count); // a step has at most three stages
   const pinning::Places places(int(pass.threads));
+  static thread_local std::vector<float> room;
+  size_t wanted = 0;
+  for (word s = 0; s < count; s++)
+    if (steps[s].kind == ATTEND) wanted = std::max<size_t>(wanted, partial_size(pass, instrs[steps[s].first]));
+  if (room.size() < wanted) room.resize(wanted);
+  float *const partial = room.data();
 #pragma omp parallel num_threads(pass.threads)
   {
     const int thread = omp_get_thread_num();
@@ -35,15 +41,15 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
       const Step &step = steps[s];
       const Instr *ops = instrs + step.first;
       const word rows = step.answers ? pass.answers : pass.rows;
-      Progress *mine = &progress[2 * s];
+      Progress *mine = &progress[3 * s];
       if (!rows) continue;
       if (step.kind == LINEAR) {
         if (ops->a.type == BF16) linears<bf16>(pass, ops, step.count, rows, thread, mine);
         else linears<float>(pass, ops, step.count, rows, thread, mine);
       }
       else if (step.kind == ATTEND) {
-        if (ops->a.type == BF16) attention<bf16>(pass, *ops, mine);
-        else attention<float>(pass, *ops, mine);
+        if (ops->a.type == BF16) (pass.coded ? attention<bf16, KvCoded> : attention<bf16, KvPlain<bf16>>)(pass, *ops, mine, partial);
+        else (pass.coded ? attention<float, KvCoded> : attention<float, KvPlain<float>>)(pass, *ops, mine, partial);
       } else {
         const word parts = cut(rows * step.count * PART / 16, rows, pass.threads);
         mine->run(parts, [&](word part) {
