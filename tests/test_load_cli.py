@@ -52,6 +52,9 @@ def test_one_server(load: Callable[..., Done], tmp_path: Path) -> None:
     assert found["conditions"]["servers"][0]["about"]["exactness"]["level"] == "bitwise"
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["run"] + ["request"] * 8
+    begun, ended = lines[0]["conditions"].pop("machine_state"), found["conditions"].pop("machine_state")
+    assert begun["before"] == ended["before"]
+    assert begun["after"] is None
     assert lines[0]["conditions"] == found["conditions"]
     assert {line["run"] for line in lines} == {found["conditions"]["date"]}
     assert picture.read_bytes().startswith(b"\x89PNG")

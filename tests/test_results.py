@@ -57,6 +57,37 @@ def test_a_page_of_two_files(tmp_path: Path) -> None:
     assert text.count("p.png") == 1
 
 
+def test_models_beside_bf16() -> None:
+    """Speed and memory of every model against plain decoding in bf16, over the prompts that both have."""
+
+    def of(model: str, dtype: str, *rows: dict[str, Any], weights: int) -> list[dict[str, Any]]:
+        for one in rows:
+            one["conditions"] |= {"model": model, "dtype": dtype}
+            one["fingerprint"] += model
+            memory = {"weights": weights * 2**20, "cache": 0, "working": 0, "adapter": 0, "resident": 900 * 2**20}
+            one["memory"] = memory
+        return [*rows]
+
+    bf16 = of("/m/tiny", "bfloat16", row("none"), row("none", "2", seconds=9.0), row("lookup"), weights=400)
+    small = of("/m/tiny.gguf", "bfloat16", row("none", seconds=0.25), row("lookup", seconds=0.2), weights=100)
+    assert "Models beside" not in page(sheets_of(bf16), {})
+    assert "Models beside" not in page(sheets_of([*bf16, *of("/m/b", "bfloat16", row("none"), weights=4)]), {})
+    lines = page(sheets_of([*bf16, *small]), {}).splitlines()
+    place = lines.index("## Models beside plain decoding in bf16")
+    assert lines[place + 6 : place + 10] == [
+        "| tiny | bfloat16 | plain | 1.6 | 400 | 400 | 900 | 1.00x | 1.00x | 1.00x |",
+        "| tiny | bfloat16 | lookup | 16.0 | 400 | 400 | 900 | 2.00x | 1.00x | 2.00x |",
+        "| tiny.gguf | bfloat16 | plain | 32.0 | 100 | 100 | 900 | 4.00x | 0.25x | 16.00x |",
+        "| tiny.gguf | bfloat16 | lookup | 40.0 | 100 | 100 | 900 | 5.00x | 0.25x | 20.00x |",
+    ]
+
+
+def test_the_distance_of_the_cores_stands_in_a_table() -> None:
+    rows = [row("none", cores="near"), row("lookup", cores="near -> far"), row("suffix")]
+    assert "Load average up to 1.0; cores near, near -> far." in page(sheets_of(rows), {})
+    assert "Load average up to 1.0.\n" in page(sheets_of([row("none")]), {})
+
+
 def test_no_ratio_where_a_text_differs() -> None:
     rows = [row("none"), row("lookup", texts_equal=False, first_difference=4)]
     assert "| lookup | texts differ (2.00) | texts differ (2.00) | NO: 0 of 1 |" in page(sheets_of(rows), {})

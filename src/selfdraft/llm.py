@@ -22,6 +22,7 @@ from typing import Literal, Unpack
 import torch
 
 from selfdraft.core.detokenizer import TextStream
+from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build, find, memory_of, needs_of, table
 from selfdraft.engine.engine import Engine
@@ -75,6 +76,9 @@ class LLM:
     `quantization`: 'auto' runs a GGUF file's own blocks where the fast runner can, and anything else as it is; 'none'
     makes floats of all weights; 'int8' and 'int4' round the weights of any checkpoint when they are loaded. The model
     that is run is the one that drafts are exact to. Block weights round the rows they multiply to 8 bits.
+    `kv_cache_dtype`: 'auto' stores keys and values of tokens as the model computes them; 'int8' as codes of 8 bits with
+    one scale for each token and head, in about half the memory of bfloat16: the model that is decoded, plain and
+    drafted alike, is then the one whose keys and values are so rounded.
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
     `lora`: the folder of a LoRA adapter of peft, merged into the weights when they are loaded.
@@ -104,6 +108,7 @@ class LLM:
         exactness: Literal["bitwise", "token"] = "bitwise",
         runner: Literal["auto", "plain", "fast"] = "auto",
         quantization: Quantization = "auto",
+        kv_cache_dtype: KVCacheDtype = "auto",
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
         prefill_chunk: int = 256,
@@ -121,17 +126,18 @@ class LLM:
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
         opening = Wanted(
-            wanted,
-            tokenizer,
-            adapters,
-            lora,
-            exactness,
-            runner,
-            check_quantization(quantization),
-            max_num_seqs,
-            max_model_len,
-            trust_remote_code,
-            clock,
+            dtype=wanted,
+            tokenizer=tokenizer,
+            adapters=adapters,
+            lora=lora,
+            exactness=exactness,
+            runner=runner,
+            quantization=check_quantization(quantization),
+            slots=max_num_seqs,
+            context=max_model_len,
+            trust_remote_code=trust_remote_code,
+            clock=clock,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
         self._take_skip_set(folder)

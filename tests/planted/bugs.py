@@ -963,6 +963,48 @@ BUGS = (
         'text.encode("utf-8", "ignore")',
         "a lone surrogate reaches the tokenizer",
     ),
+    Bug(
+        "stretch-joined-twice",
+        "models/runner/kernels/attention.h",
+        "for (word number = from + 1; takes(row, number); number++)",
+        "for (word number = from; takes(row, number); number++)",
+        "where threads share a long context out, its first places count twice",
+    ),
+    Bug(
+        "blocks-by-company",
+        "models/runner/kernels/attention.h",
+        "return std::min(pass.seen[row], length(row)) & ~word(15);",
+        "return (std::min(pass.seen[row], length(row)) + 15) & ~word(15);",
+        "a row sees the places behind its own that stand in the same block",
+    ),
+    Bug(
+        "scale-of-the-first",
+        "models/runner/kernels/attention.h",
+        "if (begin + j < whole(row)) weights *= load16(scales + j);",
+        "if (begin + j < whole(row)) weights *= scales[j];",
+        "the values of a block are all scaled as its first place",
+    ),
+    Bug(
+        "codes-by-pass",
+        "core/kv_codes.py",
+        "most = rows.abs().amax(-1, keepdim=True)",
+        "most = rows.abs().amax((-2, -1), keepdim=True)",
+        "a code depends on the rows that are written with it",
+    ),
+    Bug(
+        "codes-cut-off",
+        "models/runner/kernels/kv_rows.h",
+        "int8_t(std::nearbyint(widen(from[i]) * factor))",
+        "int8_t(widen(from[i]) * factor)",
+        "codes of the fast runner are cut off, not rounded",
+    ),
+    Bug(
+        "proof-of-other-codes",
+        "models/load.py",
+        '"context": context, "kv_cache_dtype": kv_cache_dtype}',
+        '"context": context}',
+        "a proof without codes is taken for one with codes",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
@@ -974,6 +1016,7 @@ RUNNER, SKIPPING = "tests/test_runner.py::test_", "tests/test_layer_skip.py::tes
 SLOTS, WORKER = "tests/test_slots.py::test_", "tests/test_serve_worker.py::test_"
 GRAMMAR, SECURITY = "tests/test_serve_grammar.py::test_", "tests/test_serve_security.py::test_"
 INPUTS = "tests/test_serve_inputs.py::test_"
+KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
 QUICK = (
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",
@@ -1020,6 +1063,14 @@ QUICK = (
     SKIPPING + "states_of_another_place_are_not_taken",
     SKIPPING + "states_that_enter_another_block_are_not_taken",
     SKIPPING + "a_tree_is_not_resumed",
+    KV + "a_row_is_coded_by_itself_and_a_broken_one_stays_broken",
+    KV + "moving_and_copying_take_scales_along",
+    KV + "a_proof_of_one_is_none_of_the_other",
+    KV + "the_fast_runner_writes_the_codes_of_the_plain_path",
+    KV + "logits_are_those_of_the_plain_path",
+    ROWS + "what_lies_behind_a_row_does_not_reach_it",
+    ROWS + "rows_of_a_tree_are_those_of_plain_decoding[llama-15-3-float32-auto]",
+    ROWS + "rows_of_a_tree_are_those_of_plain_decoding[window-520-30-bfloat16-int8]",
     RUNNER + "keep_is_that_of_the_cache",
     RUNNER + "products_of_every_size",
     RUNNER + "odd_sizes_and_sharp_attention",

@@ -71,6 +71,8 @@ class Measured:
     """None of a peer: nobody looks inside."""
     working_bytes: int | None
     """Peak memory of the run of the split beyond what was there before it; None where it cannot be read."""
+    resident_bytes: int | None
+    """Peak resident memory of the whole process in that run, libraries and weights included; None as above."""
     equal: bool
     """Every run, that of the split included, said what the first plain run said."""
     difference: int | None
@@ -105,11 +107,11 @@ def measure(
         gauge.start()
         taken, split = take_apart(engine, request(), settle)
         plain = plain or taken
-        found[name] = Measured([], split, gauge.stop(), True, None)
+        found[name] = Measured([], split, gauge.stop(), gauge.resident, True, None)
         _compare(found[name], taken, plain)
     assert plain is not None
     for name in [*peers]:
-        found[name] = Measured([], None, None, True, None)
+        found[name] = Measured([], None, None, None, True, None)
         _guest(found, name, peers, request(), plain, lost)
         if name in found:
             found[name].takes.clear()  # the first one warms up
@@ -257,6 +259,8 @@ class Gauge:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before: int | None = None
+        self.resident: int | None = None
+        """Peak resident memory of the whole process in the last stretch, on a GPU that of the host."""
         # glibc's; others do without
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if STATUS.exists() else None
 
@@ -274,11 +278,12 @@ class Gauge:
             self._before = None
 
     def stop(self) -> int | None:
+        self.resident = None
         if self._before is None:
             return None
+        peak = self.resident = _status("VmHWM") if STATUS.exists() else None
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device)) - self._before
-        peak = _status("VmHWM")
         return None if peak is None else max(peak - self._before, 0)
 
 

@@ -15,6 +15,7 @@ INSIDE = (
     *("tokens_per_pass", "draft_acceptance_rate", "acceptance_by_position", "draft_tokens_per_pass"),
     *("draft_passes_per_token", "time_split", "ms_per_step", "host_ms_per_step"),
     *("weights_bytes", "cache_bytes", "working_bytes", "extra_bytes", "peak_bytes", "memory_vs_plain"),
+    "resident_bytes",
 )
 """Figures that are only known of our own engine."""
 OWN = (*("peer_file", "texts_equal_own_plain", "prompts_different_own_plain", "decode_speedup_vs_own_plain"),)
@@ -49,16 +50,22 @@ def _of_part(name: str, rows: SequenceOf[Row], labels: SequenceOf[str], unscored
         equal, peer = all(row["texts_equal"] for row in own), own[0].get("peer")
         record = {"task": name, "drafter": label, "peer": peer, "options": own[0]["options"], "prompts": len(own)}
         record |= _speed(own, comparable=equal or peer is not None) | _equality(own)
-        record |= dict.fromkeys(INSIDE) if peer is not None else _acceptance(own) | _memory(own, plain)
+        record |= dict.fromkeys(INSIDE) if peer is not None else _acceptance(own) | memory_of(own, plain)
         record |= _own_plain(own) if peer is not None else dict.fromkeys(OWN)
         ratio, memory = record["speedup_vs_plain"], record["memory_vs_plain"]
         record["speed_memory_ratio"] = round(ratio / memory, 4) if ratio and memory else None
         record["scores"] = scores if equal and peer is None else None
         record["unscored"] = "" if scores else unscored
         record["load_average_max"] = max(row["load_average"] for row in own)
+        record["cores"] = cores_of(own)
         record["conditions"] = own[0]["conditions"]
         made.append(record)
     return made
+
+
+def cores_of(rows: SequenceOf[Row]) -> list[str]:
+    """How far the cores were apart while these rows were timed, each distance once; rows of older files do not say."""
+    return list(dict.fromkeys(row["cores"] for row in rows if row.get("cores")))
 
 
 def _speed(rows: SequenceOf[Row], *, comparable: bool) -> JsonObject:
@@ -144,7 +151,7 @@ def _acceptance(rows: SequenceOf[Row]) -> JsonObject:
     }
 
 
-def _memory(own: SequenceOf[Row], plain: SequenceOf[Row]) -> JsonObject:
+def memory_of(own: SequenceOf[Row], plain: SequenceOf[Row]) -> JsonObject:
     """Peak memory in bytes: weights, cache, work, and what the method needs beyond plain decoding.
 
     A method runs the same target, so it never needs less than plain decoding: what looks like it is noise of the gauge.
@@ -160,12 +167,13 @@ def _memory(own: SequenceOf[Row], plain: SequenceOf[Row]) -> JsonObject:
         "extra_bytes": extra,
         "peak_bytes": peak,
         "memory_vs_plain": round(peak / plain_peak, 4) if plain_peak else None,
+        "resident_bytes": memory.get("resident") or None,
     }
 
 
 def _most(rows: SequenceOf[Row]) -> dict[str, int]:
     """The most of each kind of memory over the prompts; unknown counts as none."""
-    return {name: max(row["memory"][name] or 0 for row in rows) for name in rows[0]["memory"]}
+    return {name: max(row["memory"].get(name) or 0 for row in rows) for name in rows[0]["memory"]}
 
 
 def by_position(stats: Stats) -> list[float]:

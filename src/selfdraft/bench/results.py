@@ -9,7 +9,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfdraft.bench.report import scores_of
+from selfdraft.bench import beside_bf16
+from selfdraft.bench.report import cores_of, scores_of
 from selfdraft.bench.rows import HEAD, Row, key_of
 from selfdraft.errors import RequestError
 from selfdraft.types import JsonObject
@@ -97,6 +98,7 @@ def sheets_of(rows: SequenceOf[Row]) -> list[list[Sheet]]:
 def page(sections: SequenceOf[SequenceOf[Sheet]], pictures: Mapping[int, str]) -> str:
     """The page as markdown; `pictures` are links by number of the sheet, counted through all sections."""
     lines = ["# Results", "", "Made by `selfdraft results` from kept rows; docs/bench.md says what is measured.", ""]
+    lines += beside_bf16.table([_greedy(sheets) for sheets in sections])
     number = 0
     for sheets in sections:
         facts = sheets[0].conditions
@@ -108,6 +110,11 @@ def page(sections: SequenceOf[SequenceOf[Sheet]], pictures: Mapping[int, str]) -
                 lines += [f"![Speed-up by drafter and task]({pictures[number]})", ""]
             number += 1
     return "\n".join(lines)
+
+
+def _greedy(sheets: SequenceOf[Sheet]) -> Sheet:
+    """The greedy sheet of a section, or its first one."""
+    return next((sheet for sheet in sheets if sheet.conditions["temperature"] == 0), sheets[0])
 
 
 def _conditions(facts: JsonObject) -> str:
@@ -125,11 +132,12 @@ def _table(sheet: Sheet) -> list[str]:
     plain, *others = sheet.labels
     columns = [*sheet.columns, None]
     load = max(row["load_average"] for row in sheet.rows)
+    cores = cores_of(sheet.rows)
     lines = [
         f"### {heading}",
         "",
         f"Tokens per second against plain decoding in the same process, in brackets tokens "
-        f"per pass. Load average up to {load:.1f}.",
+        f"per pass. Load average up to {load:.1f}{'; cores ' + ', '.join(cores) if cores else ''}.",
         "",
     ]
     lines.append("| | " + " | ".join(column or "all" for column in columns) + " | texts equal |")

@@ -17,6 +17,7 @@ from selfdraft.bench.tasks import Item
 from selfdraft.core.sequence import Sequence
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import PeerError, PromptTooLong
+from selfdraft.models.machine_state import flip
 from selfdraft.prove.record import first_difference
 
 PLAIN = "none"
@@ -74,6 +75,8 @@ class Bench:
     """Other engines by label, loaded."""
     lost: dict[str, PeerError] = field(default_factory=dict)
     """Peers that failed on the way, and how; the run goes on without them."""
+    distance: Callable[[], str | None] = lambda: None
+    """How far the cores are apart now, in a word; None where that is not known."""
     log: Callable[[Sequence, SequenceOf[int]], None] | None = None
     """Told every request that was measured, with the tokens of its plain answer."""
     skipped: list[str] = field(default_factory=list)
@@ -171,7 +174,9 @@ class Question:
         there = self.bench.peers.keys() - self.bench.lost.keys()
         peers = {label: self.bench.peers[label] for label in labels if label in there}
         bench, lost = self.bench, dict[str, PeerError]()
+        before = bench.distance()
         found = measure(running, self.request(), bench.runs, bench.gauge, bench.settle, peers, lost)
+        distances = [one for one in (before, bench.distance()) if one is not None]
         for label, error in lost.items():
             bench.lost[label] = error
             bench.peers[label].close()
@@ -182,6 +187,7 @@ class Question:
             if contender.label not in found:
                 continue
             row = self._row(contender, found[contender.label], found[plain])
+            row["cores"] = flip(distances) if distances else None
             if contender.own_plain is not None:
                 row |= against_own_plain(found[contender.label], found.get(contender.own_plain))
             if contender.label == plain:
@@ -236,6 +242,7 @@ class Question:
         footprint = self.bench.footprint
         memory = {"weights": footprint.weights, "cache": footprint.cache(), "working": own.working_bytes}
         memory["adapter"] = footprint.adapters.get(contender.method, 0)
+        memory["resident"] = own.resident_bytes
         return {"stats": own.median.stats.as_dict(), "split": asdict(own.split), "memory": memory}
 
 

@@ -7,7 +7,21 @@ from typing import Any
 
 import typer
 
-from selfdraft.cli import bench, chat, doctor, generate, pull, replay, results, serve, terminal, train, tune, verify
+from selfdraft.cli import (
+    bench,
+    chat,
+    doctor,
+    generate,
+    perplexity,
+    pull,
+    replay,
+    results,
+    serve,
+    terminal,
+    train,
+    tune,
+    verify,
+)
 from selfdraft.errors import SelfdraftError
 
 app = typer.Typer(
@@ -26,6 +40,7 @@ VERBS = (
     replay.replay,
     verify.verify,
     doctor.doctor,
+    perplexity.perplexity,
     train.train,
 )
 for verb in VERBS:

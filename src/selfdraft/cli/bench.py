@@ -19,11 +19,13 @@ from selfdraft.cli.options import (
     AsJson,
     Dtype,
     Exact,
+    KvCacheDtype,
     Log,
     Lora,
     MaxNew,
     Model,
     NoCache,
+    Pin,
     Quantized,
     Threads,
     conditions,
@@ -104,11 +106,13 @@ def bench(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
+    kv_cache_dtype: KvCacheDtype = "auto",
     output: Output = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None,
     log: Log = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False,
     threads: Threads = None,
+    pin_threads: Pin = False,
     no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,32 +122,21 @@ def bench(
     times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
-    plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all")
+    plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all", pin_threads)
     contenders = contenders_of(drafters, speculative_config or [])
     found_peers = find_peers(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
     check_merged(found_peers, model, lora)
     source = Source(tasks, data_dir, limit, as_template=chat is None)
     subject = Subject(model, adapter or [], lora, contenders, found_peers, drafters not in (None, "all"), peer_timeout)
     items, draw = gather_items(source, plan), drawing_to(pictures)
-    opening = partial(
-        open_llm,
-        model,
-        "none",
-        None,
-        dtype,
-        exactness,
-        threads,
-        adapter,
-        no_cache=no_cache,
-        lora=lora,
-        quantization=quantization,
-    )
+    loading = partial(open_llm, no_cache=no_cache, lora=lora, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    opening = partial(loading, model, "none", None, dtype, exactness, threads, adapter)
     records = measured(opening, subject, plan, source, items, output, log, quiet=as_json)
     show_results(records, output, draw, profile=profile, as_json=as_json)
 
 
 def measured(
-    opening: Callable[[], LLM],
+    opening: Callable[..., LLM],
     subject: Subject,
     plan: Plan,
     source: Source,
@@ -156,17 +149,20 @@ def measured(
     """The records of everything that was asked for. The files are checked before the model is opened."""
     from selfdraft.bench.rows import Ledger
     from selfdraft.files.token_log import check_log
+    from selfdraft.models.machine_state import Watch
 
     check_log(log)
     with Ledger(output) as ledger:
-        llm = opening()
+        llm = opening(pin=plan.pin)
         if source.as_template and getattr(llm.tokenizer, "chat_template", None):
             plan = replace(plan, chat=True)
             items = gather_items(source, plan)  # prompts and stops of some tasks are others then
         setting = set_up(llm, subject, plan, log)
         with running_peers(setting, subject.found_peers, llm, subject.model, items, subject.timeout):
+            watch = Watch()
             rows = measure_all(setting, items, ledger, quiet=quiet)
-    return reported(setting, rows, llm.target.max_length)
+            state = watch.span().as_dict() if setting.measured else None
+    return [record | {"machine_state": state} for record in reported(setting, rows, llm.target.max_length)]
 
 
 def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[JsonObject]:
@@ -209,6 +205,8 @@ class Plan:
     runs: int
     chat: bool
     all_turns: bool
+    pin: bool
+    """Whether each thread of a pass is kept on a core."""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -220,6 +218,7 @@ class Plan:
             "ignore_eos": self.sampling.ignore_eos,
             "chat": self.chat,
             "batch": 1,
+            **({"pin_threads": True} if self.pin else {}),
         }
 
 
@@ -331,6 +330,7 @@ def set_up(llm: LLM, subject: Subject, plan: Plan, log: Path | None) -> Bench:
 
     from selfdraft.bench import measure
     from selfdraft.bench.run import Bench, Footprint
+    from selfdraft.models.machine_state import latency_now
 
     def open_request(history: Sequence[str], stop: tuple[str, ...], seed: int) -> Request:
         if plan.chat:
@@ -358,6 +358,7 @@ def set_up(llm: LLM, subject: Subject, plan: Plan, log: Path | None) -> Bench:
         seed=plan.seed,
         samples=plan.samples,
         all_turns=plan.all_turns,
+        distance=lambda: None if (now := latency_now()) is None else now.distance,
         log=logger(llm, log),
     )
 
@@ -420,6 +421,8 @@ def show_evaluation(records: Sequence[JsonObject], output: Path | None) -> None:
     settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in names)
     terminal.out.print(f"{facts['model']}, {facts['dtype']}, exactness {facts['exactness']['level']}, {settings}")
     terminal.out.print(machine.replace("_", " "))
+    if records[0]["machine_state"] is not None:
+        terminal.out.print(records[0]["machine_state"]["words"])
     for task in dict.fromkeys(record["task"] for record in records):
         rows = [record for record in records if record["task"] == task]
         terminal.out.print(Text(f"\n{task}", style="bold"), _summary(rows[0]))
@@ -528,7 +531,8 @@ def _summary(record: JsonObject) -> str:
     """Counts, scores and the memory that all drafters share."""
     scores = ", ".join(f"{name} {value:.3f}" for name, value in (record["scores"] or {}).items())
     counts = f"{terminal.counted(record['prompts'], 'prompt')}, {terminal.counted(record['tokens'], 'token')}"
-    shared = [f"{what} {record[f'{what}_bytes'] / 2**20:.0f} MiB" for what in ("weights", "cache")]
+    kinds = [what for what in ("weights", "cache", "resident") if record[f"{what}_bytes"] is not None]
+    shared = [f"{what} {record[f'{what}_bytes'] / 2**20:.0f} MiB" for what in kinds]
     return f"{counts}; {scores or 'no score: ' + record['unscored']}; {', '.join(shared)}"
 
 

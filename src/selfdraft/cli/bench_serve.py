@@ -268,7 +268,9 @@ def by_name(option: str, values: Sequence[str] | None, urls: Mapping[str, str]) 
 def run(load: Load, given: LoadOptions, facts: JsonObject, date: str) -> None:
     """Measure, with a bar of progress; `facts` becomes the conditions as soon as the servers are known."""
     from selfdraft.bench.load.conditions import conditions
+    from selfdraft.models.machine_state import Span, Watch
 
+    watch = Watch()
     plan = {
         **{name: getattr(given, name) for name in ("requests", "rounds", "warmup", "dataset", "endpoint", "seed")},
         **{name: getattr(given, name) for name in ("prompt_tokens", "max_tokens", "temperature", "ignore_eos")},
@@ -276,18 +278,23 @@ def run(load: Load, given: LoadOptions, facts: JsonObject, date: str) -> None:
     }
 
     def ready(servers: list[Server]) -> None:
-        facts.update(conditions(servers, plan, date))
+        begun = Span(watch.before, None, watch.why).as_dict()
+        facts.update({**conditions(servers, plan, date), "machine_state": begun})
         load.rows.begin(facts)
         show_conditions(facts)
 
     total = len(load.points) * load.rounds * len(load.wanted) * len(load.asks)
     with terminal.progress(total, quiet=False, what="asking") as advance:
-        asyncio.run(load.measure(ready, advance))
+        try:
+            asyncio.run(load.measure(ready, advance))
+        finally:
+            facts["machine_state"] = watch.span().as_dict()
 
 
 def finish(load: Load, given: LoadOptions, facts: JsonObject) -> None:
     """The tables and files of what was measured. Errors: RequestError."""
     report = load.report()
+    terminal.out.print(facts["machine_state"]["words"])
     show_points(report["points"], load)
     show_notes(report, load)
     if given.json is not None:

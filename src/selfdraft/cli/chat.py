@@ -17,6 +17,7 @@ from selfdraft.cli.options import (
     Config,
     Dtype,
     EngineSizes,
+    KvCacheDtype,
     Lora,
     MaxNew,
     NoCache,
@@ -47,7 +48,7 @@ Url = Annotated[
 KeyFile = Annotated[
     Path | None, typer.Option(help="A file with the API key for --url; or set SELFDRAFT_API_KEY.", metavar="FILE")
 ]
-LOADING = ("adapter", "lora", "quantization", "dtype", "threads", "no_cache")
+LOADING = ("adapter", "lora", "quantization", "dtype", "kv_cache_dtype", "threads", "no_cache")
 """Options that say how a model is loaded here: with --url the server has done that."""
 
 
@@ -69,6 +70,7 @@ class ChatOptions:
     top_p: TopP = 1.0
     seed: Seed = None
     dtype: Dtype = "auto"
+    kv_cache_dtype: KvCacheDtype = "auto"
     threads: Threads = None
     no_cache: NoCache = False
 
@@ -97,6 +99,7 @@ def chat(given: ChatOptions) -> None:
         no_cache=given.no_cache,
         lora=given.lora,
         quantization=given.quantization,
+        kv_cache_dtype=given.kv_cache_dtype,
         engine=EngineSizes(prefix_caching=True),
     )
     converse(ask, lambda messages: reply(llm, messages, sampling), opening)

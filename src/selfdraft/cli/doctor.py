@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +14,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     SAMPLE_PROMPTS,
     AsJson,
+    KvCacheDtype,
     Lora,
     MaxNew,
     Model,
@@ -24,8 +25,9 @@ from selfdraft.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from selfdraft.core.kv_cache import KVCache
+    from selfdraft.llm import LLM
     from selfdraft.prove.doctor import Trial
-    from selfdraft.types import Quantization
 
 
 def doctor(
@@ -34,18 +36,23 @@ def doctor(
     quantization: Quantized = "auto",
     max_new_tokens: MaxNew = 48,
     threads: Threads = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     prove: Annotated[bool, typer.Option("--prove", help="Do the proof at load again, kept or not.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the exactness this machine reaches. It is tried, with two dtypes: fast in any shape, plain in two rules."""
+    from selfdraft.models.machine_state import Watch
     from selfdraft.prove.doctor import machine
 
-    findings = [*examine(model, max_new_tokens, threads, lora, quantization, prove=prove)]
+    watch = Watch()
+    opening = partial(open_llm, no_cache=prove, quantization=quantization, kv_cache_dtype=kv_cache_dtype, lora=lora)
+    findings = [*examine(opening, model, max_new_tokens, threads)]
+    state = watch.span()
     if as_json:
         trials = [finding.as_dict() for finding in findings]
-        terminal.print_json({"machine": machine(), "model": model, "trials": trials})
+        terminal.print_json({"machine": machine(), "machine_state": state.as_dict(), "model": model, "trials": trials})
     else:
-        show_findings(machine(), findings)
+        show_findings(machine(), str(state), findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +65,17 @@ class Finding:
     trial: Trial
     promised: str
     why: str
+    cache_bytes: int
+    """Bytes of keys and values that a token of a request takes."""
 
     def as_dict(self) -> dict[str, object]:
         """One object of the JSON document."""
         asked = {"runner": self.runner, "exactness": self.exactness}
-        return {**asked, **asdict(self.trial), "level": self.trial.level, "promised": self.promised, "why": self.why}
+        said = {"promised": self.promised, "why": self.why, "cache_bytes": self.cache_bytes}
+        return {**asked, **asdict(self.trial), "level": self.trial.level, **said}
 
 
-def examine(
-    model: str,
-    max_new_tokens: int,
-    threads: int | None,
-    lora: Path | None,
-    quantization: Quantization = "auto",
-    *,
-    prove: bool,
-) -> Iterator[Finding]:
+def examine(opening: Callable[..., LLM], model: str, max_new_tokens: int, threads: int | None) -> Iterator[Finding]:
     """Open the model with every dtype, runner and level, and compare drafted with plain decoding in each."""
     from selfdraft.prove.doctor import trial
     from selfdraft.types import SamplingParams
@@ -81,33 +83,34 @@ def examine(
     sampling = SamplingParams(max_tokens=max_new_tokens, ignore_eos=True)
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
-            llm = open_llm(
-                *(model, "none", None, dtype, exactness, threads),
-                runner=runner,
-                no_cache=prove,
-                lora=lora,
-                quantization=quantization,
-            )
+            llm = opening(model, "none", None, dtype, exactness, threads, runner=runner)
             if runner == "auto" and llm.target.runner is None:
                 continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in SAMPLE_PROMPTS]
             shapes = str(llm.target.shapes) if runner == "plain" else "any, fast runner"
             found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
-            yield Finding(llm.target.runs, exactness, found, llm.exactness.level, llm.exactness.why)
+            cached = bytes_per_token(llm.target.cache)
+            yield Finding(llm.target.runs, exactness, found, llm.exactness.level, llm.exactness.why, cached)
 
 
-def show_findings(machine: Mapping[str, object], findings: Sequence[Finding]) -> None:
-    """The machine, a table of the trials, and what was promised beside what was found."""
+def bytes_per_token(cache: KVCache) -> int:
+    """Bytes of keys and values that a token of a request takes, in all layers."""
+    return cache.bytes // (cache.slots * cache.places)
+
+
+def show_findings(machine: Mapping[str, object], state: str, findings: Sequence[Finding]) -> None:
+    """The machine and its state, a table of the trials, and what was promised beside what was found."""
     from rich.table import Table
 
     known = [f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if value is not None]
     terminal.out.print(", ".join(known))
-    heads = ("dtype", "asked", "shapes", "tokens equal", "logit bits equal", "found")
+    terminal.out.print(state)
+    heads = ("dtype", "asked", "shapes", "tokens equal", "logit bits equal", "found", "cache bytes")
     table = Table(*heads, box=None, pad_edge=False)
     for finding in findings:
         trial = finding.trial
         tokens, rows = f"{trial.tokens_equal}/{trial.tokens}", f"{trial.rows_bitwise_equal}/{trial.rows}"
-        table.add_row(trial.dtype, finding.exactness, trial.shapes, tokens, rows, trial.level)
+        table.add_row(trial.dtype, finding.exactness, trial.shapes, tokens, rows, trial.level, str(finding.cache_bytes))
     terminal.out.print(table)
     for finding in findings:
         if finding.exactness == "bitwise":

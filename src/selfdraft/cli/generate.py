@@ -21,6 +21,7 @@ from selfdraft.cli.options import (
     Dtype,
     Exact,
     InTemplate,
+    KvCacheDtype,
     Log,
     Lora,
     MaxNew,
@@ -83,6 +84,7 @@ def generate(
     seed: Seed = None,
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
+    kv_cache_dtype: KvCacheDtype = "auto",
     compare: Comparing = False,
     prediction: Predicted = None,
     memory: Memory = None,
@@ -100,7 +102,8 @@ def generate(
     check_options(model, drafter, speculative_config, dtype)
     sampling = replace(sampling, seed=0 if compare and seed is None else seed)
     texts = read_texts(prompt, prompt_file, prompts, limit, log)
-    loading = partial(open_llm, memory=memory, lora=lora, no_cache=no_cache, quantization=quantization)
+    loading = partial(open_llm, no_cache=no_cache, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    loading = partial(loading, memory=memory, lora=lora)
     llm = loading(model, drafter, speculative_config, dtype, exactness, threads, adapter)
     requests = open_all(llm, texts, chat_template, sampling, system)
     answers = [*answer_all(llm, texts, requests, sampling, log, memory, compare=compare, quiet=as_json)]

@@ -50,6 +50,10 @@ Adapters = Annotated[
     list[Path] | None,
     typer.Option("--adapter", help="Mask tokens for s3d or space: a folder of 'selfdraft train'. May be repeated."),
 ]
+KvCacheDtype = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="int8: keys and values of tokens as codes of 8 bits, in less memory; auto: as they are."),
+]
 Lora = Annotated[
     Path | None,
     typer.Option("--lora", help="A LoRA adapter of peft, merged into the model at load: its folder.", metavar="DIR"),
@@ -62,6 +66,10 @@ Quantized = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's default when not given.", min=1)]
+Pin = Annotated[
+    bool,
+    typer.Option("--pin-threads", help="Keep each thread of a pass on a core of its own: for one busy neighbour."),
+]
 Log = Annotated[
     Path | None, typer.Option(help="Append the tokens of every answer to this jsonl file; 'replay' reads it.")
 ]
@@ -109,6 +117,8 @@ def open_llm(
     remember: bool = False,
     engine: EngineSizes = EngineSizes(),
     quantization: Quantization = "auto",
+    pin: bool = False,
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
@@ -132,6 +142,7 @@ def open_llm(
             lora=lora,
             runner="plain" if runner == "plain" else "auto",
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             cache=not no_cache,
             max_num_seqs=engine.slots,
             enable_prefix_caching=engine.prefix_caching,
@@ -141,7 +152,18 @@ def open_llm(
         )
     if memory is not None and memory.exists():
         llm.load_memory(memory)
+    if pin:
+        keep_on_cores(llm)
     return llm
+
+
+def keep_on_cores(llm: LLM) -> None:
+    """Pin the threads of passes. Errors: OptionError where no fast runner takes them."""
+    from selfdraft.models.runner.kernel_build import pin_threads
+
+    if llm.target.runner is None:
+        raise OptionError(f"--pin-threads needs the fast runner; this model runs {llm.target.runs}: leave it out")
+    pin_threads(True)
 
 
 def _with_memory(
@@ -306,6 +328,7 @@ class Conditions:
     """Layers of block weights, by format."""
     exactness: Exactness
     runner: str
+    kv_cache_dtype: str
     machine: Mapping[str, object]
 
     def as_dict(self) -> dict[str, object]:
@@ -317,6 +340,7 @@ class Conditions:
             **({"blocks": dict(self.formats)} if self.formats else {}),
             "exactness": {"level": self.exactness.level, "why": self.exactness.why},
             "runner": self.runner,
+            **({"kv_cache_dtype": self.kv_cache_dtype} if self.kv_cache_dtype != "auto" else {}),
             "machine": self.machine,
         }
 
@@ -326,7 +350,9 @@ def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:
     from selfdraft.prove.doctor import machine
 
     dtype = str(llm.target.facts.dtype).removeprefix("torch.")
-    return Conditions(model, lora, dtype, llm.target.facts.formats, llm.exactness, llm.target.runs, machine())
+    target = llm.target
+    cached = target.cache.dtype
+    return Conditions(model, lora, dtype, target.facts.formats, llm.exactness, target.runs, cached, machine())
 
 
 def named(wanted: str) -> list[str]:

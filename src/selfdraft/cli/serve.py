@@ -18,9 +18,11 @@ from selfdraft.cli.options import (
     Config,
     Dtype,
     EngineSizes,
+    KvCacheDtype,
     Lora,
     Model,
     NoCache,
+    Pin,
     Quantized,
     Threads,
     as_verb,
@@ -110,7 +112,9 @@ class ServeOptions:
     cors_origin: Cors = None
     page: Page = True
     dtype: Dtype = "auto"
+    kv_cache_dtype: KvCacheDtype = "auto"
     threads: Threads = None
+    pin_threads: Pin = False
     no_cache: NoCache = False
 
 
@@ -135,7 +139,9 @@ def serve(given: ServeOptions) -> None:
         no_cache=given.no_cache,
         lora=given.lora,
         quantization=given.quantization,
+        kv_cache_dtype=given.kv_cache_dtype,
         remember=given.shared_memory,
+        pin=given.pin_threads,
         # one piece of a prompt a step: whoever decodes waits for no more than that
         engine=EngineSizes(given.max_batch, False, given.max_model_len, given.prefill_chunk, given.prefill_chunk),
     )

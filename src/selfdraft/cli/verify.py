@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +17,7 @@ from selfdraft.cli.options import (
     Dtype,
     Exact,
     InTemplate,
+    KvCacheDtype,
     Lora,
     MaxNew,
     Model,
@@ -60,6 +62,7 @@ def verify(
     against: Annotated[Against, typer.Option(help="Our own plain decoding, or transformers' greedy.")] = "plain",
     dtype: Dtype = "auto",
     exactness: Exact = "bitwise",
+    kv_cache_dtype: KvCacheDtype = "auto",
     threads: Threads = None,
     no_cache: NoCache = False,
     as_json: AsJson = False,
@@ -73,9 +76,8 @@ def verify(
     if against == "hf" and not sampling.plain:
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
     check_options(model, None, None, dtype)
-    llm = open_llm(
-        model, "none", None, dtype, exactness, threads, adapter, no_cache=no_cache, lora=lora, quantization=quantization
-    )
+    loading = partial(open_llm, no_cache=no_cache, lora=lora, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    llm = loading(model, "none", None, dtype, exactness, threads, adapter)
     ids = encode_all(llm, texts, chat_template, sampling)
     requests = [repeatable(llm, sampling, seed + i, prompt) for i, prompt in enumerate(ids)]
     tried = {name: runnable(llm, name, named=drafters != "all") for name in names}

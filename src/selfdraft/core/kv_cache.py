@@ -7,11 +7,22 @@ import sys
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from math import prod
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from selfdraft.errors import EngineError
+from selfdraft.core.kv_codes import decode, encode, row_bytes
+from selfdraft.errors import EngineError, OptionError
+
+KVCacheDtype = Literal["auto", "int8"]
+"""How keys and values are stored: in the dtype of the model, or as codes of 8 bits."""
+
+
+def check_kv_cache_dtype(name: str) -> None:
+    """Errors: OptionError when there is no such way to store keys and values."""
+    if name not in (known := get_args(KVCacheDtype)):
+        raise OptionError(f"kv_cache_dtype={name!r} is unknown; there are {' and '.join(map(repr, known))}")
 
 
 def _pages(size: int) -> mmap.mmap:
@@ -34,11 +45,16 @@ class KVCache:
     Rows of a forward are written behind the `base` tokens that count; `keep` moves the chosen ones into place.
     Addresses are set aside for slots x places, whatever was drafted; `reserve` doubles the places when more are needed.
     On a CPU the system gives memory only for what was written: requests take the sum of their lengths.
+    With dtype 'int8' rows are stored as codes (`kv_codes.py`), and `dim` is the bytes of one; `view` and `gather` give
+    the numbers that the codes stand for.
     """
 
-    def __init__(self, slots: int, places: int) -> None:
+    def __init__(self, slots: int, places: int, dtype: KVCacheDtype = "auto") -> None:
         self.slots = slots
         self.places = places
+        self.dtype: KVCacheDtype = dtype
+        self._likes: dict[int, tuple[int, int, torch.dtype]] = {}
+        """Of a layer whose rows are codes: widths of keys and values, and the type of the numbers."""
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._written: dict[tuple[int, int], int] = {}
@@ -68,6 +84,9 @@ class KVCache:
         """Make the strips of a layer unless they are there: keys `wide`, values `deep`, of the type of `like`."""
         if layer in self.keys:
             return
+        if self.dtype == "int8":
+            self._likes[layer] = wide, deep, like.dtype
+            wide, deep, like = row_bytes(wide), row_bytes(deep), like.new_empty(0, dtype=torch.int8)
         # zeros, not empty: places behind the mask are read, and 0 * NaN would poison the sum
         self.keys[layer] = self._zeros(like, heads, wide)
         self.values[layer] = self._zeros(like, heads, deep)
@@ -101,6 +120,8 @@ class KVCache:
             written = stop
         self._written[layer, slot] = max(written, stop)
         self._used[slot] = max(self._used.get(slot, 0), stop)
+        if self.dtype == "int8":
+            key, value = encode(key), encode(value)
         self.keys[layer][slot].narrow(1, start, stop - start).copy_(key)
         self.values[layer][slot].narrow(1, start, stop - start).copy_(value)
 
@@ -112,8 +133,20 @@ class KVCache:
                 tensor[slot, :, :places] = 0
 
     def view(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, heads, length, dim] of a slot, without a copy."""
-        return self.keys[layer][slot : slot + 1, :, :length], self.values[layer][slot : slot + 1, :, :length]
+        """Keys and values [1, heads, length, dim] of a slot; a copy only where they are stored as codes."""
+        keys, values = self.keys[layer][slot : slot + 1, :, :length], self.values[layer][slot : slot + 1, :, :length]
+        return self._numbers(layer, keys, values)
+
+    def gather(self, layer: int, slot: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [lanes, heads, length, dim] at places [lanes, length] of a slot."""
+        keys, values = (store[layer][slot][:, places].transpose(0, 1) for store in (self.keys, self.values))
+        return self._numbers(layer, keys, values)
+
+    def _numbers(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.dtype == "auto":
+            return keys, values
+        wide, deep, dtype = self._likes[layer]
+        return decode(keys, wide, dtype), decode(values, deep, dtype)
 
     @torch.inference_mode()
     def copy(self, slot: int, source: int, count: int) -> None:

@@ -83,6 +83,13 @@ def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
     return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(answers))
 
 
+def text_rows(slot: int, base: int, tokens: SequenceOf[int]) -> Rows:
+    """A piece of a known text behind the `base` tokens that the slot has: one row for each token, all answered."""
+    size = len(tokens)
+    span = Span(slot, base, 0, size, EMPTY, size)
+    return Rows(torch.tensor(tokens), torch.arange(base, base + size), (span,), tuple(range(size)))
+
+
 def chain_rows(items: SequenceOf[tuple[int, int, int]]) -> Rows:
     """One row for each (slot, base, token): how a drafter walks its own chains, one pass per link."""
     spans = tuple(Span(slot, base, i, 1, EMPTY, 1) for i, (slot, base, _) in enumerate(items))

@@ -248,11 +248,9 @@ def _spread(
 
 def _keys(cache: KVCache, layer: int, group: Group) -> tuple[Tensor, Tensor]:
     """Keys and values [lanes, heads, length, dim] of a group."""
-    keys, values = cache.view(layer, group.slot, group.length)
     if group.keys is None:
-        return keys, values
-    keys, values = cache.view(layer, group.slot, cache.places)
-    return keys[0][:, group.keys].transpose(0, 1), values[0][:, group.keys].transpose(0, 1)
+        return cache.view(layer, group.slot, group.length)
+    return cache.gather(layer, group.slot, group.keys)
 
 
 def kernel(

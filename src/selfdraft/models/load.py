@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from selfdraft.core.kv_cache import KVCacheDtype, check_kv_cache_dtype
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.checkpoint import gguf, gguf_blocks
@@ -61,6 +62,7 @@ class Sizes(TypedDict):
     slots: int
     context: int | None
     adapters: SequenceOf[MaskAdapter]
+    kv_cache_dtype: KVCacheDtype
     clock: Clock
 
 
@@ -219,14 +221,16 @@ def open_target(
     context: int | None = None,
     adapters: SequenceOf[MaskAdapter] = (),
     runner: Literal["auto", "plain", "fast"] = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     proofs: ProofStore | None = None,
     clock: Clock = time.perf_counter,
 ) -> HFTarget:
     """A proven target with `slots` slots of at most `context` tokens (None: what the model has).
 
     `target.exactness` says which level was reached, which may be below the one asked for, and why; `target.runs` how
-    passes are run. `runner` 'auto' takes the fast runner where it works. What was proved is kept in `proofs`, and not
-    proved again; None keeps nothing. `clock` is what drafters and measurements read, in seconds.
+    passes are run. `runner` 'auto' takes the fast runner where it works. `kv_cache_dtype` 'int8' stores keys and
+    values as codes of 8 bits with a scale for each token and head, 'auto' as they are. What was proved is kept in
+    `proofs`, and not proved again; None keeps nothing. `clock` is what drafters and measurements read, in seconds.
     Errors: UnsupportedModel; OptionError when `context` is longer than the model's; RunnerUnavailable for 'fast'.
     """
     check_supported(model)
@@ -238,10 +242,18 @@ def open_target(
         raise error(f"context={context}: this model has 1 to {most} positions here{why}")
     if runner not in ("auto", "plain", "fast"):
         raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
-    sizes: Sizes = {"slots": slots, "context": context, "adapters": adapters, "clock": clock}
+    check_kv_cache_dtype(kv_cache_dtype)
+    sizes: Sizes = {
+        "slots": slots,
+        "context": context,
+        "adapters": adapters,
+        "kv_cache_dtype": kv_cache_dtype,
+        "clock": clock,
+    }
     if proofs is None:
         return _proven(model, exactness, runner, sizes)
-    identity = identity_of(model, adapters, {"exactness": exactness, "runner": runner, "context": context})
+    told = {"exactness": exactness, "runner": runner, "context": context, "kv_cache_dtype": kv_cache_dtype}
+    identity = identity_of(model, adapters, told)
     known = proofs.read(identity)
     if known is not None:
         with suppress(RunnerUnavailable):
@@ -263,7 +275,7 @@ def _proven(model: PreTrainedModel, exactness: Literal["bitwise", "token"], runn
             if runner == "fast":
                 raise
             why = str(error)
-    shapes, level = _pick_shapes(model, exactness)
+    shapes, level = _pick_shapes(model, exactness, sizes["kv_cache_dtype"])
     target = HFTarget(model, shapes=shapes, exactness=level, **sizes)
     target.runs = f"plain: {why}"
     prove(target, model)
@@ -275,7 +287,7 @@ def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], *
     if has_experts(model) or is_quantised(model):
         raise RunnerUnavailable("the fast runner has no experts and no quantised weights")
     if exactness == "bitwise":
-        even = probe_fast(model)
+        even = probe_fast(model, sizes["kv_cache_dtype"])
         why = "two blocks gave the same bits plain and drafted, in one and in many rows"
         level = Exactness("bitwise", why) if even else Exactness("token", "two blocks round differently in many rows")
     elif exactness == "token":
@@ -287,7 +299,9 @@ def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], *
     return target
 
 
-def _pick_shapes(model: PreTrainedModel, exactness: Literal["bitwise", "token"]) -> tuple[Shapes, Exactness]:
+def _pick_shapes(
+    model: PreTrainedModel, exactness: Literal["bitwise", "token"], codes: KVCacheDtype
+) -> tuple[Shapes, Exactness]:
     if exactness == "token":
         return NATURAL, Exactness("token", "asked for")
     if exactness != "bitwise":
@@ -298,7 +312,7 @@ def _pick_shapes(model: PreTrainedModel, exactness: Literal["bitwise", "token"])
         why = "LLM.int8() picks outlier columns over all rows of a pass; llm_int8_threshold=0 makes rows independent"
         return NATURAL, Exactness("token", why)
     try:
-        shapes = probe_shapes(model)
+        shapes = probe_shapes(model, codes)
     except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError, UnsupportedModel) as error:
         return NATURAL, Exactness("token", f"the trial of shapes failed: {first_line(error)}")  # `prove` says more
     if shapes is None:

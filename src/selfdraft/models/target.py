@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache
+from selfdraft.core.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
 from selfdraft.core.rows import Rows
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
@@ -53,8 +53,9 @@ class HFTarget:
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
     `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass, and
-    `packer` has its weights, where they are known already. `clock` is what drafters and measurements read, in seconds.
-    Errors: RunnerUnavailable when that cannot be done.
+    `packer` has its weights, where they are known already. `kv_cache_dtype` is how keys and values are stored
+    (`core/kv_cache.py`). `clock` is what drafters and measurements read, in seconds.
+    Errors: RunnerUnavailable when that cannot be done; OptionError for another `kv_cache_dtype`.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class HFTarget:
         fast: bool = False,
         traced: Traced | None = None,
         packer: Packer | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
         clock: Clock = time.perf_counter,
     ) -> None:
+        check_kv_cache_dtype(kv_cache_dtype)
         self.facts = model.facts if isinstance(model, Stock) else Facts.of(model)
         self.vocab = self.facts.vocab
         self.shapes = shapes
@@ -98,7 +101,7 @@ class HFTarget:
         self._masks = torch.cat(tables) if tables else None
         linking = {one.method: one.link for one in self.adapters if one.link is not None}
         self._links = {name: tuple(part.to(self._device) for part in link) for name, link in linking.items()}
-        self.cache = KVCache(slots, shapes.round_length(256))
+        self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
@@ -126,11 +129,20 @@ class HFTarget:
         with torch.inference_mode(False):
             return gated(self._view, self.adapters, self._gate)
 
-    def plainly(self) -> HFTarget:
+    def plainly(self, kv_cache_dtype: KVCacheDtype = "auto") -> HFTarget:
         """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
         twin = copy.copy(self)
         twin.runner, twin.runs, twin.slots, twin.last = None, "plain", 1, None
-        twin.cache, twin._early = KVCache(1, self.shapes.round_length(256)), EarlyStates()
+        twin.cache, twin._early = KVCache(1, self.shapes.round_length(256), kv_cache_dtype), EarlyStates()
+        return twin
+
+    def unrounded(self) -> HFTarget:
+        """The same target with a memory of its own in which keys and values are not rounded; itself if none are."""
+        if self.cache.dtype == "auto":
+            return self
+        twin = self.plainly()
+        if self.runner is not None:
+            twin.runs, twin.runner = self.runs, self.runner.over(twin.cache)
         return twin
 
     @property

@@ -19,7 +19,8 @@ from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import cache_folder, write_record
 from selfdraft.models.machine import machine_of
-from selfdraft.models.runner.kernel_build import SOURCE
+from selfdraft.models.machine_state import Span
+from selfdraft.models.runner import kernel_build
 from selfdraft.models.target import HFTarget
 from selfdraft.tune.passes import Bench, beside_the_pass
 from selfdraft.tune.sublayer_times import clock_of
@@ -50,7 +51,8 @@ def identity(target: HFTarget) -> dict[str, object]:
     return {
         "model": target.facts.config,
         "shapes": str(target.shapes),
-        "runner": "plain" if target.runner is None else hashlib.blake2b(SOURCE.read_bytes(), digest_size=6).hexdigest(),
+        "runner": "plain" if target.runner is None else kernel_build.fingerprint(),
+        "kv_cache_dtype": target.cache.dtype,
         **machine_of(target.facts.dtype, target.facts.device),
     }
 
@@ -90,11 +92,16 @@ def _check(profile: Profile) -> None:
         raise ValueError("a number in it is out of range")
 
 
-def save(profile: Profile, target: HFTarget, folder: Path | None = None) -> Path:
-    """Keep a profile. Errors: OptionError when the folder cannot be written; nothing half-written is left."""
+def save(profile: Profile, target: HFTarget, folder: Path | None = None, state: Span | None = None) -> Path:
+    """Keep a profile, and the state of the machine while it was measured, for a reader.
+
+    Errors: OptionError when the folder cannot be written; nothing half-written is left.
+    """
     place = place_of(target, folder)
     try:
-        write_record(place, identity(target), profile=asdict(profile))
+        write_record(
+            place, identity(target), profile=asdict(profile), machine_state=None if state is None else state.as_dict()
+        )
     except OSError as error:
         raise _unwritable(place, error) from error
     return place
@@ -261,7 +268,13 @@ def profile_of(
     return found
 
 
-def keep(profile: Profile, target: HFTarget, note: Callable[[str], None], folder: Path | None = None) -> Path | None:
+def keep(
+    profile: Profile,
+    target: HFTarget,
+    note: Callable[[str], None],
+    folder: Path | None = None,
+    state: Span | None = None,
+) -> Path | None:
     """Save a profile; where that cannot be done, or should not, say so and go on."""
     if profile.spread > STEADY:
         note(
@@ -270,7 +283,7 @@ def keep(profile: Profile, target: HFTarget, note: Callable[[str], None], folder
         )
         return None
     try:
-        return save(profile, target, folder)
+        return save(profile, target, folder, state)
     except OptionError as error:
         note(str(error))
         return None

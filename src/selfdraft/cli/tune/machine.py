@@ -28,6 +28,7 @@ from selfdraft.cli.options import (
 if TYPE_CHECKING:
     from selfdraft.drafting.cost_model import Profile
     from selfdraft.llm import LLM
+    from selfdraft.models.machine_state import Span
 
 
 def tune_machine(
@@ -45,19 +46,24 @@ def tune_machine(
     a minute.
     """
     llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora, quantization=quantization)
+    from selfdraft.models.machine_state import Watch
     from selfdraft.tune import machine as profiles
     from selfdraft.tune.advice import explain, paragraph
 
+    watch = Watch()
     profile = measured(llm, quiet=as_json)
+    state = watch.span()
     verdicts = explain(llm.target, profile)
-    kept = profiles.keep(profile, llm.target, terminal.note)
+    kept = profiles.keep(profile, llm.target, terminal.note, state=state)
     facts = conditions(llm, model)
     if as_json:
         found = {"profile": asdict(profile), "kept": str(kept) if kept else None}
         told = [asdict(verdict) for verdict in verdicts]
-        terminal.print_json({"conditions": facts.as_dict(), **found, "verdicts": told})
+        terminal.print_json(
+            {"conditions": facts.as_dict(), "machine_state": state.as_dict(), **found, "verdicts": told}
+        )
     else:
-        show_profile(facts, profile, profiles.SHORT, profiles.LONG)
+        show_profile(facts, state, profile, profiles.SHORT, profiles.LONG)
         show_advice(paragraph(profile, verdicts), kept)
 
 
@@ -88,8 +94,8 @@ def share_bar(what: str, *, quiet: bool) -> Iterator[Callable[[float], None]]:
         yield lambda done: bar.update(task, total=1.0, completed=done)
 
 
-def show_profile(facts: Conditions, profile: Profile, short: int, long: int) -> None:
-    """The conditions, and milliseconds of a pass by its rows, behind few and many remembered tokens."""
+def show_profile(facts: Conditions, state: Span, profile: Profile, short: int, long: int) -> None:
+    """Conditions, the machine's state, and milliseconds of a pass by its rows behind few and many remembered tokens."""
     from rich.table import Table
 
     terminal.out.print(
@@ -98,6 +104,7 @@ def show_profile(facts: Conditions, profile: Profile, short: int, long: int) -> 
             f"{facts.machine['cpu_capability']}, {terminal.counted(facts.machine['threads'], 'thread')}"
         )
     )
+    terminal.out.print(Text(str(state)))
     table = Table("rows", f"ms behind {short} tokens", f"behind {long:,}", "times one row", box=None, pad_edge=False)
     for rows in profile.rows:
         near, far = profile.at(rows, short), profile.at(rows, long)

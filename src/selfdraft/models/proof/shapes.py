@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
@@ -31,7 +32,7 @@ MOST = 16
 """Random draws of the attention trial, and its most query rows."""
 
 
-def probe_shapes(model: PreTrainedModel) -> Shapes | None:
+def probe_shapes(model: PreTrainedModel, codes: KVCacheDtype = "auto") -> Shapes | None:
     """The cheapest shapes in which drafted rows are bit-equal to plain ones, or None. Errors: those of a first pass."""
     rows = probe_rows(model)
     if rows is None:
@@ -40,14 +41,14 @@ def probe_shapes(model: PreTrainedModel) -> Shapes | None:
     short = _first_blocks(model)
     for multiple in MULTIPLES[MULTIPLES.index(rows) :]:
         shapes = Shapes(multiple, BUCKET, max(multiple, width))
-        if _equal(short, shapes):
+        if _equal(short, shapes, codes):
             return shapes
     return None
 
 
-def probe_fast(model: PreTrainedModel) -> bool:
+def probe_fast(model: PreTrainedModel, codes: KVCacheDtype = "auto") -> bool:
     """Whether drafted rows are bit-equal to plain ones on the fast runner, in any shape. Errors: RunnerUnavailable."""
-    return _equal(_first_blocks(model), NATURAL, fast=True)
+    return _equal(_first_blocks(model), NATURAL, codes, fast=True)
 
 
 @torch.inference_mode()
@@ -96,14 +97,14 @@ def _first_blocks(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _equal(model: PreTrainedModel, shapes: Shapes, *, fast: bool = False) -> bool:
+def _equal(model: PreTrainedModel, shapes: Shapes, codes: KVCacheDtype, *, fast: bool = False) -> bool:
     """Whether every logit of a drafted decoding has the bits of the plain one."""
     draw = torch.Generator().manual_seed(11)
-    target = HFTarget(model, shapes=shapes, fast=fast)
+    target, other = (HFTarget(model, shapes=shapes, fast=fast, kv_cache_dtype=codes) for _ in range(2))
     ids = torch.randint(0, target.vocab, (min(TOKENS, target.max_length - 1),), generator=draw).tolist()
     plain = torch.cat([*_decode(target, ids, drafts=False)])
     start = 0
-    for rows in _decode(HFTarget(model, shapes=shapes, fast=fast), ids, drafts=True):
+    for rows in _decode(other, ids, drafts=True):
         if not torch.equal(rows, plain[start : start + len(rows)]):
             return False
         start += len(rows)

@@ -6,7 +6,9 @@ tens of percent. So what is computed is proven apart from how it is rounded (doc
 1. the plain path against the stock pass, both in float64 on the same weights (`wide.py`): only a mistake is left;
 2. on the fast runner, every block alone in float32 against that float64 pass (`blocks.py`);
 3. the passes that will be used, in the model's own dtype, against the same: they may round, but not much more than
-   the stock model does on the same tokens.
+   the stock model does on the same tokens;
+4. where keys and values are stored as codes, which round far more: the passes that will be used against those of the
+   plain path with the same codes. The first three parts are done without codes, for they would hide a mistake.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from selfdraft.errors import UnsupportedModel
 from selfdraft.models import views
 from selfdraft.models.facts import context_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised
+from selfdraft.models.packed.layers import has_blocks
 from selfdraft.models.proof.blocks import Blocks, check_blocks, check_layers
 from selfdraft.models.proof.wide import Wide
 from selfdraft.models.target import HFTarget
@@ -36,6 +39,8 @@ EXACT = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Largest error in a wide dtype, relative to the spread of the logits: rounding is at 1e-14 and 1e-5."""
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Errors in the model's own dtype that need no excuse."""
+CODED = 0.005
+"""The same where a code may be the next one: numbers that are rounded to codes differ in their last place before."""
 NOISE = 4.0
 """Beyond that a pass may be 4 times as far off as the stock model's own pass is."""
 TOKENS, FAMILIAR = 12, 4096
@@ -105,8 +110,9 @@ def prove(target: HFTarget, model: PreTrainedModel) -> Report:
     """
     name = type(model).__name__
     case = Case.of(target, model)
-    said = _tried(name, lambda: case.run(target.forward, target.keep))
-    _check_calls(target, name)
+    unrounded = target.unrounded()
+    said = _tried(name, lambda: case.run(unrounded.forward, unrounded.keep))
+    _check_calls(unrounded, name)
     stock = views.clone(model, _own_attention(model)).eval()
     report = Report(name)
     own = _stock(stock, case, nullcontext())
@@ -120,8 +126,20 @@ def prove(target: HFTarget, model: PreTrainedModel) -> Report:
     report.compare("its own dtype", _error(said, reference), ROUNDING.get(dtype, 0.1), noise)
     if target.runner is not None and exact is not None:
         check_layers(model, name)
-        report.blocks = check_blocks(target, exact, case, name)
+        report.blocks = check_blocks(target, _rounded(stock, target, case) if has_blocks(model) else exact, case, name)
+    if unrounded is not target:
+        _check_codes(target, case, report, reference)
     return report
+
+
+def _check_codes(target: HFTarget, case: Case, report: Report, reference: Tensor) -> None:
+    """The fourth part of the proof: rounded once more than the plain path with codes, but not by more than that is."""
+    twin = target.plainly(target.cache.dtype)
+    wanted = _tried(report.name, lambda: case.run(twin.forward, twin.keep))
+    said = _tried(report.name, lambda: case.run(target.forward, target.keep))
+    if not bool(wanted.isfinite().all()):
+        raise UnsupportedModel(f"{report.name} has keys or values that 8 bits cannot hold; take kv_cache_dtype 'auto'")
+    report.compare("codes of 8 bits", _error(said, wanted), CODED, lambda: _error(wanted, reference))
 
 
 def _exact(target: HFTarget, stock: PreTrainedModel, case: Case, report: Report) -> Blocks | None:
@@ -144,6 +162,13 @@ def _exact(target: HFTarget, stock: PreTrainedModel, case: Case, report: Report)
     return blocks
 
 
+def _rounded(stock: PreTrainedModel, target: HFTarget, case: Case) -> Blocks:
+    """What a model of block weights computes in float32, its rows rounded to 8 bits as on the fast runner."""
+    blocks = Blocks(stock, target.layers)
+    blocks.logits = _stock(blocks.model, case, Wide(torch.float32))
+    return blocks
+
+
 def wide_of(model: PreTrainedModel) -> torch.dtype | None:
     """The dtype to prove in: float64 where there is one; experts are not computed in it, quantised weights in none."""
     if is_quantised(model):
@@ -160,12 +185,15 @@ class Report:
     exact: float | None = None
     rounding: float = 0.0
     blocks: float | None = None
+    codes: float | None = None
 
     def compare(self, where: str, error: float, usual: float, noise: Callable[[], float]) -> None:
         """Errors: UnsupportedModel, when an error is larger than usual and than what the model's own rounding does."""
         limit = usual if error <= usual else max(usual, NOISE * noise())
         if where == "its own dtype":
             self.rounding = error / limit
+        elif where == "codes of 8 bits":
+            self.codes = error / limit
         else:
             self.exact = error / limit
         if not error <= limit:  # NaN is refused too

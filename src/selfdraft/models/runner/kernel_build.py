@@ -16,10 +16,11 @@ from pathlib import Path
 
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.files.atomic import cache_folder, whole_file
-from selfdraft.models.runner.tape import INSTR, STEP
 
 SOURCE = Path(__file__).with_name("kernels") / "run.cpp"
 """What is compiled; it includes the headers beside it."""
+MACHINE = SOURCE.with_name("machine.cpp")
+"""Measures the machine, not the model: a library of its own, so that a change there proves no model anew."""
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
@@ -40,20 +41,17 @@ class Pass(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("keys", "values", "strides")),
         ("stage", ctypes.c_void_p),
         ("stage_bytes", ctypes.c_int64),
+        ("coded", ctypes.c_int64),
     ]
 
 
 @cache
 def library() -> ctypes.CDLL:
     """The kernels, built on first use. Errors: RunnerUnavailable says what is missing."""
+    from selfdraft.models.runner.tape import INSTR, STEP  # brings torch, which measuring the machine does without
+
     compiler = _compiler()
-    built = cache_folder("kernels") / f"kernels-{_fingerprint(compiler)}.so"
-    if not built.is_file():
-        _build(compiler, built)
-    try:
-        opened = ctypes.CDLL(str(built))
-    except OSError as error:
-        raise RunnerUnavailable(f"{built} cannot be loaded: {error}") from error
+    opened = _opened(compiler, SOURCE, f"kernels-{_fingerprint(compiler)}")
     word, place = ctypes.c_int64, ctypes.c_void_p
     opened.selfdraft_keep.argtypes = [place, place, word, word, word, place, word]
     opened.selfdraft_run.argtypes = [place, word, place, place]
@@ -61,9 +59,45 @@ def library() -> ctypes.CDLL:
     opened.selfdraft_forget.argtypes = [place, word]
     opened.selfdraft_packed_bytes.argtypes = [word, word, word, word]
     opened.selfdraft_packed_bytes.restype = word
+    opened.selfdraft_pin.argtypes = [word]
     sizes = [opened.selfdraft_sizes(which) for which in range(3)]
     assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels/tape.h and tape.py disagree"
     return opened
+
+
+def pin_threads(on: bool) -> None:
+    """Keep the threads of passes on cores of their own, or let the system place them (the default); for the process.
+
+    Passes that run at the same time as another are not pinned, nor those with more threads than physical cores. It
+    helps beside one busy process, and harms where two processes do it on the same cores (docs/log.md, "Pinning").
+    Errors: RunnerUnavailable.
+    """
+    library().selfdraft_pin(int(on))
+
+
+@cache
+def machine_library() -> ctypes.CDLL:
+    """What measures the machine, built on first use. Errors: RunnerUnavailable says what is missing."""
+    compiler = _compiler()
+    opened = _opened(compiler, MACHINE, f"machine-{_fingerprint(compiler, MACHINE)}")
+    whole, word, place, real = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+    opened.selfdraft_ping.argtypes = [whole, whole, word, real]
+    opened.selfdraft_fill.argtypes = [place, word, place, whole]
+    opened.selfdraft_read.argtypes = [place, word, place, whole, real]
+    opened.selfdraft_ping.restype = opened.selfdraft_read.restype = real
+    opened.selfdraft_fill.restype = None
+    return opened
+
+
+def _opened(compiler: str, source: Path, name: str) -> ctypes.CDLL:
+    """A source as a library, built unless one of this name is kept. Errors: RunnerUnavailable."""
+    built = cache_folder("kernels") / f"{name}.so"
+    if not built.is_file():
+        _build(compiler, built, source)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise RunnerUnavailable(f"{built} cannot be loaded: {error}") from error
 
 
 def fingerprint() -> str:
@@ -79,19 +113,21 @@ def _compiler() -> str:
 
 
 @cache
-def _fingerprint(compiler: str) -> str:
-    """Changes with the source, the flags, the compiler, and the processor that it builds for."""
+def _fingerprint(compiler: str, source: Path | None = None) -> str:
+    """Changes with the source and all headers, the flags, the compiler, and the processor that it builds for."""
     told = _call([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.iterdir()) if path.suffix in (".h", ".cpp"))
+    chosen = source or SOURCE
+    read = [chosen, *sorted(path for path in chosen.parent.iterdir() if path.suffix == ".h")]
+    sources = b"".join(path.read_bytes() for path in read)
     return hashlib.blake2b(sources + " ".join(FLAGS).encode() + told, digest_size=12).hexdigest()
 
 
-def _build(compiler: str, wanted: Path) -> None:
-    """Build `wanted`, whole or not at all. Errors: RunnerUnavailable."""
+def _build(compiler: str, wanted: Path, source: Path | None = None) -> None:
+    """Build `wanted` out of a source, whole or not at all. Errors: RunnerUnavailable."""
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(wanted) as part:
-            _call([compiler, *FLAGS, str(SOURCE), "-o", str(part)])
+            _call([compiler, *FLAGS, str(source or SOURCE), "-o", str(part)])
             part.chmod(0o755)
     except OSError as error:
         raise RunnerUnavailable(

@@ -59,8 +59,12 @@ class Runner:
         self._strips: tuple[tuple[int, int], Words] | None = None
         self._opened: dict[int, tuple[int, int]] = {}
         self._shapes = np.zeros((0, 3), np.int64)
-        self._pass = Pass()
+        self._pass = Pass(coded=cache.dtype == "int8")
         self._address = ctypes.addressof(self._pass)
+
+    def over(self, cache: KVCache) -> Runner:
+        """Another one for the same views over another cache."""
+        return Runner(self.dtype, torch.device("cpu"), cache, self._adapters, self.packer)
 
     def tape(self, model: PreTrainedModel, *, embedded: bool = False, resuming: bool = False) -> Traced:
         """The tape of a view, traced when it is first asked for. Errors: RunnerUnavailable."""
@@ -124,7 +128,7 @@ class Runner:
             self.cache.keep(slot, base, order)
             return
         moves = np.array(order, np.int64)
-        size = self.dtype.itemsize
+        size = self.cache.keys[max(self.cache.keys)].itemsize
         self._library.selfdraft_keep(
             self._address, self._shapes.ctypes.data, size, slot, base, moves.ctypes.data, len(moves)
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import open_sequence
 from selfdraft.core.tree import EMPTY, Draft
@@ -29,6 +30,7 @@ from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.facts import Stock
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
 from selfdraft.models.runner.packing import Packer
+from selfdraft.models.runner.trace import Traced
 from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
 from selfdraft.models.start.tape_file import NotKept, agrees, named_places, packed, unpacked
 from selfdraft.models.start.weights import MappedWeights, Place
@@ -58,13 +60,20 @@ class Wanted:
     context: int | None
     trust_remote_code: bool
     clock: Clock
+    kv_cache_dtype: KVCacheDtype = "auto"
 
     @property
     def options(self) -> dict[str, str | int | None]:
         """Those on which a proof and a tape depend."""
         dtype = None if self.dtype is None else str(self.dtype)
-        told: dict[str, str | int | None] = {"dtype": dtype, "exactness": self.exactness, "runner": self.runner}
-        return {**told, "quantization": self.quantization, "context": self.context}
+        return {
+            "dtype": dtype,
+            "exactness": self.exactness,
+            "runner": self.runner,
+            "quantization": self.quantization,
+            "context": self.context,
+            "kv_cache_dtype": self.kv_cache_dtype,
+        }
 
 
 class Opened(NamedTuple):
@@ -135,6 +144,7 @@ def _target(stock: Model, wanted: Wanted, folder: Path | None, proofs: ProofStor
         context=wanted.context,
         adapters=load_adapters(_adapters(wanted, folder), stock),
         runner=wanted.runner,
+        kv_cache_dtype=wanted.kv_cache_dtype,
         proofs=proofs,
         clock=wanted.clock,
     )
@@ -167,6 +177,7 @@ def reopened(file: StartFile, identity: JsonObject, wanted: Wanted) -> Opened | 
             fast=True,
             traced=traced,
             packer=packer,
+            kv_cache_dtype=wanted.kv_cache_dtype,
             clock=wanted.clock,
         )
         tokenizer = wanted.tokenizer or _tokenizer(file.name, kept.tokenizer)
@@ -229,7 +240,7 @@ def keep(file: StartFile, identity: JsonObject, opened: Opened) -> bool:
         kind = None if opened.tokenizer is None else _kind(opened.tokenizer, file.name)
         start = KeptStart(target.facts, stock.frame, proof, hashes, kind, tape)
         again = unpacked(tape, mapped, Packer())
-        if not agrees(*(_trial(HFTarget(stock, fast=True, traced=one)) for one in (target.traced, again))):
+        if not agrees(*(_trial(_fast(stock, one, target.cache.dtype)) for one in (target.traced, again))):
             raise NotKept("its pass over mapped weights has other bits")
         if files_of(file.folder) != identity["files"]:
             raise NotKept("its files have changed meanwhile")
@@ -249,6 +260,10 @@ def let_go(model: Model, places: Mapping[str, Place], mapped: MappedWeights, pac
         packer.moved(parameter.data, new)
         parameter.data = new
         mapped.forget(new)
+
+
+def _fast(stock: Stock, traced: Traced, codes: KVCacheDtype) -> HFTarget:
+    return HFTarget(stock, fast=True, traced=traced, kv_cache_dtype=codes)
 
 
 def _trial(target: HFTarget) -> list[torch.Tensor]:

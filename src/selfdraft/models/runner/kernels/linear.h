@@ -106,6 +106,7 @@ void products(const Layer &layer, const Stage &stage, char *Y, word y_row, word 
 template <class T>
 void stage_rows(const Stage &stage, const char *X, word x_row, word rows, word K, bool floats, bool blocks, word from,
                 word to) {
+  typedef typename Pack<T>::staged S;
   static const T nothing[UNIT] = {};
   const word units = ceiling(K, UNIT), R = stage.chunk;
   for (word at = from; at < to; at++) {
@@ -113,9 +114,11 @@ void stage_rows(const Stage &stage, const char *X, word x_row, word rows, word K
     for (word r = 0; r < R; r++) {
       const word row = chunk * R + r;
       const bool real = row < rows;
-      const T *x = real ? (const T *)(X + row * x_row) : nothing - first;
-      if (floats) stage_floats<T>(x, K, first, first + UNIT, r, R, stage.floats + chunk * R * staged_floats<T>(K));
-      if (blocks) stage_blocks<T>(x, K, first, first + UNIT, r, R, stage.blocks + chunk * R * staged_blocks(K));
+      const T *x = real ? (const T *)(X + row * x_row) + first : nothing;
+      char *unit = stage.floats + chunk * R * staged_floats<T>(K) + (first * R + r * UNIT) * sizeof(S);
+      if (floats) stage_floats<T>(x, K - first, unit);
+      if (blocks)
+        stage_blocks<T>(x, K - first, r, R, stage.blocks + chunk * R * staged_blocks(K) + first / BLOCK * R * STAGED);
     }
   }
 }
@@ -180,9 +183,9 @@ template <class T> void product_of_row(const char *weights, const T *x, word K, 
   layer.weights = weights, layer.outputs = N, layer.inputs = K;
   Stage stage{(char *)x, nullptr, 1};
   if (!lies<T>(1, K)) {
-    room.resize(steps_of<T>(K) * Pack<T>::inputs);
+    room.resize(ceiling(K, UNIT) * UNIT);
     stage.floats = (char *)room.data();
-    stage_floats<T>(x, K, 0, K, 0, 1, stage.floats);
+    for (word k = 0; k < K; k += UNIT) stage_floats<T>(x + k, K - k, (char *)(room.data() + k));
   }
   float_products<T, 1>(layer, stage, (char *)y, 0, 1, 0, ceiling(N, width_of(0)));
 }

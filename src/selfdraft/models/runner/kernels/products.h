@@ -17,23 +17,23 @@ constexpr word AHEAD = 16384; // bytes of weights that are fetched ahead; measur
 
 // ---- Floats
 
-template <class T, int R>
-inline __attribute__((always_inline)) void float_step(const T *w, const typename Pack<T>::staged *x,
-                                                      v16 (&acc)[VECTORS][R]) {
 #if defined(BF16_PAIRS)
-  if constexpr (sizeof(T) == 2) {
+template <int R> inline __attribute__((always_inline)) void float_step(const bf16 *w, const bf16 *x, v16 (&acc)[VECTORS][R]) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      int32_t row;
-      memcpy(&row, x + 2 * r, 4);
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(row);
+  for (int r = 0; r < R; r++) {
+    int32_t row;
+    memcpy(&row, x + r * UNIT, 4);
+    const __m512bh pair = (__m512bh)_mm512_set1_epi32(row);
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++)
-        acc[v][r] = (v16)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)_mm512_load_si512(w + v * 32), pair);
-    }
-    return;
+    for (int v = 0; v < VECTORS; v++)
+      acc[v][r] = (v16)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)_mm512_load_si512(w + v * 32), pair);
   }
+}
 #endif
+
+// One step of inputs, all numbers float32 or made so.
+template <class T, int R>
+inline __attribute__((always_inline)) void float_step(const T *w, const float *x, v16 (&acc)[VECTORS][R]) {
   constexpr int inputs = Pack<T>::inputs;
   v16 part[inputs][VECTORS];
 #pragma GCC unroll 2
@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) void float_step(const T *w, const typename
   for (int i = 0; i < inputs; i++)
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const v16 row = same(x[inputs * r + i]);
+      const v16 row = same(x[r * UNIT + i]);
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; v++) acc[v][r] = fma16(part[i][v], row, acc[v][r]);
     }
@@ -55,13 +55,15 @@ inline __attribute__((always_inline)) void float_step(const T *w, const typename
 
 template <class T, int R>
 __attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, v16 (&said)[VECTORS][R]) {
-  const word steps = steps_of<T>(K);
+  constexpr word pair = Pack<T>::inputs;
   const typename Pack<T>::staged *rows = (const typename Pack<T>::staged *)x;
   v16 acc[VECTORS][R] = {};
-  for (word k = 0; k < steps; k++, w += 64 * VECTORS, rows += R * Pack<T>::inputs) {
-    for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + v * 64 + AHEAD, 0, 2);
-    float_step<T, R>((const T *)w, rows, acc);
-  }
+  for (word first = 0; first < K; first += UNIT, rows += (R - 1) * UNIT)
+    for (const auto end = rows + ceiling(std::min(UNIT, K - first), pair) * pair; rows < end;
+         rows += pair, w += 64 * VECTORS) {
+      for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + v * 64 + AHEAD, 0, 2);
+      float_step((const T *)w, rows, acc);
+    }
   for (int v = 0; v < VECTORS; v++)
     for (int r = 0; r < R; r++) said[v][r] = acc[v][r];
 }

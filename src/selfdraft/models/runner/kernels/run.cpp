@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "glue.h"
 #include "linear.h"
+#include "pinning.h"
 
 extern "C" {
 
@@ -24,23 +25,31 @@ word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 
 
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
-  std::vector<Progress> progress(2 * count); // a step has at most two stages
+  std::vector<Progress> progress(3 * count); // a step has at most three stages
+  const pinning::Places places(int(pass.threads));
+  static thread_local std::vector<float> room;
+  size_t wanted = 0;
+  for (word s = 0; s < count; s++)
+    if (steps[s].kind == ATTEND) wanted = std::max<size_t>(wanted, partial_size(pass, instrs[steps[s].first]));
+  if (room.size() < wanted) room.resize(wanted);
+  float *const partial = room.data();
 #pragma omp parallel num_threads(pass.threads)
   {
     const int thread = omp_get_thread_num();
+    places.enter(thread);
     for (word s = 0; s < count; s++) {
       const Step &step = steps[s];
       const Instr *ops = instrs + step.first;
       const word rows = step.answers ? pass.answers : pass.rows;
-      Progress *mine = &progress[2 * s];
+      Progress *mine = &progress[3 * s];
       if (!rows) continue;
       if (step.kind == LINEAR) {
         if (ops->a.type == BF16) linears<bf16>(pass, ops, step.count, rows, thread, mine);
         else linears<float>(pass, ops, step.count, rows, thread, mine);
       }
       else if (step.kind == ATTEND) {
-        if (ops->a.type == BF16) attention<bf16>(pass, *ops, mine);
-        else attention<float>(pass, *ops, mine);
+        if (ops->a.type == BF16) (pass.coded ? attention<bf16, KvCoded> : attention<bf16, KvPlain<bf16>>)(pass, *ops, mine, partial);
+        else (pass.coded ? attention<float, KvCoded> : attention<float, KvPlain<float>>)(pass, *ops, mine, partial);
       } else {
         const word parts = cut(rows * step.count * PART / 16, rows, pass.threads);
         mine->run(parts, [&](word part) {
@@ -52,6 +61,7 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
       }
     }
   }
+  places.leave();
 }
 // Packs floats [N, K] of a type, steps in elements, into memory that `selfdraft_packed_bytes` says the size of.
 void selfdraft_pack(word type, const void *from, word N, word K, word n_step, word k_step, void *to, word threads) {
@@ -72,6 +82,11 @@ void selfdraft_forget(char *from, word bytes) {
   if (first < last) madvise((void *)first, last - first, MADV_DONTNEED);
 #endif
 }
+
+// How threads are placed from the next pass on, in the whole process: 1 pinned to cores of their own, 0 as the system
+// likes.
+void selfdraft_pin(word on) { pinning::wanted = on != 0; }
+
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
 void selfdraft_keep(const Pass *given, const word *shapes, word size, word slot, word base, const word *order,
                     word count) {

@@ -1,8 +1,8 @@
 #pragma once
-// Staging: rows of activations as products take them, so many rows of a chunk beside each other for every input
+// Staging: rows of activations as products take them, in units of 64 inputs: all rows of a chunk, then the next unit
 //
-// Floats: for each step of inputs (two of bfloat16, one of float32) the numbers of all rows of the chunk. Block weights:
-// rows are rounded to 8 bits in blocks of 32 with a scale each; for each block what the struct below says.
+// Floats: the 64 numbers of each row. Block weights: rows are rounded to 8 bits in blocks of 32 with a scale each, and
+// for each block there is what stands below.
 
 #include "packed.h"
 
@@ -15,21 +15,19 @@ constexpr word BLOCK = 32;
 constexpr word SUMS = 5, STAGED = BLOCK + 4 * SUMS;
 
 template <class T> inline word staged_floats(word K) { // bytes of a row
-  return steps_of<T>(K) * Pack<T>::inputs * word(sizeof(typename Pack<T>::staged));
+  return ceiling(K, UNIT) * UNIT * word(sizeof(typename Pack<T>::staged));
 }
 inline word staged_blocks(word K) { return ceiling(K, UNIT) * (UNIT / BLOCK) * STAGED; }
 
-// Inputs from .. to of one row, which is row `r` of a chunk of `R`.
-template <class T> void stage_floats(const T *x, word K, word from, word to, word r, word R, char *chunk) {
+// A unit of one row, of which `count` numbers are real.
+template <class T> inline void stage_floats(const T *x, word count, char *to) {
   typedef typename Pack<T>::staged S;
-  constexpr word pair = Pack<T>::inputs;
-  S *out = (S *)chunk;
-  for (word k = from; k < std::min(to, K); k++) {
-    S &place = out[k / pair * R * pair + r * pair + k % pair];
-    if constexpr (sizeof(S) == sizeof(T)) place = x[k];
-    else narrow(widen(x[k]), place);
-  }
-  if (K % pair && to >= K) narrow(0.0f, out[K / pair * R * pair + r * pair + 1]);
+  S *out = (S *)to;
+  if (count < UNIT) memset(to, 0, UNIT * sizeof(S));
+  if constexpr (sizeof(S) == sizeof(T)) memcpy(out, x, std::min(count, UNIT) * sizeof(T));
+  else
+    for (word k = 0; k < std::min(count, UNIT); k += LANES)
+      store16(count - k >= LANES ? load16(x + k) : load_part(x + k, count - k), out + k);
 }
 
 struct Rounded {
@@ -85,11 +83,10 @@ template <class T> inline Rounded round_block(const T *x, word count) {
   return said;
 }
 
-// The blocks of inputs from .. to (multiples of UNIT) of one row, which is row `r` of a chunk of `R`.
-template <class T> void stage_blocks(const T *x, word K, word from, word to, word r, word R, char *chunk) {
-  for (word k = from; k < to; k += BLOCK) {
-    const Rounded block = round_block(x + std::min(k, K), std::max<word>(0, std::min(BLOCK, K - k)));
-    char *out = chunk + k / BLOCK * R * STAGED;
+// The same unit rounded, as row `r` of a chunk of `R`.
+template <class T> inline void stage_blocks(const T *x, word count, word r, word R, char *out) {
+  for (word k = 0; k < UNIT; k += BLOCK, out += R * STAGED) {
+    const Rounded block = round_block(x + std::min(k, count), std::max<word>(0, std::min(BLOCK, count - k)));
     memcpy(out + r * BLOCK, block.codes, BLOCK);
     const int32_t sum = block.first + block.second;
     const int32_t sums[3] = {-128 * sum, -8 * sum, -128 * block.first};

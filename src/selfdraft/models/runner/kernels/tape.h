@@ -40,6 +40,7 @@ struct Pass {
   const word *strides;                                // per layer: elements from slot to slot and head to head, K and V
   char *stage;      // rows as products take them: twice stage_bytes for each thread and then for each row of all chunks
   word stage_bytes; // of one row
+  word coded; // keys and values lie in the cache as codes of 8 bits
 };
 
 // How far a step is. Whoever comes takes the next part; a step is over when its parts are done, not when all threads
