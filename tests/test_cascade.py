@@ -20,7 +20,8 @@ from selfdraft.drafting.estimators import TRUSTED
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Contexts, Copies, Reader
-from selfdraft.models.rounded import decode, encode
+from selfdraft.models.packed.arena import Arena
+from selfdraft.models.packed.quantise import quantised_linear
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter
 from selfdraft.types import Budget, PassVariant, Rounded, SamplingParams
@@ -174,7 +175,7 @@ def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: Samplin
     model = copy.deepcopy(tiny_llama())
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            layer.weight = nn.Parameter(decode(*encode(layer.weight, 8), 8, layer.in_features).double())
+            layer.weight = nn.Parameter(quantised_linear(layer, 8, Arena()).dequantised(torch.float64))
     target = on_passes(HFTarget(model))
     drafter = build("cascade", target, {"bits": 8})
     assert isinstance(drafter, Cascade)

@@ -551,6 +551,13 @@ BUGS = (
         "an adapter is taken for a fine-tuned model",
     ),
     Bug(
+        "rounded-head",
+        "models/rounded.py",
+        "max(bits, HEAD_BITS) if module is head else bits",
+        "bits",
+        "a draft's output layer has 4 bits, too",
+    ),
+    Bug(
         "blocks-floor",
         "models/packed/quantise.py",
         "np.clip(np.rint(_over(blocks, scales)), -127, 127)",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -75,17 +76,9 @@ def train(
     check_output(output)
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
-    llm = open_llm(
-        model,
-        "none",
-        None,
-        dtype,
-        "token",
-        threads,
-        engine=EngineSizes(batch_size if distill else 1),
-        lora=lora,
-        quantization="none",  # gradients go through float weights
-    )
+    loading = partial(open_llm, lora=lora, quantization="none")  # gradients go through float weights
+    sizes = EngineSizes(batch_size if distill else 1)
+    llm = loading(model, "none", None, dtype, "token", threads, engine=sizes)
     if card is not None:
         _check_model(llm, card, output)
         return
