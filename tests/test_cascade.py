@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from selfdraft.core.rows import Rows, tree_rows

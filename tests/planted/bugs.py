@@ -1101,6 +1101,7 @@ QUICK = (
     LAW + "noise_is_a_function",
     LAW + "noise_is_uniform_along_every_axis",
     "tests/test_rounding.py::test_verification_takes_nothing_from_a_rounded_pass",
+    "tests/test_rounding.py::test_layers_of_another_kind_stay_as_they_are",
     ORACLE + "the_end_at_every_place_of_a_block",
     ORACLE + "logits_and_cache_at_every_position",
     ORACLE + "a_sliding_window",
