@@ -28,8 +28,8 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
 INSTRUCTIONS = {"native": "-march=native", "avx2": "-march=x86-64-v3", "generic": "-mtune=generic"}
-"""What kernels may use, by the value of the environment variable SELFDRAFT_INSTRUCTIONS: all that the processor has (the
-default), AVX2 at most, or what every processor of its kind has. Bits differ from one to another."""
+"""What kernels may use, by the environment variable SELFDRAFT_INSTRUCTIONS: all that the processor has (the default),
+AVX2 at most, or what every processor of its kind has. Bits differ from one to another."""
 PATIENCE = 300
 """Seconds that the compiler may take."""
 
@@ -129,7 +129,7 @@ def _flags() -> tuple[str, ...]:
     if asked not in INSTRUCTIONS:
         known = ", ".join(INSTRUCTIONS)
         raise RunnerUnavailable(f"SELFDRAFT_INSTRUCTIONS={asked!r} is unknown; there are {known}")
-    # one instruction for two numbers of bfloat16 is as quick as one for a float on AMD, and on Intel several times slower
+    # one instruction for two numbers of bfloat16 is as quick as one for a float on AMD, and much slower on Intel
     paired = asked == "native" and "AMD" in cpu_vendor()
     return (*FLAGS, INSTRUCTIONS[asked], *(["-DBF16_PAIRS"] if paired else []))
 
