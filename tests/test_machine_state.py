@@ -139,9 +139,9 @@ def test_the_kernels_do_not_depend_on_what_measures_the_machine(
         if changed is not None:
             with (tmp_path / changed).open("a") as file:
                 file.write("// changed\n")
-        kernel_build._fingerprint.cache_clear()
+        kernel_build._named.cache_clear()
         marks.append(kernel_build._fingerprint(compiler))
-    kernel_build._fingerprint.cache_clear()
+    kernel_build._named.cache_clear()
     assert marks[0] == marks[1] != marks[2]
 
 

@@ -13,11 +13,20 @@ if TYPE_CHECKING:
 
 def cpu_name() -> str:
     """The processor's name where Linux tells it."""
+    return _told("model name") or platform.processor()
+
+
+def cpu_vendor() -> str:
+    """Who made the processor, where Linux tells it: GenuineIntel, AuthenticAMD."""
+    return _told("vendor_id")
+
+
+def _told(field: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def machine_of(dtype: torch.dtype | None, device: torch.device) -> dict[str, object]:

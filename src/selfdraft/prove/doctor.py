@@ -14,6 +14,8 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.engine.engine import Engine
+from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.runner import kernel_build
 from selfdraft.protocols import Drafter, Target
 from selfdraft.prove.record import Record, decode
 from selfdraft.types import Budget
@@ -79,12 +81,20 @@ def _common(one: Record, other: Record) -> int:
     return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=False))
 
 
+def _instructions() -> str | None:
+    try:
+        return kernel_build.instructions()
+    except RunnerUnavailable:
+        return None
+
+
 def machine() -> dict[str, object]:
     """The conditions that can change bits or speed."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_units": bool(torch.cpu._is_avx512_bf16_supported()),
+        "kernels": _instructions(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,

@@ -1,4 +1,8 @@
-"""Memory for packed weights, in large pages where the system gives them."""
+"""Memory for packed weights, in large pages where the system gives them.
+
+One row at a time a step reads nothing but weights, and in small pages up to a quarter more slowly
+(docs/decisions/011-packed-weights.md).
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from selfdraft.models.target import HFTarget
 LIMIT = 1e-3
 """Largest error of a block, relative to what it adds to the residual stream."""
 COARSE = 0.1
-"""The same for block weights: where rows are rounded to 8 bits, the last bit of a float may move a code by one.
+"""The same for blocks of block weights: the last bit of a float may move the code of a row by one.
 Their layers are tried one by one, too."""
 TRIED = 3
 """Rows that each layer of block weights is tried with."""

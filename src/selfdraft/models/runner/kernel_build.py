@@ -16,6 +16,7 @@ from pathlib import Path
 
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.files.atomic import cache_folder, whole_file
+from selfdraft.models.machine import cpu_vendor
 
 SOURCE = Path(__file__).with_name("kernels") / "run.cpp"
 """What is compiled; it includes the headers beside it."""
@@ -23,9 +24,12 @@ MACHINE = SOURCE.with_name("machine.cpp")
 """Measures the machine, not the model: a library of its own, so that a change there proves no model anew."""
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
+    *("-O3", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
 )
+INSTRUCTIONS = {"native": "-march=native", "avx2": "-march=x86-64-v3", "generic": "-mtune=generic"}
+"""What kernels may use, by the environment variable SELFDRAFT_INSTRUCTIONS: all that the processor has (the default),
+AVX2 at most, or what every processor of its kind has. Bits differ from one to another."""
 PATIENCE = 300
 """Seconds that the compiler may take."""
 
@@ -60,9 +64,16 @@ def library() -> ctypes.CDLL:
     opened.selfdraft_packed_bytes.argtypes = [word, word, word, word]
     opened.selfdraft_packed_bytes.restype = word
     opened.selfdraft_pin.argtypes = [word]
+    opened.selfdraft_instructions.restype = ctypes.c_char_p
     sizes = [opened.selfdraft_sizes(which) for which in range(3)]
     assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels/tape.h and tape.py disagree"
     return opened
+
+
+def instructions() -> str:
+    """The instructions that products use here, such as 'AVX-512 VNNI'. Errors: RunnerUnavailable."""
+    told: bytes = library().selfdraft_instructions()
+    return told.decode()
 
 
 def pin_threads(on: bool) -> None:
@@ -112,14 +123,28 @@ def _compiler() -> str:
     return compiler
 
 
-@cache
+def _flags() -> tuple[str, ...]:
+    """How kernels are compiled for this processor. Errors: RunnerUnavailable."""
+    asked = os.environ.get("SELFDRAFT_INSTRUCTIONS") or "native"
+    if asked not in INSTRUCTIONS:
+        known = ", ".join(INSTRUCTIONS)
+        raise RunnerUnavailable(f"SELFDRAFT_INSTRUCTIONS={asked!r} is unknown; there are {known}")
+    # one instruction for two numbers of bfloat16 is as quick as one for a float on AMD, and much slower on Intel
+    paired = asked == "native" and "AMD" in cpu_vendor()
+    return (*FLAGS, INSTRUCTIONS[asked], *(["-DBF16_PAIRS"] if paired else []))
+
+
 def _fingerprint(compiler: str, source: Path | None = None) -> str:
     """Changes with the source and all headers, the flags, the compiler, and the processor that it builds for."""
-    told = _call([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    chosen = source or SOURCE
+    return _named(compiler, source or SOURCE, _flags())
+
+
+@cache
+def _named(compiler: str, chosen: Path, flags: tuple[str, ...]) -> str:
+    told = _call([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     read = [chosen, *sorted(path for path in chosen.parent.iterdir() if path.suffix == ".h")]
     sources = b"".join(path.read_bytes() for path in read)
-    return hashlib.blake2b(sources + " ".join(FLAGS).encode() + told, digest_size=12).hexdigest()
+    return hashlib.blake2b(sources + " ".join(flags).encode() + told, digest_size=12).hexdigest()
 
 
 def _build(compiler: str, wanted: Path, source: Path | None = None) -> None:
@@ -127,7 +152,7 @@ def _build(compiler: str, wanted: Path, source: Path | None = None) -> None:
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(wanted) as part:
-            _call([compiler, *FLAGS, str(source or SOURCE), "-o", str(part)])
+            _call([compiler, *_flags(), str(source or SOURCE), "-o", str(part)])
             part.chmod(0o755)
     except OSError as error:
         raise RunnerUnavailable(

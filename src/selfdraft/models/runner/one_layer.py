@@ -8,8 +8,9 @@ from array import array
 import torch
 from torch import Tensor
 
+from selfdraft.models.packed.arena import Arena
 from selfdraft.models.runner import kernel_build
-from selfdraft.models.runner.packing import Arena, packed_floats
+from selfdraft.models.runner.packing import packed_floats
 from selfdraft.models.runner.runner import stage_rows
 from selfdraft.models.runner.tape import Buffer, Instr, Kind, Operand, Slot, assemble
 

@@ -1,53 +1,13 @@
-"""Weights in the order in which products read them (`kernels/packed.h`): each packed once, for all tapes of a target.
-
-Memory comes in large pieces, for which the system is asked for large pages: one row at a time a step reads nothing but
-weights, and with small pages it reads a quarter fewer bytes a second (docs/decisions/011-packed-weights.md).
-"""
+"""Weights in the order in which products read them (`kernels/packed.h`): each packed once, for all tapes of a target."""
 
 from __future__ import annotations
-
-import mmap
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from selfdraft.models.packed.arena import Arena
 from selfdraft.models.runner import kernel_build
-from selfdraft.models.runner.tape import ALIGNED, TYPES
-
-PIECE = 1 << 28
-"""Bytes that are asked of the system at a time; what is not written to takes no memory."""
-LARGE = 1 << 21
-"""Bytes of a large page."""
-
-
-class Arena:
-    """Memory for weights, never given back in parts: a tensor that lies in it keeps its whole piece."""
-
-    def __init__(self) -> None:
-        self._piece = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def take(self, size: int) -> Tensor:
-        """`size` bytes [size] on a cache line, of unknown content. Errors: MemoryError."""
-        if self._used + size > len(self._piece):
-            self._piece, self._used = _large(max(size, PIECE)), 0
-        taken = self._piece[self._used : self._used + size]
-        self._used += -(-size // ALIGNED) * ALIGNED
-        return taken
-
-
-def _large(size: int) -> Tensor:
-    """Bytes of new memory, in large pages where the system gives them."""
-    try:
-        new = mmap.mmap(-1, size + LARGE)
-    except OSError as error:
-        raise MemoryError(f"{size >> 20} MiB for weights: {error.strerror}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # small pages then
-            new.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(new, dtype=torch.uint8)
-    return whole[-whole.data_ptr() % LARGE :][:size]
+from selfdraft.models.runner.tape import TYPES
 
 
 class Packer:

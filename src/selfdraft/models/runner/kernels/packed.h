@@ -7,10 +7,9 @@
 
 #include "numbers.h"
 
-// One instruction for two inputs of bfloat16 is as quick as one for a float on AMD, and several times slower on Intel,
-// where it is quicker to widen the weights.
-#if defined(__AVX512BF16__) && defined(__AMD__)
-#define BF16_PAIRS
+// BF16_PAIRS is set where one instruction for two inputs of bfloat16 is quick (kernel_build.py); else weights are widened.
+#if defined(BF16_PAIRS) && !defined(__AVX512BF16__)
+#undef BF16_PAIRS
 #endif
 
 namespace {

@@ -23,6 +23,22 @@ extern "C" {
 
 word selfdraft_sizes(word which) { return which == 0 ? sizeof(Instr) : which == 1 ? sizeof(Step) : sizeof(Pass); }
 
+const char *selfdraft_instructions() {
+#if defined(BF16_PAIRS)
+  return "AVX-512 VNNI BF16";
+#elif defined(__AVX512VNNI__)
+  return "AVX-512 VNNI";
+#elif defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__AVXVNNI__)
+  return "AVX2 VNNI";
+#elif defined(__AVX2__)
+  return "AVX2";
+#else
+  return "generic";
+#endif
+}
+
 void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pass *given) {
   const Pass &pass = *given;
   std::vector<Progress> progress(3 * count); // a step has at most three stages
