@@ -198,7 +198,7 @@ def test_an_unknown_way_is_named() -> None:
 
 @torch.inference_mode()
 def test_memory_is_less_than_half_and_reported() -> None:
-    caches = {name: KVCache(3, 40, name) for name in ("auto", "int8")}  # type: ignore[arg-type]
+    caches = {"auto": KVCache(3, 40), "int8": KVCache(3, 40, "int8")}
     for cache in caches.values():
         cache.open(0, 3, 64, 64, torch.empty(0))
     assert bytes_per_token(caches["auto"]) == 2 * 3 * 64 * 4

@@ -125,8 +125,8 @@ def bench(
     source = Source(tasks, data_dir, limit, as_template=chat is None)
     subject = Subject(model, adapter or [], lora, contenders, found_peers, drafters not in (None, "all"), peer_timeout)
     items, draw = gather_items(source, plan), drawing_to(pictures)
-    kept = {"no_cache": no_cache, "lora": lora, "kv_cache_dtype": kv_cache_dtype}
-    opening = partial(open_llm, model, "none", None, dtype, exactness, threads, adapter, **kept)
+    kept = partial(open_llm, no_cache=no_cache, lora=lora, kv_cache_dtype=kv_cache_dtype)
+    opening = partial(kept, model, "none", None, dtype, exactness, threads, adapter)
     records = measured(opening, subject, plan, source, items, output, log, quiet=as_json)
     show_results(records, output, draw, profile=profile, as_json=as_json)
 
