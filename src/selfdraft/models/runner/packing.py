@@ -1,4 +1,4 @@
-"""Weights in the order in which products read them (`kernels/packed.h`): each packed once, for all tapes of a target."""
+"""Weights in the order in which products read them (`kernels/packed.h`), each packed once for all tapes of a target."""
 
 from __future__ import annotations
 
