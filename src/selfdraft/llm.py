@@ -62,6 +62,12 @@ SKIP_FILE = "selfdraft_skip.json"
 """The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
 
 
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    """Errors: OptionError for a size of the engine that is none."""
+    for name, size in sizes.items():
+        within(name, size, 1, 2**20)
+
+
 class LLM:
     """A model, a drafter and an engine.
 
@@ -119,9 +125,8 @@ class LLM:
         generation_config: str | Path = "none",
         clock: Clock = time.perf_counter,
     ) -> None:
-        within("max_num_seqs", max_num_seqs, 1, 2**20)
-        within("prefill_chunk", prefill_chunk, 1, 2**20)
-        within("max_num_batched_tokens", max_num_batched_tokens, 1, 2**20)
+        rows = max_num_batched_tokens
+        _check_sizes({"max_num_seqs": max_num_seqs, "prefill_chunk": prefill_chunk, "max_num_batched_tokens": rows})
         wanted, settings = pick_dtype(dtype), read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
@@ -140,21 +145,22 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
         )
         self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
-        self._take_skip_set(folder)
-        self.exactness = self.target.exactness
-        facts = self.target.facts
-        self.eos = ends_of(facts.ends, facts.vocab, self.tokenizer)
-        self._defaults = generation_defaults(facts.generation if settings is None else settings)
-        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": max_num_batched_tokens}
+        self._take_facts(folder, settings)
+        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": rows}
         self._owner = "llm" if enable_prefix_caching else None
-        self.stats = Stats()
-        """Counts over all requests so far."""
+        self.stats = Stats()  # over all requests so far
+        # guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once
         self._lock = threading.RLock()
-        """Guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once."""
         self._take(name, options)
 
-    def _take_skip_set(self, folder: Path | None) -> None:
-        """The skip set that lies beside a checkpoint is what `layer_skip` leaves out. Errors: OptionError."""
+    def _take_facts(self, folder: Path | None, settings: Mapping[str, object] | None) -> None:
+        """What the checkpoint says of ends and sampling, and the skip set beside it, which `layer_skip` leaves out.
+
+        Errors: OptionError.
+        """
+        self.exactness, facts = self.target.exactness, self.target.facts
+        self.eos = ends_of(facts.ends, facts.vocab, self.tokenizer)
+        self._defaults = generation_defaults(facts.generation if settings is None else settings)
         if folder is not None and (searched := folder / SKIP_FILE).is_file():
             self.target.tuned["layer_skip"] = {"skip_set": read_skip(searched, self.target.layers)}
 

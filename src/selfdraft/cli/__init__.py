@@ -32,7 +32,7 @@ app = typer.Typer(
     help="Decode several tokens per forward pass with no second model. The text is exactly what it would have been.",
 )
 VERBS = (
-    generate.generate,
+    generate.verb,
     chat.verb,
     serve.verb,
     pull.pull,

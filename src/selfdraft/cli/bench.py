@@ -28,6 +28,7 @@ from selfdraft.cli.options import (
     Pin,
     Quantized,
     Threads,
+    as_verb,
     conditions,
     named,
     open_llm,
@@ -80,59 +81,90 @@ Output = Annotated[
 ]
 
 
-def bench(
-    tasks: Annotated[str, typer.Option(help=TASKS)] = "quick",
-    model: Model = DEFAULT_MODEL,
-    adapter: Adapters = None,
-    lora: Lora = None,
-    quantization: Quantized = "auto",
-    drafters: Names = None,
-    speculative_config: Configs = None,
-    peers: Peers = None,
-    peer_config: PeerConfigs = None,
-    peer_python: Pythons = None,
-    peer_model: Files = None,
-    peer_timeout: PeerTimeout = 900.0,
-    data_dir: DataDir = None,
-    limit: Limit = None,
-    max_new_tokens: MaxNew = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    samples: Samples = 1,
-    seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0,
-    runs: Runs = 3,
-    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help=CHAT, show_default=False)] = None,
-    turns: Turns = "first",
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
-    dtype: Dtype = "auto",
-    exactness: Exact = "bitwise",
-    kv_cache_dtype: KvCacheDtype = "auto",
-    output: Output = None,
-    pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None,
-    log: Log = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False,
-    threads: Threads = None,
-    pin_threads: Pin = False,
-    no_cache: NoCache = False,
-    as_json: AsJson = False,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """The options of the verb, in the order of its help."""
+
+    tasks: Annotated[str, typer.Option(help=TASKS)] = "quick"
+    model: Model = DEFAULT_MODEL
+    adapter: Adapters = None
+    lora: Lora = None
+    quantization: Quantized = "auto"
+    drafters: Names = None
+    speculative_config: Configs = None
+    peers: Peers = None
+    peer_config: PeerConfigs = None
+    peer_python: Pythons = None
+    peer_model: Files = None
+    peer_timeout: PeerTimeout = 900.0
+    data_dir: DataDir = None
+    limit: Limit = None
+    max_new_tokens: MaxNew = 128
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0
+    samples: Samples = 1
+    seed: Annotated[int, typer.Option(help="Prompt i is sampled with seed + i.")] = 0
+    runs: Runs = 3
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help=CHAT, show_default=False)] = None
+    turns: Turns = "first"
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False
+    dtype: Dtype = "auto"
+    exactness: Exact = "bitwise"
+    kv_cache_dtype: KvCacheDtype = "auto"
+    output: Output = None
+    pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None
+    log: Log = None
+    profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False
+    threads: Threads = None
+    pin_threads: Pin = False
+    no_cache: NoCache = False
+    as_json: AsJson = False
+
+
+def bench(given: BenchOptions) -> None:
     """Measure drafters on the field's tasks.
 
     Without --tasks, on 64 prompts that are part of this package. Every prompt is decoded by every drafter several
     times: begin with --limit 1. Exit code 1 if a text of ours differs.
     """
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
-    plan = Plan(sampling, samples, seed, runs, bool(chat), turns == "all", pin_threads)
-    contenders = contenders_of(drafters, speculative_config or [])
-    found_peers = find_peers(peers, peer_config, peer_python, peer_model, model, contenders, greedy=sampling.greedy)
-    check_merged(found_peers, model, lora)
-    source = Source(tasks, data_dir, limit, as_template=chat is None)
-    subject = Subject(model, adapter or [], lora, contenders, found_peers, drafters not in (None, "all"), peer_timeout)
-    items, draw = gather_items(source, plan), drawing_to(pictures)
-    loading = partial(open_llm, no_cache=no_cache, lora=lora, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
-    opening = partial(loading, model, "none", None, dtype, exactness, threads, adapter)
-    records = measured(opening, subject, plan, source, items, output, log, quiet=as_json)
-    show_results(records, output, draw, profile=profile, as_json=as_json)
+    sampling = SamplingParams(
+        temperature=given.temperature, top_p=given.top_p, max_tokens=given.max_new_tokens, ignore_eos=given.ignore_eos
+    )
+    plan = Plan(
+        sampling, given.samples, given.seed, given.runs, bool(given.chat), given.turns == "all", given.pin_threads
+    )
+    contenders = contenders_of(given.drafters, given.speculative_config or [])
+    found_peers = find_peers(
+        given.peers,
+        given.peer_config,
+        given.peer_python,
+        given.peer_model,
+        given.model,
+        contenders,
+        greedy=sampling.greedy,
+    )
+    check_merged(found_peers, given.model, given.lora)
+    source = Source(given.tasks, given.data_dir, given.limit, as_template=given.chat is None)
+    subject = Subject(
+        given.model,
+        given.adapter or [],
+        given.lora,
+        contenders,
+        found_peers,
+        given.drafters not in (None, "all"),
+        given.peer_timeout,
+    )
+    items, draw = gather_items(source, plan), drawing_to(given.pictures)
+    loading = partial(
+        open_llm,
+        no_cache=given.no_cache,
+        lora=given.lora,
+        quantization=given.quantization,
+        kv_cache_dtype=given.kv_cache_dtype,
+    )
+    opening = partial(loading, given.model, "none", None, given.dtype, given.exactness, given.threads, given.adapter)
+    records = measured(opening, subject, plan, source, items, given.output, given.log, quiet=given.as_json)
+    show_results(records, given.output, draw, profile=given.profile, as_json=given.as_json)
 
 
 def measured(
@@ -559,5 +591,5 @@ def with_sub_commands(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, invoke_without_command=True)
-app.callback(invoke_without_command=True)(with_sub_commands(bench))
+app.callback(invoke_without_command=True)(with_sub_commands(as_verb(BenchOptions, bench)))
 app.command("serve")(bench_serve.verb)

@@ -30,6 +30,7 @@ from selfdraft.cli.options import (
     NoCache,
     Quantized,
     Threads,
+    as_verb,
     check_options,
     conditions,
     open_all,
@@ -57,58 +58,73 @@ Comparing = Annotated[
 ]
 
 
-def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None,
-    model: Model = DEFAULT_MODEL,
-    drafter: Drafter = None,
-    speculative_config: Config = None,
-    adapter: Adapters = None,
-    lora: Lora = None,
-    quantization: Quantized = "auto",
-    prompt_file: PromptFile = None,
-    prompts: Prompts = None,
-    limit: Annotated[int | None, typer.Option(help="Take at most this many prompts of the file.", min=1)] = None,
-    chat_template: InTemplate = False,
-    system: System = None,
-    max_new_tokens: MaxNew = 128,
-    temperature: Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: TopP = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen get less likely.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Taken once from tokens already in the answer.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="Taken per occurrence in the answer.")] = 0.0,
-    min_tokens: Annotated[int, typer.Option(help="Least number of new tokens.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
-    seed: Seed = None,
-    dtype: Dtype = "auto",
-    exactness: Exact = "bitwise",
-    kv_cache_dtype: KvCacheDtype = "auto",
-    compare: Comparing = False,
-    prediction: Predicted = None,
-    memory: Memory = None,
-    log: Log = None,
-    threads: Threads = None,
-    no_cache: NoCache = False,
-    as_json: AsJson = False,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """The options of the verb, in the order of its help."""
+
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None
+    model: Model = DEFAULT_MODEL
+    drafter: Drafter = None
+    speculative_config: Config = None
+    adapter: Adapters = None
+    lora: Lora = None
+    quantization: Quantized = "auto"
+    prompt_file: PromptFile = None
+    prompts: Prompts = None
+    limit: Annotated[int | None, typer.Option(help="Take at most this many prompts of the file.", min=1)] = None
+    chat_template: InTemplate = False
+    system: System = None
+    max_new_tokens: MaxNew = 128
+    temperature: Temperature = 0.0
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0
+    top_p: TopP = 1.0
+    min_p: Annotated[float, typer.Option(help="Drop tokens under this share of the likeliest.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen get less likely.")] = 1.0
+    presence_penalty: Annotated[float, typer.Option(help="Taken once from tokens already in the answer.")] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="Taken per occurrence in the answer.")] = 0.0
+    min_tokens: Annotated[int, typer.Option(help="Least number of new tokens.")] = 0
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")] = None
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False
+    seed: Seed = None
+    dtype: Dtype = "auto"
+    exactness: Exact = "bitwise"
+    kv_cache_dtype: KvCacheDtype = "auto"
+    compare: Comparing = False
+    prediction: Predicted = None
+    memory: Memory = None
+    log: Log = None
+    threads: Threads = None
+    no_cache: NoCache = False
+    as_json: AsJson = False
+
+
+def generate(given: GenerateOptions) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
-    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    sampling = replace(sampling, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty)
-    sampling = replace(sampling, repetition_penalty=repetition_penalty, stop=tuple(stop or ()), ignore_eos=ignore_eos)
-    sampling = replace(sampling, min_tokens=min_tokens, max_tokens=max_new_tokens)
-    sampling = replace(sampling, prediction=read_prediction(prediction))
-    check_options(model, drafter, speculative_config, dtype)
-    sampling = replace(sampling, seed=0 if compare and seed is None else seed)
-    texts = read_texts(prompt, prompt_file, prompts, limit, log)
-    loading = partial(open_llm, no_cache=no_cache, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
-    loading = partial(loading, memory=memory, lora=lora)
-    llm = loading(model, drafter, speculative_config, dtype, exactness, threads, adapter)
-    requests = open_all(llm, texts, chat_template, sampling, system)
-    answers = [*answer_all(llm, texts, requests, sampling, log, memory, compare=compare, quiet=as_json)]
-    if as_json:
-        facts = {**conditions(llm, model, lora).as_dict(), "drafter": llm.drafter_name}
+    sampling = SamplingParams(
+        temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p, seed=given.seed
+    )
+    sampling = replace(sampling, presence_penalty=given.presence_penalty, frequency_penalty=given.frequency_penalty)
+    sampling = replace(
+        sampling, repetition_penalty=given.repetition_penalty, stop=tuple(given.stop or ()), ignore_eos=given.ignore_eos
+    )
+    sampling = replace(sampling, min_tokens=given.min_tokens, max_tokens=given.max_new_tokens)
+    sampling = replace(sampling, prediction=read_prediction(given.prediction))
+    check_options(given.model, given.drafter, given.speculative_config, given.dtype)
+    sampling = replace(sampling, seed=0 if given.compare and given.seed is None else given.seed)
+    texts = read_texts(given.prompt, given.prompt_file, given.prompts, given.limit, given.log)
+    loading = partial(
+        open_llm, no_cache=given.no_cache, quantization=given.quantization, kv_cache_dtype=given.kv_cache_dtype
+    )
+    loading = partial(loading, memory=given.memory, lora=given.lora)
+    llm = loading(
+        given.model, given.drafter, given.speculative_config, given.dtype, given.exactness, given.threads, given.adapter
+    )
+    requests = open_all(llm, texts, given.chat_template, sampling, given.system)
+    answers = [
+        *answer_all(llm, texts, requests, sampling, given.log, given.memory, compare=given.compare, quiet=given.as_json)
+    ]
+    if given.as_json:
+        facts = {**conditions(llm, given.model, given.lora).as_dict(), "drafter": llm.drafter_name}
         terminal.print_json({**facts, "results": [answer.as_dict() for answer in answers]})
 
 
@@ -234,3 +250,6 @@ def show_comparison(result: Comparison, drafter: str) -> None:
     terminal.show_dim(line)
     if result.reason:
         terminal.show_dim(result.reason)
+
+
+verb = as_verb(GenerateOptions, generate)

@@ -150,6 +150,10 @@ def open_llm(
             prefill_chunk=engine.prefill_chunk,
             max_num_batched_tokens=engine.batched_tokens,
         )
+    return _prepared(llm, memory, pin)
+
+
+def _prepared(llm: LLM, memory: Path | None, pin: bool) -> LLM:
     if memory is not None and memory.exists():
         llm.load_memory(memory)
     if pin:

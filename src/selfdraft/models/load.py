@@ -130,15 +130,17 @@ def load_quantised(
     trust_remote_code: bool = False,
     lora: str | Path | None = None,
     compiled: bool = True,
+    cache: bool = False,
 ) -> PreTrainedModel:
     """The model that a path and the option `quantization` of `LLM` stand for, in eval mode; see `load_model`.
 
     `compiled`: blocks of a GGUF file are worth keeping only where the fast runner can be built; else they are
-    dequantised, which is logged. Errors: LoadError; OptionError for a checkpoint that is quantised already.
+    dequantised, which is logged. `cache`: the head of such a file is taken from the user's cache folder, and kept
+    there. Errors: LoadError; OptionError for a checkpoint that is quantised already.
     """
     file = find_gguf(path)
     if quantization == "auto" and file is not None and lora is None and (not compiled or _kernels(file)):
-        own = gguf_blocks.load_blocks(file, dtype)
+        own = gguf_blocks.load_blocks(file, dtype, cache=cache)
         check_config(own.config)
         return own
     model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code, lora=lora)
@@ -187,18 +189,21 @@ def _below(folder: str) -> Iterator[None]:
         raise type(error)(text) from error
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, cache: bool = False
+) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; of a LoRA adapter its own, or that of its base model.
 
+    `cache`: that of a GGUF file is taken from the user's cache folder, and kept there.
     Errors: LoadError when there is none, or none can be made of its files.
     """
     if (file := find_gguf(path)) is not None:
-        return gguf.load_tokenizer(file)
+        return gguf.load_tokenizer(file, cache=cache)
     where = place(path)
     folder = Path(where)
     if folder.is_dir():
         if not has_tokenizer(folder) and is_lora(folder):
-            return load_tokenizer(base_of(folder), trust_remote_code=trust_remote_code)
+            return load_tokenizer(base_of(folder), trust_remote_code=trust_remote_code, cache=cache)
         check_tokenizer_files(folder)
     try:
         with blaming(where, "tokenizer"):

@@ -97,10 +97,7 @@ class HFTarget:
         self._early = EarlyStates()
         self._context = context or self.facts.context
         self._device = self.facts.device
-        tables = [adapter.embeddings.to(self._device) for adapter in self.adapters]
-        self._masks = torch.cat(tables) if tables else None
-        linking = {one.method: one.link for one in self.adapters if one.link is not None}
-        self._links = {name: tuple(part.to(self._device) for part in link) for name, link in linking.items()}
+        self._take_masks()
         self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
         self.runs = "plain"
@@ -110,6 +107,13 @@ class HFTarget:
             self.runs = "fast"
             self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters), packer)
             self.traced = traced or self.runner.tape(self._view)
+
+    def _take_masks(self) -> None:
+        """The embeddings of mask tokens and what links them to a token, where the model lies."""
+        tables = [adapter.embeddings.to(self._device) for adapter in self.adapters]
+        self._masks = torch.cat(tables) if tables else None
+        linking = {one.method: one.link for one in self.adapters if one.link is not None}
+        self._links = {name: tuple(part.to(self._device) for part in link) for name, link in linking.items()}
 
     @cached_property
     def config(self) -> PreTrainedConfig:

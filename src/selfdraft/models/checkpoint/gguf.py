@@ -18,6 +18,7 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from selfdraft.errors import LoadError
 from selfdraft.files.atomic import cache_folder, whole_file
+from selfdraft.models.checkpoint import gguf_head
 from selfdraft.models.checkpoint.folder import check_pointer
 from selfdraft.models.checkpoint.gguf_table import StoredTensor, read_table
 from selfdraft.models.checkpoint.load_errors import blaming
@@ -55,17 +56,25 @@ def load_model(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return loaded
 
 
-def load_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a GGUF file, with its chat template. Errors: LoadError when the file has none."""
+def load_tokenizer(file: Path, *, cache: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file, with its chat template; `cache`: it is taken from the user's cache folder and kept.
+
+    Errors: LoadError when the file has none.
+    """
     file = joined(file)
     metadata = metadata_of(file)
     if "tokenizer.ggml.tokens" not in metadata:
         raise LoadError(f"{file}: no tokenizer in the file; pass tokenizer=... or take a file that has one")
-    with blaming(file, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
-    return tokenizer
+    whole = file
+
+    def read() -> PreTrainedTokenizerBase:
+        with blaming(whole, "tokenizer"):
+            made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                whole.parent, gguf_file=whole.name, local_files_only=True
+            )
+        return made
+
+    return gguf_head.tokenizer_of(file, read) if cache else read()
 
 
 def check(file: Path) -> torch.dtype:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +31,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from selfdraft.errors import LoadError
-from selfdraft.models.checkpoint import gguf
+from selfdraft.models.checkpoint import gguf, gguf_head
 from selfdraft.models.checkpoint.gguf_table import StoredTensor
 from selfdraft.models.checkpoint.load_errors import blaming
 from selfdraft.models.checkpoint.memory import check_memory
@@ -39,17 +40,19 @@ from selfdraft.models.packed.arena import Arena
 from selfdraft.models.packed.formats import FORMATS, GGUF_TYPES, LANES, Blocks, Bytes, Format, unpacked
 from selfdraft.models.packed.layers import BlockEmbedding, is_plain, is_transposed, linear_of, scale_of
 from selfdraft.models.packed.layout import groups_at_once, pack_groups
+from selfdraft.types import JsonObject
 
 _log = logging.getLogger("selfdraft")
 Order = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 """For each row of a layer, the row of the file's tensor."""
 
 
-def load_blocks(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_blocks(file: Path, dtype: torch.dtype | None, *, cache: bool = False) -> PreTrainedModel:
     """The model of a GGUF file, in eval mode; layers whose blocks have a format keep them (`models/packed/`).
 
     `dtype` is that of everything else: None is what `gguf.load_model` takes. A file without such blocks, or of an
-    architecture whose weights transformers does more with, is loaded by `gguf.load_model`.
+    architecture whose weights transformers does more with, is loaded by `gguf.load_model`. `cache`: the head of the
+    file is taken from the user's cache folder, and kept there.
     Errors: LoadError says what is wrong with the file, before memory is taken for its weights.
     """
     file = gguf.joined(file)
@@ -59,7 +62,7 @@ def load_blocks(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         _log.info("%s: nothing in it runs as blocks", file)
         return gguf.load_model(file, dtype)
     with blaming(file):
-        fields = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
+        fields = gguf_head.fields_of(file, partial(_fields, file)) if cache else _fields(file)
         config: PreTrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         # weights take no memory yet; rotary tables and other numbers that are computed are there at once
         with init_empty_weights(include_buffers=False):
@@ -72,6 +75,11 @@ def load_blocks(file: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         info = reading.run()
     check_weights(file, model, info)
     return model.eval()
+
+
+def _fields(file: Path) -> JsonObject:
+    fields: JsonObject = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
+    return fields
 
 
 class _Outline:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.files import environment
 from selfdraft.files.atomic import cache_folder, whole_file
 from selfdraft.models.machine import cpu_vendor
 
@@ -125,7 +126,7 @@ def _compiler() -> str:
 
 def _flags() -> tuple[str, ...]:
     """How kernels are compiled for this processor. Errors: RunnerUnavailable."""
-    asked = os.environ.get("SELFDRAFT_INSTRUCTIONS") or "native"
+    asked = environment.instructions()
     if asked not in INSTRUCTIONS:
         known = ", ".join(INSTRUCTIONS)
         raise RunnerUnavailable(f"SELFDRAFT_INSTRUCTIONS={asked!r} is unknown; there are {known}")

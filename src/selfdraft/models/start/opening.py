@@ -129,8 +129,11 @@ def _loaded(path: str | Path, folder: Path, wanted: Wanted, proofs: ProofStore |
         trust_remote_code=wanted.trust_remote_code,
         lora=wanted.lora,
         compiled=wanted.runner != "plain",
+        cache=proofs is not None,
     )
-    tokenizer = wanted.tokenizer or load.load_tokenizer(path, trust_remote_code=wanted.trust_remote_code)
+    tokenizer = wanted.tokenizer or load.load_tokenizer(
+        path, trust_remote_code=wanted.trust_remote_code, cache=proofs is not None
+    )
     return Opened(Stock.of(stock), tokenizer, _target(stock, wanted, folder, proofs), folder)
 
 
