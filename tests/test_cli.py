@@ -30,7 +30,7 @@ from tests.terminal import command_of, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
-VERBS = ["generate", "chat", "serve", "pull", "results", "replay", "verify", "doctor", "train", "bench", "tune"]
+VERBS = ["generate", "chat", "serve", "pull", "results", "replay", "verify", "doctor", "perplexity", "train", "bench", "tune"]
 MISSING = "/nowhere/at/all"
 
 
@@ -450,7 +450,7 @@ def test_doctor(run: Any, folder: Path) -> None:
     done = run("doctor", "--model", folder, "--max-new-tokens", 8, "--json", "--threads", 1)
     said = done.said
     assert (done.code, done.err) == (0, "")
-    assert said.keys() == {"machine", "model", "trials"}
+    assert said.keys() == {"machine", "machine_state", "model", "trials"}
     plain = [trial for trial in said["trials"] if trial["runner"] != "fast"]
     assert [(trial["dtype"], trial["exactness"]) for trial in plain] == [
         (dtype, exactness) for dtype in ("float32", "bfloat16") for exactness in ("bitwise", "token")

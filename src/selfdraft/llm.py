@@ -62,9 +62,9 @@ SKIP_FILE = "selfdraft_skip.json"
 """The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
 
 
-def _check_sizes(sizes: Mapping[str, int]) -> None:
+def _check_sizes(slots: int, chunk: int, rows: int) -> None:
     """Errors: OptionError for a size of the engine that is none."""
-    for name, size in sizes.items():
+    for name, size in (("max_num_seqs", slots), ("prefill_chunk", chunk), ("max_num_batched_tokens", rows)):
         within(name, size, 1, 2**20)
 
 
@@ -125,8 +125,7 @@ class LLM:
         generation_config: str | Path = "none",
         clock: Clock = time.perf_counter,
     ) -> None:
-        rows = max_num_batched_tokens
-        _check_sizes({"max_num_seqs": max_num_seqs, "prefill_chunk": prefill_chunk, "max_num_batched_tokens": rows})
+        _check_sizes(max_num_seqs, prefill_chunk, max_num_batched_tokens)
         wanted, settings = pick_dtype(dtype), read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
@@ -146,7 +145,7 @@ class LLM:
         )
         self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
         self._take_facts(folder, settings)
-        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": rows}
+        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": max_num_batched_tokens}
         self._owner = "llm" if enable_prefix_caching else None
         self.stats = Stats()  # over all requests so far
         # guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once
