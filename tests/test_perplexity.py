@@ -263,7 +263,7 @@ def test_an_unreadable_file_is_one_line(
         (("--window", 1), "--window 1 predicts no token: give 2 or more"),
         (("--dtype", "int3"), "int3"),
         (("--against-dtype", "int3"), "int3"),
-        (("--against", "pocket"), "is the model itself in the same dtype"),
+        (("--against", "pocket"), "is the model itself, run in the same way"),
         (("--against", "/no/such/folder"), "/no/such/folder"),
         (("--tokens", 0), "--tokens': Input should be greater than or equal to 1"),
     ],

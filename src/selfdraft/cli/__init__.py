@@ -40,7 +40,7 @@ VERBS = (
     replay.replay,
     verify.verify,
     doctor.doctor,
-    perplexity.perplexity,
+    perplexity.verb,
     train.train,
 )
 for verb in VERBS:

@@ -34,6 +34,7 @@ from selfdraft.cli.options import (
     open_llm,
     parse_config,
     runnable,
+    weights_in_words,
 )
 from selfdraft.cli.peers import (
     Files,
@@ -451,7 +452,8 @@ def show_evaluation(records: Sequence[JsonObject], output: Path | None) -> None:
     machine = ", ".join(f"{name} {value}" for name, value in facts["machine"].items() if value is not None)
     names = ("max_new_tokens", "temperature", "top_p", "chat", "batch")
     settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in names)
-    terminal.out.print(f"{facts['model']}, {facts['dtype']}, exactness {facts['exactness']['level']}, {settings}")
+    weights = weights_in_words(facts.get("blocks", {}), facts["dtype"])
+    terminal.out.print(f"{facts['model']}, {weights}, exactness {facts['exactness']['level']}, {settings}")
     terminal.out.print(machine.replace("_", " "))
     if records[0]["machine_state"] is not None:
         terminal.out.print(records[0]["machine_state"]["words"])

@@ -22,6 +22,7 @@ from selfdraft.cli.options import (
     Threads,
     open_llm,
     repeatable,
+    weights_in_words,
 )
 
 if TYPE_CHECKING:
@@ -65,13 +66,15 @@ class Finding:
     trial: Trial
     promised: str
     why: str
+    weights: str
+    """In words, with the formats of block weights."""
     cache_bytes: int
     """Bytes of keys and values that a token of a request takes."""
 
     def as_dict(self) -> dict[str, object]:
         """One object of the JSON document."""
         asked = {"runner": self.runner, "exactness": self.exactness}
-        said = {"promised": self.promised, "why": self.why, "cache_bytes": self.cache_bytes}
+        said = {"promised": self.promised, "why": self.why, "weights": self.weights, "cache_bytes": self.cache_bytes}
         return {**asked, **asdict(self.trial), "level": self.trial.level, **said}
 
 
@@ -90,7 +93,9 @@ def examine(opening: Callable[..., LLM], model: str, max_new_tokens: int, thread
             shapes = str(llm.target.shapes) if runner == "plain" else "any, fast runner"
             found = trial(llm.target, llm.engine.drafter, requests, dtype, shapes)
             cached = bytes_per_token(llm.target.cache)
-            yield Finding(llm.target.runs, exactness, found, llm.exactness.level, llm.exactness.why, cached)
+            level, why = llm.exactness.level, llm.exactness.why
+            weights = weights_in_words(llm.target.facts.formats, dtype)
+            yield Finding(llm.target.runs, exactness, found, level, why, weights, cached)
 
 
 def bytes_per_token(cache: KVCache) -> int:
@@ -105,6 +110,8 @@ def show_findings(machine: Mapping[str, object], state: str, findings: Sequence[
     known = [f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if value is not None]
     terminal.out.print(", ".join(known))
     terminal.out.print(state)
+    for weights in dict.fromkeys(finding.weights for finding in findings):
+        terminal.out.print(f"weights: {weights}")
     heads = ("dtype", "asked", "shapes", "tokens equal", "logit bits equal", "found", "cache bytes")
     table = Table(*heads, box=None, pad_edge=False)
     for finding in findings:

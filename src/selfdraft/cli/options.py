@@ -335,6 +335,11 @@ class Conditions:
     kv_cache_dtype: str
     machine: Mapping[str, object]
 
+    @property
+    def weights(self) -> str:
+        """The weights in words: of block weights the formats and how many layers have each, else the dtype."""
+        return weights_in_words(self.formats, self.dtype)
+
     def as_dict(self) -> dict[str, object]:
         """The conditions as they stand in JSON documents."""
         return {
@@ -347,6 +352,14 @@ class Conditions:
             **({"kv_cache_dtype": self.kv_cache_dtype} if self.kv_cache_dtype != "auto" else {}),
             "machine": self.machine,
         }
+
+
+def weights_in_words(formats: Mapping[str, int], dtype: str) -> str:
+    """Block weights by format with the number of layers of each, and the dtype of everything else."""
+    if not formats:
+        return dtype
+    told = ", ".join(f"{count} layers of {kind}" for kind, count in formats.items())
+    return f"block weights ({told}; rows in 8 bits; all else {dtype})"
 
 
 def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:

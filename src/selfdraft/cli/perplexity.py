@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +19,9 @@ from selfdraft.cli.options import (
     Lora,
     Model,
     NoCache,
+    Quantized,
     Threads,
+    as_verb,
     check_options,
     conditions,
     open_llm,
@@ -28,6 +31,7 @@ from selfdraft.errors import OptionError
 if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.prove.perplexity import Perplexity
+from selfdraft.types import Quantization
 
 Against = Annotated[
     str | None, typer.Option(help="A second model with the same tokenizer, the reference: what --model takes.")
@@ -35,43 +39,62 @@ Against = Annotated[
 AgainstDtype = Annotated[
     str | None, typer.Option(help="Its dtype; alone: the same model again in this dtype. Default: as --dtype.")
 ]
+AgainstQuantization = Annotated[
+    Literal["auto", "none", "int8", "int4"] | None,
+    typer.Option(help="Its quantization; alone: the same model again so. Default: as --quantization."),
+]
 
 
-def perplexity(
+@dataclass(frozen=True, slots=True)
+class PerplexityOptions:
+    """The options of the verb, in the order of its help."""
+
     text: Annotated[
         Path | None,
         typer.Argument(
             help="A text file, or a jsonl file with text or prompt in each line. Default: a text of this package."
         ),
-    ] = None,
-    model: Model = DEFAULT_MODEL,
-    lora: Lora = None,
-    against: Against = None,
-    against_dtype: AgainstDtype = None,
-    tokens: Annotated[int, typer.Option(help="Predict at most this many tokens.", min=1)] = 20_000,
-    window: Annotated[int, typer.Option(help="Tokens that are read together; each window begins anew.")] = 512,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    no_cache: NoCache = False,
-    as_json: AsJson = False,
-) -> None:
+    ] = None
+    model: Model = DEFAULT_MODEL
+    lora: Lora = None
+    quantization: Quantized = "auto"
+    against: Against = None
+    against_dtype: AgainstDtype = None
+    against_quantization: AgainstQuantization = None
+    tokens: Annotated[int, typer.Option(help="Predict at most this many tokens.", min=1)] = 20_000
+    window: Annotated[int, typer.Option(help="Tokens that are read together; each window begins anew.")] = 512
+    dtype: Dtype = "auto"
+    threads: Threads = None
+    no_cache: NoCache = False
+    as_json: AsJson = False
+
+
+def perplexity(given: PerplexityOptions) -> None:
     """Measure how well a model predicts a text, as it is run here.
 
     With a second model also how far the two are apart: perplexities, KL divergence, equal argmax.
     """
-    read, name = text_of(text)
-    subjects = [Subject(model, dtype, lora)]
-    if against is not None or against_dtype is not None:
-        subjects.append(Subject(against or model, against_dtype or dtype, lora if against is None else None))
+    read, name = text_of(given.text)
+    subjects = subjects_of(given)
     check_subjects(subjects)
-    opened = [subject.open(threads, no_cache=no_cache) for subject in subjects]
-    found = measured(opened, subjects, read, window, tokens, quiet=as_json)
+    opened = [subject.open(given.threads, no_cache=given.no_cache) for subject in subjects]
+    found = measured(opened, subjects, read, given.window, given.tokens, quiet=given.as_json)
     facts = [conditions(llm, subject.model, subject.lora) for llm, subject in zip(opened, subjects, strict=True)]
-    if as_json:
+    if given.as_json:
         told = dict(zip(("conditions", "against_conditions"), (one.as_dict() for one in facts), strict=False))
-        terminal.print_json({"text": name, "window": window, **found.as_dict(), **told})
+        terminal.print_json({"text": name, "window": given.window, **found.as_dict(), **told})
     else:
-        show_perplexity(found, facts, name, window)
+        show_perplexity(found, facts, name, given.window)
+
+
+def subjects_of(given: PerplexityOptions) -> list[Subject]:
+    """The model, and the second one where there is one."""
+    first = Subject(given.model, given.dtype, given.lora, given.quantization)
+    if given.against is None and given.against_dtype is None and given.against_quantization is None:
+        return [first]
+    dtype, quantization = given.against_dtype or given.dtype, given.against_quantization or given.quantization
+    lora = given.lora if given.against is None else None
+    return [first, Subject(given.against or given.model, dtype, lora, quantization)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +104,12 @@ class Subject:
     model: str
     dtype: str
     lora: Path | None
+    quantization: Quantization = "auto"
 
     def open(self, threads: int | None, *, no_cache: bool) -> LLM:
         """The model behind it. Errors: LoadError, OptionError."""
-        return open_llm(self.model, "none", None, self.dtype, "bitwise", threads, no_cache=no_cache, lora=self.lora)
+        loading = partial(open_llm, no_cache=no_cache, lora=self.lora, quantization=self.quantization)
+        return loading(self.model, "none", None, self.dtype, "bitwise", threads)
 
 
 def check_subjects(subjects: Sequence[Subject]) -> None:
@@ -93,7 +118,8 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
         check_options(subject.model, None, None, subject.dtype, subject.lora)
     if len(set(subjects)) < len(subjects):
         raise OptionError(
-            f"--against {subjects[0].model} is the model itself in the same dtype: give another, or --against-dtype"
+            f"--against {subjects[0].model} is the model itself, run in the same way: give another, --against-dtype or "
+            "--against-quantization"
         )
 
 
@@ -160,16 +186,19 @@ def show_perplexity(found: Perplexity, facts: Sequence[Conditions], text: str, w
         f"{text}: {terminal.counted(f'{found.tokens:,}', 'token')} predicted, in "
         f"{terminal.counted(found.windows, 'window')} of {window}"
     )
-    table = Table("model", "dtype", "runner", box=None, pad_edge=False)
+    table = Table("model", "weights", "runner", box=None, pad_edge=False)
     for head in ("nats per token", "perplexity", "standard error"):
         table.add_column(head, justify="right", no_wrap=True)
     for one, fact in zip((found.model, found.against), facts, strict=False):
         if one is not None:
             figures = (f"{one.nats.value:.4f}", f"{one.perplexity:.4f}", f"{one.error:.4f}")
-            table.add_row(fact.model, fact.dtype, fact.runner, *figures)
+            table.add_row(fact.model, fact.weights, fact.runner, *figures)
     terminal.out.print(table)
     if found.against is not None:
         terminal.out.print(
             f"perplexity {found.percent:+.3f} % (standard error {found.percent_error:.3f}), mean KL divergence "
             f"{found.divergence.value:.6f} nats, equal argmax {100 * found.equal_argmax / found.tokens:.2f} %"
         )
+
+
+verb = as_verb(PerplexityOptions, perplexity)
