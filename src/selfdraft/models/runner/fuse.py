@@ -150,6 +150,8 @@ def _fit(source: Buffer | Tensor, places: Places | None, dims: tuple[int, ...], 
     steps = tuple(int(grid[tuple(c)]) - first if size > 1 else 0 for c, size in zip(corners, dims, strict=True))
     if not np.array_equal(first + _grid(dims, steps), places):
         return None
+    if isinstance(source, Tensor) and first:
+        return None  # a tape that is kept knows constants by the address of their first number
     if dims[3] == 1 and not single:
         steps = (*steps[:3], 1)
     return Operand(source, first, steps) if single or steps[3] == 1 else None
