@@ -19,6 +19,23 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.runner.codes import (
+    COPY,
+    CUBE,
+    EMBED,
+    GATED,
+    GELU,
+    GELU_TANH,
+    LAYER_NORM,
+    MAXIMUM,
+    MINIMUM,
+    PICK,
+    POW,
+    RSQRT,
+    SQRT,
+    SQUARE,
+)
+from selfdraft.models.runner.fuse import fused
 from selfdraft.models.runner.graph import VIEWS, Graph, Node, record
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import TYPES, Buffer, Instr, Kind, Operand, Slot, Tape, assemble
@@ -44,11 +61,9 @@ UNARY = {
     "abs.default": 13,
     "reciprocal.default": 15,
 }
-COPY, RSQRT, SQRT, GELU, GELU_TANH, SQUARE, POW, MAXIMUM, MINIMUM = 0, 3, 4, 8, 9, 14, 36, 37, 38
 BINARY = {"add": 32, "sub": 33, "mul": 34, "div": 35, "maximum": MAXIMUM, "minimum": MINIMUM}
 REDUCING = {"sum.dim_IntList": 64, "mean.dim": 65, "amax.default": 66}
-LAYER_NORM, RMS_NORM, EMBED, PICK, GATED = range(80, 85)
-"""The codes of kernels/."""
+"""What torch calls the codes of codes.py."""
 ROWS = -1
 """The format of a table that is not packed: row after row."""
 SAME = frozenset({"clone", "contiguous", "lift_fresh_copy", "lift_fresh", "dropout"})
@@ -161,7 +176,7 @@ class _Writer:
         said = [self.known[node] for node in self.graph.outputs]
         outputs = [self._fresh_output(value, slot) for value, slot in zip(said, OUTPUTS, strict=False)]
         notes = outputs[1].buffer.width if len(outputs) > 1 else 0
-        return Traced(assemble(self.instrs), calls, self.heads, outputs[0].buffer.width, notes)
+        return Traced(assemble(fused(self.instrs)), calls, self.heads, outputs[0].buffer.width, notes)
 
     def _input(self, example: Tensor, slot: Slot) -> Value:
         width = math.prod(size for size in example.shape if size not in (self.rows, self.asked))
@@ -319,7 +334,7 @@ class _Writer:
         return self._each(GELU if approximate == "none" else GELU_TANH, example, x)
 
     def _pow(self, example: Tensor, x: Value, power: float) -> Value:
-        short = {2: SQUARE, 0.5: SQRT, -0.5: RSQRT}.get(power)
+        short = {2: SQUARE, 3: CUBE, 0.5: SQRT, -0.5: RSQRT}.get(power)
         return self._each(POW, example, x, power) if short is None else self._each(short, example, x)
 
     def _rsub(self, example: Tensor, x: Value, other: float) -> Value:

@@ -9,9 +9,10 @@ namespace {
 
 enum Code : word {
   COPY, NEG, EXP, RSQRT, SQRT, TANH, SIGMOID, SILU, GELU, GELU_TANH, RELU, COS, SIN, ABS, SQUARE, RECIPROCAL,
+  CUBE,
   ADD = 32, SUB, MUL, DIV, POW, MAXIMUM, MINIMUM,
   SUM = 64, MEAN, AMAX,
-  LAYER_NORM = 80, RMS_NORM, EMBED, PICK, GATED
+  LAYER_NORM = 80, RMS_NORM, EMBED, PICK, GATED, GLU, ROTARY
 };
 
 constexpr word RUN = 512;
@@ -74,6 +75,7 @@ void unary(word code, const float *__restrict x, float *__restrict y, word count
   case ABS: EACH(std::fabs(x[i]));
   case SQUARE: EACH(x[i] * x[i]);
   case RECIPROCAL: EACH(1.0f / x[i]);
+  case CUBE: EACH(x[i] * x[i] * x[i]);
   }
 }
 void binary(word code, const float *__restrict a, const float *__restrict b, float *__restrict y, word count) {
@@ -103,6 +105,11 @@ struct Source {
   }
   inline v16 at(word i) const {
     return single ? same : narrow ? load16((const bf16 *)p + i) : load16((const float *)p + i);
+  }
+  // the first `count` of them
+  inline v16 some(word i, word count) const {
+    if (single || count == 16) return at(i);
+    return narrow ? load_part((const bf16 *)p + i, count) : load_part((const float *)p + i, count);
   }
 };
 
@@ -180,7 +187,7 @@ void reduce(const Instr &op, char *out, const char *a) {
       }
 }
 
-// Layer norm (b: weight, c: bias) and RMS norm (b: weight) of the innermost dimension; number[0] is epsilon.
+// Layer norm (b: weight, c: bias) of the innermost dimension; number[0] is epsilon.
 void norm(const Instr &op, char *out, const char *a, const char *b, const char *c) {
   word wide = op.d[3], size_out = bytes(op.out.type), size_a = bytes(op.a.type);
   static thread_local std::vector<float> xs, ws, bs;
@@ -193,14 +200,11 @@ void norm(const Instr &op, char *out, const char *a, const char *b, const char *
         const char *from = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
         char *to = out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out;
         const float *x = fetch(from, op.a.type, op.a.step[3], wide, xs.data());
-        float mean = 0.0f;
-        if (op.code == LAYER_NORM) {
-          v16 sums = {};
-          word n = 0;
-          for (; n + 16 <= wide; n += 16) sums += load16(x + n);
-          if (n < wide) sums += load_part(x + n, wide - n);
-          mean = total(sums) / float(wide);
-        }
+        v16 sums = {};
+        word n = 0;
+        for (; n + 16 <= wide; n += 16) sums += load16(x + n);
+        if (n < wide) sums += load_part(x + n, wide - n);
+        const float mean = total(sums) / float(wide);
         v16 squares = {};
         for (word n = 0; n < wide; n += 16) {
           v16 part = wide - n >= 16 ? load16(x + n) : load_part(x + n, wide - n);
@@ -214,6 +218,100 @@ void norm(const Instr &op, char *out, const char *a, const char *b, const char *
           y[n] = (x[n] - mean) * scale * (w ? w[n] : 1.0f) + (shift ? shift[n] : 0.0f);
         put(y, to, op.out.type, op.out.step[3], wide);
       }
+}
+
+// What follows is several small operations in one pass over memory (fuse.py). Operands lie in order, or are one number
+// for all (Source). more[0]: what stood between the operations is rounded to bfloat16.
+
+// `each(first, count)` for every 16 numbers of `wide`; the last may be fewer.
+template <class F> inline void by16(word wide, const F &each) {
+  for (word i = 0; i < wide; i += 16) each(i, std::min<word>(16, wide - i));
+}
+
+inline void store(v16 v, char *to, word type, word i, word count) {
+  if (type == BF16) count == 16 ? store16(v, (bf16 *)to + i) : store_part(v, (bf16 *)to + i, count);
+  else count == 16 ? store16(v, (float *)to + i) : store_part(v, (float *)to + i, count);
+}
+
+// `each(offset of out, a, b and c in bytes)` for all outer dimensions.
+template <class F> inline void outer(const Instr &op, char *out, const char *a, const char *b, const char *c, const F &each) {
+  const auto moved = [](const Arg &arg, word i, word j, word k) {
+    return (i * arg.step[0] + j * arg.step[1] + k * arg.step[2]) * bytes(arg.type);
+  };
+  for (word i = 0; i < op.d[0]; i++)
+    for (word j = 0; j < op.d[1]; j++)
+      for (word k = 0; k < op.d[2]; k++)
+        each(out + moved(op.out, i, j, k), a + moved(op.a, i, j, k), b ? b + moved(op.b, i, j, k) : nullptr,
+             c ? c + moved(op.c, i, j, k) : nullptr);
+}
+
+// RMS norm of the innermost dimension, times a weight (b) if there is one; number[0] is epsilon.
+void rms_norm(const Instr &op, char *out, const char *a, const char *b) {
+  const word wide = op.d[3];
+  outer(op, out, a, b, nullptr, [&](char *to, const char *from, const char *weights, const char *) {
+    const Source x(from, op.a);
+    v16 squares = {};
+    by16(wide, [&](word i, word count) {
+      const v16 part = x.some(i, count);
+      squares += part * part;
+    });
+    const float scale = 1.0f / std::sqrt(total(squares) / float(wide) + float(op.number[0]));
+    const Source w(weights ? weights : from, weights ? op.b : op.a);
+    by16(wide, [&](word i, word count) {
+      v16 y = x.some(i, count) * scale;
+      if (op.more[0]) y = rounded16(y);
+      if (weights) y *= w.some(i, count);
+      store(y, to, op.out.type, i, count);
+    });
+  });
+}
+
+template <class F> void activated(const Instr &op, char *out, const char *a, const char *b, const F &activation) {
+  outer(op, out, a, b, nullptr, [&](char *to, const char *left, const char *right, const char *) {
+    const Source x(left, op.a), y(right, op.b);
+    by16(op.d[3], [&](word i, word count) {
+      const v16 inner = activation(x.some(i, count));
+      store((op.more[0] ? rounded16(inner) : inner) * y.some(i, count), to, op.out.type, i, count);
+    });
+  });
+}
+
+// activation(a) * b, the gated linear unit; more[1] is the code of the activation.
+void glu(const Instr &op, char *out, const char *a, const char *b) {
+  switch (op.more[1]) {
+  case SILU: return activated(op, out, a, b, [](v16 x) { return silu16(x); });
+  case GELU: return activated(op, out, a, b, [](v16 x) { return gelu16(x); });
+  case GELU_TANH: return activated(op, out, a, b, [](v16 x) { return gelu_tanh16(x); });
+  }
+}
+
+// x * cos + y * sin
+inline v16 turn(v16 x, v16 cosine, v16 y, v16 sine, bool rounding) {
+  return rounding ? rounded16(x * cosine) + rounded16(y * sine) : x * cosine + y * sine;
+}
+
+// Rotary embedding of every head a by cosines b and sines c: its two halves turn against one another, or with more[1]
+// every number and its neighbour.
+void rotary(const Instr &op, char *out, const char *a, const char *b, const char *c) {
+  const bool rounding = op.more[0];
+  outer(op, out, a, b, c, [&](char *to, const char *from, const char *cosines, const char *sines) {
+    const Source x(from, op.a), cosine(cosines, op.b), sine(sines, op.c);
+    if (op.more[1])
+      return by16(op.d[3], [&](word i, word count) {
+        const v16 straight = x.some(i, count);
+        v16 turned;
+        for (int n = 0; n < 16; n += 2) turned[n] = -straight[n + 1], turned[n + 1] = straight[n];
+        store(turn(straight, cosine.some(i, count), turned, sine.some(i, count), rounding), to, op.out.type, i, count);
+      });
+    const word half = op.d[3] / 2;
+    by16(half, [&](word i, word count) {
+      const v16 low = x.some(i, count), high = x.some(half + i, count);
+      const v16 first = turn(low, cosine.some(i, count), -high, sine.some(i, count), rounding);
+      const v16 second = turn(high, cosine.some(half + i, count), low, sine.some(half + i, count), rounding);
+      store(first, to, op.out.type, i, count);
+      store(second, to, op.out.type, half + i, count);
+    });
+  });
 }
 
 // out = a, and on rows whose gate is open + up(down(b)); more = {down [rank, wide], up [deep, rank], wide, rank, gate},
@@ -240,12 +338,20 @@ template <class T> void embed(const Instr &op, char *out, word id) {
   else unpack<T>(op.more[3], (const char *)op.more[0], wide, id, (T *)out);
 }
 
+// What an instruction costs a row, in bytes that could be read from memory meanwhile.
+inline word glue_cost(const Instr &op) {
+  const word numbers = op.d[0] * op.d[1] * op.d[2] * op.d[3];
+  return PART / 64 + numbers * (op.code == GLU ? 6 : 2);
+}
+
 void glue(const Pass &pass, const Instr &op, word row, int thread) {
   char *out = at(pass, op.out, row, thread);
   const char *a = at(pass, op.a, row, thread), *b = at(pass, op.b, row, thread), *c = at(pass, op.c, row, thread);
   switch (op.code) {
-  case LAYER_NORM:
-  case RMS_NORM: return norm(op, out, a, b, c);
+  case LAYER_NORM: return norm(op, out, a, b, c);
+  case RMS_NORM: return rms_norm(op, out, a, b);
+  case GLU: return glu(op, out, a, b);
+  case ROTARY: return rotary(op, out, a, b, c);
   case SUM:
   case MEAN:
   case AMAX: return reduce(op, out, a);

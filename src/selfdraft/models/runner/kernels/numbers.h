@@ -15,6 +15,7 @@ namespace {
 typedef int64_t word;
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t h16 __attribute__((vector_size(32)));
 
 struct bf16 {
@@ -69,6 +70,19 @@ template <class T> inline v16 load_part(const T *p, word count) {
   return load16(part);
 }
 
+template <class T> inline void store_part(v16 v, T *p, word count) {
+  T part[16];
+  store16(v, part);
+  memcpy(p, part, count * sizeof(T));
+}
+
+// Rounded to bfloat16, as floats
+inline v16 rounded16(v16 v) {
+  bf16 part[16];
+  store16(v, part);
+  return load16(part);
+}
+
 inline v16 same(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 // a * b + c, rounded once
@@ -110,6 +124,23 @@ inline float exp_(float x) {
   memcpy(&scale, &bits, 4);
   return y * scale;
 }
+// The same for 16 lanes
+inline v16 exp16(v16 x) {
+  const u32x16 above = (u32x16)(x > 88.72f), below = (u32x16)(x < -103.97f);
+  x = (v16)(((u32x16)x & ~(above | below)) | ((u32x16)same(88.72f) & above) | ((u32x16)same(-103.97f) & below));
+  const v16 shifted = x * 1.44269504088896341f + 12582912.0f; // the nearest whole number is in its lowest bits
+  const v16 n = shifted - 12582912.0f;
+  const i32x16 whole = (i32x16)shifted - (i32x16)same(12582912.0f), half = whole >> 1;
+  x -= n * 0.693359375f;
+  x -= n * -2.12194440e-4f;
+  v16 y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * x + 8.3334519073e-3f;
+  y = y * x + 4.1665795894e-2f;
+  y = y * x + 1.6666665459e-1f;
+  y = y * x + 5.0000001201e-1f;
+  y = y * (x * x) + x + 1.0f;
+  return y * (v16)((half + 127) << 23) * (v16)((whole - half + 127) << 23);
+}
 inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 inline float tanh_(float x) {
   float z = std::fabs(x);
@@ -118,6 +149,24 @@ inline float tanh_(float x) {
   float small = z + z * s * ((((-5.70498872745e-3f * s + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s
     + 1.33314422036e-1f) * s - 3.33332819422e-1f);
   return std::copysign(z < 0.625f ? small : big, x);
+}
+
+inline v16 silu16(v16 x) { return x * (1.0f / (1.0f + exp16(-x))); }
+inline v16 tanh16(v16 x) {
+  const u32x16 sign = (u32x16)x & 0x80000000u;
+  const v16 z = (v16)((u32x16)x & 0x7fffffffu), s = z * z;
+  const v16 big = 1.0f - 2.0f / (exp16(2.0f * z) + 1.0f);
+  const v16 small = z + z * s * ((((-5.70498872745e-3f * s + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s
+    + 1.33314422036e-1f) * s - 3.33332819422e-1f);
+  const u32x16 low = (u32x16)(z < 0.625f);
+  return (v16)(((u32x16)small & low) | ((u32x16)big & ~low) | sign);
+}
+inline v16 gelu16(v16 x) {
+  for (int i = 0; i < 16; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
+  return x;
+}
+inline v16 gelu_tanh16(v16 x) {
+  return 0.5f * x * (1.0f + tanh16(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
 // Sum of 16 lanes in a fixed order.

@@ -67,7 +67,9 @@ void selfdraft_run(const Step *steps, word count, const Instr *instrs, const Pas
         if (ops->a.type == BF16) (pass.coded ? attention<bf16, KvCoded> : attention<bf16, KvPlain<bf16>>)(pass, *ops, mine, partial);
         else (pass.coded ? attention<float, KvCoded> : attention<float, KvPlain<float>>)(pass, *ops, mine, partial);
       } else {
-        const word parts = cut(rows * step.count * PART / 16, rows, pass.threads);
+        word cost = 0;
+        for (word i = 0; i < step.count; i++) cost += glue_cost(ops[i]);
+        const word parts = cut(rows * cost, rows, pass.threads);
         mine->run(parts, [&](word part) {
           word from, to;
           share(rows, 1, part, parts, from, to);
