@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from selfdraft.models.runner import codes, kernel_build, trace
+from selfdraft.models.runner.fuse import fused as fuse_all
 from selfdraft.models.runner.graph import record
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import Instr, Slot, Tape
@@ -59,18 +60,18 @@ def codes_of(tape: Tape) -> Counter[int]:
     return Counter(int(code) for code in tape.instrs["code"])
 
 
-def compare(function: Function, wide: int, dtype: torch.dtype, code: int) -> None:
-    """Fused it is one instruction, and says what the unfused tape and torch say, up to one rounding."""
+def compare(function: Function, wide: int, dtype: torch.dtype, code: int, beside: tuple[int, ...] = ()) -> None:
+    """One instruction, with those `beside` it, says what the unfused tape and torch say, but for roundings."""
     draw = torch.Generator().manual_seed(wide)
     x = (2 * torch.randn(7, wide, generator=draw)).to(dtype)
     fused, plain = (tape_of(function, wide, dtype, fuse) for fuse in (True, False))
-    assert codes_of(fused) == {code: 1}
+    assert codes_of(fused) == Counter([code, *beside])
     assert code not in codes_of(plain)
     stock = function(x[None])[0]
     said, unfused = (run(tape, x, stock.shape[1]) for tape in (fused, plain))
     unit = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)  # float32: sums in another order
     for wanted in (stock, unfused):
-        assert torch.allclose(said.double(), wanted.double(), rtol=unit, atol=unit / 2), (said - wanted).abs().max()
+        assert torch.allclose(said.double(), wanted.double(), rtol=unit, atol=4 * unit), (said - wanted).abs().max()
     if dtype == torch.bfloat16:  # rounded at the same places: hardly a number differs at all
         assert (said != unfused).float().mean() < 0.01
     alone = torch.cat([run(fused, x[i : i + 1], stock.shape[1]) for i in range(len(x))])
@@ -80,6 +81,10 @@ def compare(function: Function, wide: int, dtype: torch.dtype, code: int) -> Non
 
 def normed(x: Tensor, epsilon: float = 1e-2) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def in_heads(x: Tensor, heads: int) -> Tensor:
+    return x.view(*x.shape[:-1], heads, -1)
 
 
 def weight_of(wide: int) -> Tensor:
@@ -107,7 +112,7 @@ def test_rms_norm_of_heads(heads: int, wide: int, dtype: torch.dtype) -> None:
     weight = weight_of(wide)
 
     def function(x: Tensor) -> Tensor:
-        return NORMS["weight behind the rounding"](x.unflatten(-1, (heads, wide)), weight).flatten(-2)
+        return NORMS["weight behind the rounding"](in_heads(x, heads), weight).flatten(-2)
 
     compare(function, heads * wide, dtype, codes.RMS_NORM)
 
@@ -139,14 +144,16 @@ def pairs(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("heads", "wide"), [(1, 16), (3, 6), (4, 64), (2, 46)])
 @pytest.mark.parametrize("turn", [halves, pairs])
 def test_rotary_embeddings(turn: Function, heads: int, wide: int, dtype: torch.dtype) -> None:
-    """Cosines and sines are the last numbers of a row; heads lie before them."""
+    """The angles are the last numbers of a row; heads lie before them."""
 
     def function(x: Tensor) -> Tensor:
-        q = x[..., : heads * wide].unflatten(-1, (heads, wide)).transpose(1, 2)
-        cosine, sine = (part.unsqueeze(1) for part in x[..., heads * wide :].chunk(2, -1))
-        return (q * cosine + turn(q) * sine).transpose(1, 2).flatten(-2)
+        q = in_heads(x[..., : heads * wide], heads).transpose(1, 2)
+        angles = x[..., heads * wide :].unsqueeze(1)
+        cosine, sine = angles.cos(), angles.sin()
+        turned: Tensor = q * cosine + turn(q) * sine
+        return turned.transpose(1, 2).flatten(-2)
 
-    compare(function, (heads + 2) * wide, dtype, codes.ROTARY)
+    compare(function, (heads + 1) * wide, dtype, codes.ROTARY, (codes.COS, codes.SIN))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -154,17 +161,18 @@ def test_a_rotary_embedding_of_a_part_is_written_beside_the_rest(dtype: torch.dt
     heads, wide, part = 3, 20, 12
 
     def function(x: Tensor) -> Tensor:
-        q = x[..., : heads * wide].unflatten(-1, (heads, wide)).transpose(1, 2)
-        cosine, sine = (one.unsqueeze(1) for one in x[..., heads * wide :].chunk(2, -1))
+        q = in_heads(x[..., : heads * wide], heads).transpose(1, 2)
+        angles = x[..., heads * wide :].unsqueeze(1)
+        cosine, sine = angles.cos(), angles.sin()
         turned, rest = q[..., :part], q[..., part:]
         return torch.cat((turned * cosine + halves(turned) * sine, rest), -1).transpose(1, 2).flatten(-2)
 
-    size = heads * wide + 2 * part
+    size = heads * wide + part
     fused = tape_of(function, size, dtype, True)
     assert codes_of(fused)[codes.ROTARY] == 1
-    assert sum(codes_of(fused).values()) <= 3
+    assert sum(codes_of(fused).values()) == 4  # with a copy, a cosine and a sine
     x = torch.randn(5, size, generator=torch.Generator().manual_seed(2)).to(dtype)
-    assert torch.allclose(run(fused, x, heads * wide).float(), function(x[None])[0].float(), atol=2e-2)
+    assert torch.allclose(run(fused, x, heads * wide).float(), function(x[None])[0].float(), atol=3e-2)
 
 
 def apart(x: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ def normed_apart(x: Tensor) -> Tensor:
 
 def wrongly_normed(x: Tensor) -> Tensor:
     """Every head by the mean of another."""
-    heads = x.unflatten(-1, (2, 9))
+    heads = in_heads(x, 2)
     root = torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + 1e-3)
     return (heads * torch.cat((root[..., 1:, :], root[..., :1, :]), -2)).flatten(-2)
 
@@ -225,10 +233,9 @@ def test_fewer_instructions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES[name]
     model: PreTrainedModel = build(family.config, family.options, family.model, torch.bfloat16)
     seen: list[tuple[int, int]] = []
-    fuse = trace.fused
 
     def counted(instrs: list[Instr]) -> list[Instr]:
-        done = fuse(instrs)
+        done = fuse_all(instrs)
         seen.append((len(done), len(instrs)))
         return done
 

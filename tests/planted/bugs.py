@@ -1012,6 +1012,27 @@ BUGS = (
         '"context": context}',
         "a proof without codes is taken for one with codes",
     ),
+    Bug(
+        "fused-away",
+        "models/runner/fuse.py",
+        "buffer.slot is None and len(writers) == len(readers) == 1",
+        "buffer.slot is None and len(writers) == 1 <= len(readers)",
+        "what another instruction reads is fused away",
+    ),
+    Bug(
+        "norm-of-another-head",
+        "models/runner/fuse.py",
+        " or not np.array_equal(at, _places(mean.out, mean.dims))",
+        "",
+        "a head that is scaled by another's mean is fused as a norm",
+    ),
+    Bug(
+        "norm-rounded-once",
+        "models/runner/kernels/glue.h",
+        "if (op.more[0]) y = rounded16(y);",
+        "",
+        "a fused norm does not round in front of its weight",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
@@ -1024,6 +1045,7 @@ SLOTS, WORKER = "tests/test_slots.py::test_", "tests/test_serve_worker.py::test_
 GRAMMAR, SECURITY = "tests/test_serve_grammar.py::test_", "tests/test_serve_security.py::test_"
 INPUTS = "tests/test_serve_inputs.py::test_"
 KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
+FUSE = "tests/test_fuse.py::test_"
 QUICK = (
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",
@@ -1038,6 +1060,8 @@ QUICK = (
     GRAMMAR + "the_matcher_goes_back_as_well_as_on",
     SECURITY + "all_keys_are_compared_whichever_is_right",
     INPUTS + "half_a_character_is_refused_wherever_it_stands",
+    FUSE + "what_is_needed_elsewhere_or_flows_otherwise_stays",
+    FUSE + "rms_norm",
     COPYING + "the_longest_match_goes_on",
     COPYING + "a_prediction_is_copied_and_nothing_reaches_over_its_end",
     COPYING + "a_token_counts_with_all_before_it",

@@ -169,7 +169,8 @@ def _pointwise(instr: Instr) -> bool:
 def _split(instr: Instr, buffer: Buffer | Tensor) -> tuple[Operand, Operand] | None:
     """The operand of a binary instruction that lies in `buffer`, and the other, which does not."""
     one, other = instr.inputs
-    assert one is not None and other is not None
+    assert one is not None
+    assert other is not None
     if (one.source is buffer) == (other.source is buffer):
         return None
     return (one, other) if one.source is buffer else (other, one)
@@ -287,7 +288,8 @@ def _rms_norm(flow: _Flow, mean: Instr) -> None:
         rounded = int(scaled.target.dtype == torch.bfloat16)
         inputs = (operand, weight) if weight else (operand,)
         new = Instr(Kind.GLUE, RMS_NORM, place, inputs, mean.dims, more=(rounded,), numbers=(epsilon, 0.0))
-        return flow.replace([*chain, out] if weighted else chain, new)
+        flow.replace([*chain, out] if weighted else chain, new)
+        break
 
 
 def _squares(instr: Instr) -> bool:
@@ -337,12 +339,13 @@ def _rotary(flow: _Flow, total: Instr) -> None:
     one, other = flow.inner(first), flow.inner(second)
     if one is None or other is None or first is second or first.dtype != second.dtype:
         return
-    for straight, turned in ((one[0], other[0]), (other[0], one[0])):
-        if straight.kind == turned.kind == Kind.GLUE and straight.code == turned.code == MUL:
-            for rotated in turned.inputs:
-                new = _turned(flow, total, straight, turned, rotated)
-                if new is not None:
-                    return flow.replace(*new)
+    if any(pair[0].kind != Kind.GLUE or pair[0].code != MUL for pair in (one, other)):
+        return
+    ways = ((one[0], other[0]), (other[0], one[0]))
+    tried = (_turned(flow, total, *way, rotated) for way in ways for rotated in way[1].inputs)
+    new = next((found for found in tried if found is not None), None)
+    if new is not None:
+        flow.replace(*new)
 
 
 def _turned(
