@@ -30,7 +30,8 @@ from tests.terminal import command_of, one_line, typed
 from tests.test_llm import TEXTS, model, tokenizer
 
 PROMPT = TEXTS[0]
-VERBS = ["generate", "chat", "serve", "pull", "results", "replay", "verify", "doctor", "perplexity", "train", "bench", "tune"]
+FIRST = ["generate", "chat", "serve", "pull", "results", "replay"]
+VERBS = [*FIRST, "verify", "doctor", "perplexity", "train", "bench", "tune"]
 MISSING = "/nowhere/at/all"
 
 
