@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.packed import layout
 from selfdraft.models.packed.formats import FORMATS
+from selfdraft.models.packed.twin import twin
 from selfdraft.models.runner import kernel_build, levels
 from tests.models import unavailable
+from tests.test_packed_formats import blocks, odd_rows
 
 compiled = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 SERVER = levels.LEVELS[0].needs | {"sse2", "amx_tile"}
@@ -121,3 +127,26 @@ def test_a_built_in_library_is_for_machines_without_a_compiler(tmp_path: Path, m
     monkeypatch.setenv("SELFDRAFT_INSTRUCTIONS", "generic")
     with pytest.raises(RunnerUnavailable, match="no C\\+\\+ compiler"):
         kernel_build.fingerprint()
+
+
+ARM = ("aarch64-linux-gnu-g++", "-O1", "-fopenmp", "-std=c++17", "-march=armv8.2-a+dotprod+fp16", *levels.FLAGS[5:])
+
+
+def test_bits_of_neon_under_an_emulator(tmp_path: Path) -> None:
+    missing = [name for name in (ARM[0], "qemu-aarch64") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)} here")
+    program = tmp_path / "one_layer"
+    source = Path(__file__).with_name("one_layer.cpp")
+    subprocess.run([*ARM, "-static", str(source), "-o", str(program)], check=True, capture_output=True)
+    for kind in FORMATS.values():
+        for out, wide in ((5, 1), (33, 200)):
+            packed, x = layout.pack(blocks(kind, out, wide), kind), odd_rows(wide, torch.float32)
+            wanted = twin(x, packed, None, kind, out, wide)
+            for rows in (1, 3, 13):
+                head = np.array([kind.code, out, wide, rows], np.int64).tobytes()
+                given, said = tmp_path / "given", tmp_path / "said"
+                given.write_bytes(head + packed.numpy().tobytes() + x[:rows].numpy().tobytes())
+                subprocess.run(["qemu-aarch64", str(program), str(given), str(said)], check=True, timeout=100)
+                found = torch.from_numpy(np.fromfile(said, np.float32)).view(rows, out)
+                assert torch.equal(found.nan_to_num(1.5), wanted[:rows].nan_to_num(1.5)), (str(kind), out, wide, rows)

@@ -81,10 +81,26 @@ __attribute__((noinline)) void float_group_sums(const char *w, const char *x, wo
 
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 
-// sums += four products of an unsigned and a signed byte in each lane
+// Whether products of bytes take weights as signed numbers: codes of 8 bits then have their top bits turned, which takes
+// 128 from them.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr bool SIGNED = true;
+#else
+constexpr bool SIGNED = false;
+#endif
+
+// sums += four products of a weight's byte and a signed one in each lane
 inline i32x16 dot(i32x16 sums, i32x16 w, int32_t x) {
 #if defined(__AVX512VNNI__)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int8x16_t part[4];
+  int32x4_t sum[4];
+  memcpy(part, &w, 64), memcpy(sum, &sums, 64);
+  const int8x16_t row = vreinterpretq_s8_s32(vdupq_n_s32(x));
+  for (int i = 0; i < 4; i++) sum[i] = vdotq_s32(sum[i], part[i], row);
+  memcpy(&sums, sum, 64);
+  return sums;
 #else
   uint8_t bytes[64];
   int8_t row[4];
@@ -113,7 +129,7 @@ inline __attribute__((always_inline)) void block_sums(const char *w, const char 
   if constexpr (F::bits == 8)
 #pragma GCC unroll 8
     for (int v = 0; v < F::block / 4; v++) {
-      const i32x16 codes = load_codes(w + v * 64);
+      const i32x16 codes = SIGNED ? load_codes(w + v * 64) ^ int32_t(0x80808080) : load_codes(w + v * 64);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const int32_t row = four(x + r * BLOCK + first + 4 * v);
@@ -145,7 +161,8 @@ template <int CODE, int R> __attribute__((noinline)) void block_group(const char
       for (int r = 0; r < R; r++) {
         int32_t start = 0;
         if (F::bits == 4 && !F::min) start = four(numbers + (2 * R + r) * 4);
-        else if (!F::min) {
+        else if (F::bits == 8 && F::min && SIGNED) start = -four(numbers + (R + r) * 4);
+        else if (!F::min && !SIGNED) {
           if (F::block == BLOCK) start = four(numbers + (R + r) * 4);
           else start = first ? four(numbers + (R + r) * 4) - four(numbers + (4 * R + r) * 4)
                              : four(numbers + (4 * R + r) * 4);
