@@ -27,7 +27,7 @@ def _levels(root: Path) -> ModuleType:
 
 
 class KernelsHook(BuildHookInterface):
-    """Adds a library for each level, and tags the wheel for the platform; a compiler that fails only leaves them out."""
+    """Adds a library for each level and tags the wheel; a compiler that fails only leaves them out."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before the wheel is put together."""

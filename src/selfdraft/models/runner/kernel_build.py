@@ -26,8 +26,8 @@ MACHINE = SOURCE.with_name("machine.cpp")
 BUILT = SOURCE.with_name("built")
 """Where a wheel has libraries for levels of processors, if it was built with them (`levels.py`)."""
 INSTRUCTIONS = {"native": "-march=native", "avx2": "-march=x86-64-v3", "generic": "-mtune=generic"}
-"""What kernels may use, by the value of the environment variable SELFDRAFT_INSTRUCTIONS: all that the processor has (the
-default), AVX2 at most, or what every processor of its kind has. Bits differ from one to another."""
+"""What kernels may use, by the value of the environment variable SELFDRAFT_INSTRUCTIONS: all that the processor has
+(the default), AVX2 at most, or what every processor of its kind has. Bits differ from one to another."""
 
 
 class Pass(ctypes.Structure):
@@ -159,7 +159,7 @@ def _asked() -> str:
 def _flags() -> tuple[str, ...]:
     """How kernels are compiled for this processor. Errors: RunnerUnavailable."""
     asked = _asked()
-    # one instruction for two numbers of bfloat16 is as quick as one for a float on AMD, and on Intel several times slower
+    # one instruction for two numbers of bfloat16 is as quick as one for a float on AMD, and much slower on Intel
     paired = asked == "native" and "AMD" in cpu_vendor()
     return (*FLAGS, INSTRUCTIONS[asked], *(["-DBF16_PAIRS"] if paired else []))
 
