@@ -59,12 +59,11 @@ print("checked", len(FORMATS))
 
 
 @compiled
-@pytest.mark.parametrize("instructions", ["avx2", "generic"])
-def test_bits_with_fewer_instructions(instructions: str) -> None:
+def test_bits_with_fewer_instructions() -> None:
     """In a process of its own: kernels are loaded once."""
-    if instructions == "avx2" and levels.best_level(levels.cpu_flags(), "avx2") is None:
+    if levels.best_level(levels.cpu_flags(), "avx2") is None:
         pytest.skip("this processor has no AVX2")
-    there = {**os.environ, "SELFDRAFT_INSTRUCTIONS": instructions}
+    there = {**os.environ, "SELFDRAFT_INSTRUCTIONS": "avx2"}
     done = subprocess.run(
         [sys.executable, "-c", CHECK], capture_output=True, text=True, env=there, cwd=Path(__file__).parent.parent
     )
@@ -129,16 +128,23 @@ def test_a_built_in_library_is_for_machines_without_a_compiler(tmp_path: Path, m
         kernel_build.fingerprint()
 
 
-ARM = ("aarch64-linux-gnu-g++", "-O1", "-fopenmp", "-std=c++17", "-march=armv8.2-a+dotprod+fp16", *levels.FLAGS[5:])
+FLAGS = ("-O1", "-fopenmp", "-std=c++17", *levels.FLAGS[5:], "-static")
+ALONE = {
+    "generic": (("g++",), ()),
+    "NEON": (("aarch64-linux-gnu-g++", "-march=armv8.2-a+dotprod+fp16"), ("qemu-aarch64",)),
+}
+"""A compiler and what runs its programs. All kernels together take long to compile for these."""
 
 
-def test_bits_of_neon_under_an_emulator(tmp_path: Path) -> None:
-    missing = [name for name in (ARM[0], "qemu-aarch64") if shutil.which(name) is None]
+@pytest.mark.parametrize("name", ALONE)
+def test_bits_of_one_layer_alone(name: str, tmp_path: Path) -> None:
+    compiler, runs = ALONE[name]
+    missing = [program for program in (compiler[0], *runs) if shutil.which(program) is None]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)} here")
     program = tmp_path / "one_layer"
     source = Path(__file__).with_name("one_layer.cpp")
-    subprocess.run([*ARM, "-static", str(source), "-o", str(program)], check=True, capture_output=True)
+    subprocess.run([*compiler, *FLAGS, str(source), "-o", str(program)], check=True, capture_output=True)
     for kind in FORMATS.values():
         for out, wide in ((5, 1), (33, 200)):
             packed, x = layout.pack(blocks(kind, out, wide), kind), odd_rows(wide, torch.float32)
@@ -147,6 +153,6 @@ def test_bits_of_neon_under_an_emulator(tmp_path: Path) -> None:
                 head = np.array([kind.code, out, wide, rows], np.int64).tobytes()
                 given, said = tmp_path / "given", tmp_path / "said"
                 given.write_bytes(head + packed.numpy().tobytes() + x[:rows].numpy().tobytes())
-                subprocess.run(["qemu-aarch64", str(program), str(given), str(said)], check=True, timeout=100)
+                subprocess.run([*runs, str(program), str(given), str(said)], check=True, timeout=100)
                 found = torch.from_numpy(np.fromfile(said, np.float32)).view(rows, out)
                 assert torch.equal(found.nan_to_num(1.5), wanted[:rows].nan_to_num(1.5)), (str(kind), out, wide, rows)

@@ -96,6 +96,9 @@ template <class T> inline v16 load_part(const T *p, word count) {
 inline v16 same(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 // a * b + c, rounded once
+#if defined(__x86_64__) && !defined(__FMA__)
+__attribute__((noinline)) // sixteen calls
+#endif
 inline v16 fma16(v16 a, v16 b, v16 c) {
 #if defined(__AVX512F__)
   return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -90,6 +90,9 @@ constexpr bool SIGNED = false;
 #endif
 
 // sums += four products of a weight's byte and a signed one in each lane
+#if !defined(__AVX512VNNI__) && !defined(__ARM_FEATURE_DOTPROD)
+__attribute__((noinline)) // in loops that are written out it would take a compiler minutes
+#endif
 inline i32x16 dot(i32x16 sums, i32x16 w, int32_t x) {
 #if defined(__AVX512VNNI__)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
