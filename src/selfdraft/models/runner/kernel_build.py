@@ -1,7 +1,7 @@
 """The compiled half of a tape: `kernels/`, built by the machine's own C++ compiler once and kept for the user.
 
-Nothing is built when the package is installed, so that it stays one wheel for every machine. Without a compiler the
-plain path runs, and says so.
+Nothing is built when the package is installed. Without a compiler a library of the wheel's runs, if it was built with
+some (`levels.py`); else the plain path does, and says so.
 """
 
 from __future__ import annotations
@@ -18,21 +18,17 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.files import environment
 from selfdraft.files.atomic import cache_folder, whole_file
 from selfdraft.models.machine import cpu_vendor
+from selfdraft.models.runner.levels import COMPILERS, FLAGS, PATIENCE, best_level, cpu_flags
 
 SOURCE = Path(__file__).with_name("kernels") / "run.cpp"
 """What is compiled; it includes the headers beside it."""
 MACHINE = SOURCE.with_name("machine.cpp")
 """Measures the machine, not the model: a library of its own, so that a change there proves no model anew."""
-COMPILERS = ("g++", "clang++", "c++")
-FLAGS = (
-    *("-O3", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"),
-)
+BUILT = SOURCE.with_name("built")
+"""Where a wheel has libraries for levels of processors, if it was built with them (`levels.py`)."""
 INSTRUCTIONS = {"native": "-march=native", "avx2": "-march=x86-64-v3", "generic": "-mtune=generic"}
-"""What kernels may use, by the environment variable SELFDRAFT_INSTRUCTIONS: all that the processor has (the default),
-AVX2 at most, or what every processor of its kind has. Bits differ from one to another."""
-PATIENCE = 300
-"""Seconds that the compiler may take."""
+"""What kernels may use, by the value of the environment variable SELFDRAFT_INSTRUCTIONS: all that the processor has
+(the default), AVX2 at most, or what every processor of its kind has. Bits differ from one to another."""
 
 
 class Pass(ctypes.Structure):
@@ -55,8 +51,12 @@ def library() -> ctypes.CDLL:
     """The kernels, built on first use. Errors: RunnerUnavailable says what is missing."""
     from selfdraft.models.runner.tape import INSTR, STEP  # brings torch, which measuring the machine does without
 
-    compiler = _compiler()
-    opened = _opened(compiler, SOURCE, f"kernels-{_fingerprint(compiler)}")
+    built_in = _built_in()
+    if built_in is None:
+        compiler = _compiler()
+        opened = _opened(compiler, SOURCE, f"kernels-{_fingerprint(compiler)}")
+    else:
+        opened = _loaded(built_in)
     word, place = ctypes.c_int64, ctypes.c_void_p
     opened.selfdraft_keep.argtypes = [place, place, word, word, word, place, word]
     opened.selfdraft_run.argtypes = [place, word, place, place]
@@ -106,6 +106,10 @@ def _opened(compiler: str, source: Path, name: str) -> ctypes.CDLL:
     built = cache_folder("kernels") / f"{name}.so"
     if not built.is_file():
         _build(compiler, built, source)
+    return _loaded(built)
+
+
+def _loaded(built: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(built))
     except OSError as error:
@@ -114,22 +118,48 @@ def _opened(compiler: str, source: Path, name: str) -> ctypes.CDLL:
 
 def fingerprint() -> str:
     """A name for the kernels as they are built here. Errors: RunnerUnavailable."""
-    return _fingerprint(_compiler())
+    built_in = _built_in()
+    return _fingerprint(_compiler()) if built_in is None else _named_built(built_in)
+
+
+def _built_in() -> Path | None:
+    """The wheel's library for this processor where there is no compiler; else, or without one, None."""
+    if _found() is not None:
+        return None
+    level = best_level(cpu_flags(), _asked())
+    path = None if level is None else BUILT / f"{level.name}.so"
+    return path if path is not None and path.is_file() else None
+
+
+@cache
+def _named_built(path: Path) -> str:
+    """Unlike the name of any library built here, whose flags and compiler are in it."""
+    return f"built-in-{path.stem}-{hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()}"
+
+
+def _found() -> str | None:
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
 def _compiler() -> str:
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    compiler = _found()
     if compiler is None:
         raise RunnerUnavailable(f"there is no C++ compiler ({', '.join(COMPILERS)}) on this machine")
     return compiler
 
 
-def _flags() -> tuple[str, ...]:
-    """How kernels are compiled for this processor. Errors: RunnerUnavailable."""
+def _asked() -> str:
+    """The instructions that the environment asks for. Errors: RunnerUnavailable where they are unknown."""
     asked = environment.instructions()
     if asked not in INSTRUCTIONS:
         known = ", ".join(INSTRUCTIONS)
         raise RunnerUnavailable(f"SELFDRAFT_INSTRUCTIONS={asked!r} is unknown; there are {known}")
+    return asked
+
+
+def _flags() -> tuple[str, ...]:
+    """How kernels are compiled for this processor. Errors: RunnerUnavailable."""
+    asked = _asked()
     # one instruction for two numbers of bfloat16 is as quick as one for a float on AMD, and much slower on Intel
     paired = asked == "native" and "AMD" in cpu_vendor()
     return (*FLAGS, INSTRUCTIONS[asked], *(["-DBF16_PAIRS"] if paired else []))

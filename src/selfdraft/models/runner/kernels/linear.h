@@ -32,7 +32,7 @@ template <class Go> inline void with_rows(word rows, const Go &go) {
   case 2: return go(Rows<2>());
   case 3: return go(Rows<3>());
   case 4: return go(Rows<4>());
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   case 6: return go(Rows<6>());
   case 8: return go(Rows<8>());
   case 10: return go(Rows<10>());

@@ -8,6 +8,8 @@
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -46,6 +48,13 @@ inline v16 load16(const float *p) {
 inline v16 load16(const bf16 *p) {
 #if defined(__AVX512F__)
   return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__AVX2__)
+  __m256i part[2];
+  for (int i = 0; i < 2; i++)
+    part[i] = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p + i)), 16);
+  v16 v;
+  memcpy(&v, part, 64);
+  return v;
 #else
   h16 h;
   memcpy(&h, p, 32);
@@ -57,12 +66,27 @@ inline v16 load16(const bf16 *p) {
 }
 inline void store16(v16 v, float *p) { memcpy(p, &v, 64); }
 inline void store16(v16 v, bf16 *p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i part[2];
+  memcpy(part, &v, 64);
+  const __m256i one = _mm256_set1_epi32(1), up = _mm256_set1_epi32(0x7fff), sign = _mm256_set1_epi32(0x7fffffff);
+  for (int i = 0; i < 2; i++) {
+    const __m256i high = _mm256_srli_epi32(part[i], 16), even = _mm256_add_epi32(up, _mm256_and_si256(high, one));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(part[i], even), 16);
+    const __m256i odd = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i is_nan = _mm256_cmpgt_epi32(_mm256_and_si256(part[i], sign), _mm256_set1_epi32(0x7f800000));
+    part[i] = _mm256_blendv_epi8(rounded, odd, is_nan);
+  }
+  // packing takes from the two halves of vectors in turn
+  _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(part[0], part[1]), 0xd8));
+#else
   u32x16 bits;
   memcpy(&bits, &v, 64);
   u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, odd = (bits >> 16) | 0x40;
   u32x16 is_nan = (u32x16)((bits & 0x7fffffff) > 0x7f800000);
   h16 h = __builtin_convertvector((odd & is_nan) | (rounded & ~is_nan), h16);
   memcpy(p, &h, 32);
+#endif
 }
 template <class T> inline v16 load_part(const T *p, word count) {
   T part[16] = {};
@@ -86,6 +110,9 @@ inline v16 rounded16(v16 v) {
 inline v16 same(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 // a * b + c, rounded once
+#if defined(__x86_64__) && !defined(__FMA__)
+__attribute__((noinline)) // sixteen calls
+#endif
 inline v16 fma16(v16 a, v16 b, v16 c) {
 #if defined(__AVX512F__)
   return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -1,21 +1,26 @@
 #pragma once
 // Products of packed weights with a chunk of staged rows; the two innermost loops of a pass
+//
+// As written here they suit AVX-512, and say for all processors what is computed; those that have less have files of
+// their own, with the same operations on each number.
 
 #include "stage.h"
 
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if !defined(__AVX512F__)
+#define OWN_FLOATS
+#endif
+#if !defined(__AVX512VNNI__)
+#define OWN_BLOCKS
+#endif
+#include "products_avx2.h"
+#endif
+
 namespace {
 
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-
-// Rows that go through a group of weights together, at most: what there are registers for.
-#if defined(__AVX512F__)
-constexpr word MOST = 12;
-#else
-constexpr word MOST = 4;
-#endif
-constexpr word AHEAD = 16384; // bytes of weights that are fetched ahead; measured (docs/decisions/011)
-
 // ---- Floats
+
+#if !defined(OWN_FLOATS)
 
 #if defined(BF16_PAIRS)
 template <int R> inline __attribute__((always_inline)) void float_step(const bf16 *w, const bf16 *x, v16 (&acc)[VECTORS][R]) {
@@ -68,22 +73,35 @@ __attribute__((noinline)) void float_group_sums(const char *w, const char *x, wo
     for (int r = 0; r < R; r++) said[v][r] = acc[v][r];
 }
 
+#endif
+
 // ---- Blocks
 
-// sums += four products of an unsigned and a signed byte in each lane
+#if !defined(OWN_BLOCKS)
+
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+
+// Whether products of bytes take weights as signed numbers: codes of 8 bits then have their top bits turned, which takes
+// 128 from them.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr bool SIGNED = true;
+#else
+constexpr bool SIGNED = false;
+#endif
+
+// sums += four products of a weight's byte and a signed one in each lane
+#if !defined(__AVX512VNNI__) && !defined(__ARM_FEATURE_DOTPROD)
+__attribute__((noinline)) // in loops that are written out it would take a compiler minutes
+#endif
 inline i32x16 dot(i32x16 sums, i32x16 w, int32_t x) {
 #if defined(__AVX512VNNI__)
   return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-  __m256i part[2], sum[2];
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int8x16_t part[4];
+  int32x4_t sum[4];
   memcpy(part, &w, 64), memcpy(sum, &sums, 64);
-  const __m256i row = _mm256_set1_epi32(x);
-  for (int i = 0; i < 2; i++)
-#if defined(__AVXVNNI__)
-    sum[i] = _mm256_dpbusd_avx_epi32(sum[i], part[i], row);
-#else
-    sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(part[i], row), _mm256_set1_epi16(1)));
-#endif
+  const int8x16_t row = vreinterpretq_s8_s32(vdupq_n_s32(x));
+  for (int i = 0; i < 4; i++) sum[i] = vdotq_s32(sum[i], part[i], row);
   memcpy(&sums, sum, 64);
   return sums;
 #else
@@ -96,35 +114,9 @@ inline i32x16 dot(i32x16 sums, i32x16 w, int32_t x) {
 #endif
 }
 
-// The same with weights from 0 to 255 that stand for -128 to 127; START says whether the sums begin at -128 times the
-// sum of the row, which makes up for that, or at nothing.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-constexpr bool START = false; // pairs of products of 255 do not fit into 16 bits, those of 128 do
-inline i32x16 dot_signed(i32x16 sums, i32x16 w, int32_t x) {
-  __m256i part[2], sum[2];
-  memcpy(part, &w, 64), memcpy(sum, &sums, 64);
-  const __m256i row = _mm256_set1_epi32(x), middle = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
-  for (int i = 0; i < 2; i++) {
-    const __m256i code = _mm256_xor_si256(part[i], middle);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(row, code));
-    sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, one));
-  }
-  memcpy(&sums, sum, 64);
-  return sums;
-}
-#else
-constexpr bool START = true;
-inline i32x16 dot_signed(i32x16 sums, i32x16 w, int32_t x) { return dot(sums, w, x); }
-#endif
-
 inline i32x16 load_codes(const char *p) {
   i32x16 v;
   memcpy(&v, __builtin_assume_aligned(p, 64), 64);
-  return v;
-}
-inline int32_t four(const char *p) {
-  int32_t v;
-  memcpy(&v, p, 4);
   return v;
 }
 inline float number(const char *p) {
@@ -140,11 +132,11 @@ inline __attribute__((always_inline)) void block_sums(const char *w, const char 
   if constexpr (F::bits == 8)
 #pragma GCC unroll 8
     for (int v = 0; v < F::block / 4; v++) {
-      const i32x16 codes = load_codes(w + v * 64);
+      const i32x16 codes = SIGNED ? load_codes(w + v * 64) ^ int32_t(0x80808080) : load_codes(w + v * 64);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const int32_t row = four(x + r * BLOCK + first + 4 * v);
-        sums[r] = F::min ? dot(sums[r], codes, row) : dot_signed(sums[r], codes, row);
+        sums[r] = dot(sums[r], codes, row);
       }
     }
   else
@@ -172,7 +164,8 @@ template <int CODE, int R> __attribute__((noinline)) void block_group(const char
       for (int r = 0; r < R; r++) {
         int32_t start = 0;
         if (F::bits == 4 && !F::min) start = four(numbers + (2 * R + r) * 4);
-        else if (!F::min && START) {
+        else if (F::bits == 8 && F::min && SIGNED) start = -four(numbers + (R + r) * 4);
+        else if (!F::min && !SIGNED) {
           if (F::block == BLOCK) start = four(numbers + (R + r) * 4);
           else start = first ? four(numbers + (R + r) * 4) - four(numbers + (4 * R + r) * 4)
                              : four(numbers + (4 * R + r) * 4);
@@ -191,5 +184,7 @@ template <int CODE, int R> __attribute__((noinline)) void block_group(const char
     }
   }
 }
+
+#endif
 
 } // namespace

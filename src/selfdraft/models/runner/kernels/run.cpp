@@ -34,6 +34,8 @@ const char *selfdraft_instructions() {
   return "AVX2 VNNI";
 #elif defined(__AVX2__)
   return "AVX2";
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return "NEON with dot product";
 #else
   return "generic";
 #endif

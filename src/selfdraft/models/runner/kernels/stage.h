@@ -10,6 +10,14 @@ namespace {
 
 constexpr word BLOCK = 32;
 
+// Rows that go through a group of weights together, at most: what there are registers for.
+#if defined(__AVX2__)
+constexpr word MOST = 12;
+#else
+constexpr word MOST = 4;
+#endif
+constexpr word AHEAD = 16384; // bytes of weights that are fetched ahead; measured (docs/decisions/011)
+
 // Bytes for one row of a chunk and one block: codes, scale d, -128 s, -8 s, d s and -128 times the sum of the first
 // half, s being the sum of the codes. One kind after the other, each for all rows of the chunk.
 constexpr word SUMS = 5, STAGED = BLOCK + 4 * SUMS;
@@ -50,6 +58,14 @@ template <class T> inline Rounded round_block(const T *x, word count) {
   const __m512i mask = _mm512_set1_epi32(0x7fffffff);
   const __m512i most = _mm512_max_epi32(_mm512_and_si512((__m512i)low, mask), _mm512_and_si512((__m512i)high, mask));
   const uint32_t bits = uint32_t(_mm512_reduce_max_epi32(most));
+#elif defined(__AVX2__)
+  __m256i part[4];
+  memcpy(part, &low, 64), memcpy(part + 2, &high, 64);
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < 4; i++) most = _mm256_max_epi32(most, _mm256_and_si256(part[i], _mm256_set1_epi32(0x7fffffff)));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  const uint32_t bits = uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1))));
 #else
   typedef int32_t i32x16 __attribute__((vector_size(64)));
   i32x16 a, b;
@@ -72,6 +88,21 @@ template <class T> inline Rounded round_block(const T *x, word count) {
   _mm_storeu_si128((__m128i *)(said.codes + LANES), _mm512_cvtepi32_epi8(_mm512_maskz_mov_epi32(keep, h)));
   said.first = _mm512_reduce_add_epi32(_mm512_maskz_mov_epi32(keep, l));
   said.second = _mm512_reduce_add_epi32(_mm512_maskz_mov_epi32(keep, h));
+#elif defined(__AVX2__)
+  const __m256 factor = _mm256_set1_ps(inverse);
+  const __m256i keep = _mm256_set1_epi32(broken ? 0 : -1); // infinity times zero is no number
+  for (int i = 0; i < 4; i++)
+    part[i] = _mm256_and_si256(keep, _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(part[i]), factor)));
+  const auto sum = [](__m256i eight) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  };
+  said.first = sum(_mm256_add_epi32(part[0], part[1])), said.second = sum(_mm256_add_epi32(part[2], part[3]));
+  // both steps take from the two halves of vectors in turn; the last one puts fours of codes back in order
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]), _mm256_packs_epi32(part[2], part[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256((__m256i *)said.codes, _mm256_permutevar8x32_epi32(bytes, order));
 #else
   said.first = said.second = 0;
   for (int i = 0; i < LANES; i++) {
@@ -98,6 +129,13 @@ template <class T> inline void stage_blocks(const T *x, word count, word r, word
     memcpy(numbers + (3 * R + r) * 4, &both, 4);
     memcpy(numbers + (4 * R + r) * 4, sums + 2, 4);
   }
+}
+
+// Four codes of a staged row, or a whole number that goes with them.
+inline int32_t four(const char *p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return v;
 }
 
 } // namespace
