@@ -27,7 +27,7 @@ def test_names_are_unique() -> None:
 
 def test_bugs_are_planted_in_all_that_runs_by_default() -> None:
     runner = {f"models/runner/{name}" for name in ("runner.py", "trace.py", "tape.py")}
-    runner |= {f"models/runner/kernels/{name}.h" for name in ("attention", "dots", "glue", "linear")}
+    runner |= {f"models/runner/kernels/{name}.h" for name in ("attention", "glue", "linear", "products")}
     drafting = {f"drafting/{name}.py" for name in ("autoregressive", "suffix_copy", "mixing", "source_tree")}
     models = {f"models/{name}.py" for name in ("attention", "target", "adapters", "early_states", "rounded")}
     core = {f"core/{name}.py" for name in ("tree", "rows", "verify", "commit", "sampler", "noise", "kv_cache")}

@@ -412,9 +412,9 @@ BUGS = (
     ),
     Bug(
         "kernel-tail-of-one",
-        "models/runner/kernels/dots.h",
-        "  if (k < size)\n",
-        "  if (k + 1 < size)\n",
+        "models/runner/kernels/products.h",
+        "ceiling(std::min(UNIT, K - first), pair) * pair",
+        "std::min(UNIT, K - first) / pair * pair",
         "a last number alone is left out of a product",
     ),
     Bug(
