@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 28
-"""Bytes that are asked of the system at a time; what is not written to takes no memory."""
+"""Bytes that are asked of the system at a time, at most; the first piece is a large page, each next twice as big."""
 LARGE = 1 << 21
 """Bytes of a large page."""
 ALIGNED = 64
@@ -25,12 +25,13 @@ class Arena:
 
     def __init__(self) -> None:
         self._piece = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
+        self._used, self._next = 0, LARGE
 
     def take(self, size: int) -> Tensor:
         """`size` bytes [size] on a cache line, of unknown content. Errors: MemoryError."""
         if self._used + size > len(self._piece):
-            self._piece, self._used = _large(max(size, PIECE)), 0
+            self._piece, self._used = _large(max(size, self._next)), 0
+            self._next = min(2 * len(self._piece), PIECE)
         taken = self._piece[self._used : self._used + size]
         self._used += -(-size // ALIGNED) * ALIGNED
         return taken
