@@ -98,7 +98,7 @@ def changed(file: Path, old: bytes, new: bytes) -> None:
 def test_scales_that_are_no_numbers_are_refused(number: float, tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     gguf_files.write(file)
-    tensor = next(one for one in gguf.checked(file)[1] if one.name == "blk.1.ffn_up.weight")
+    tensor = next(one for one in gguf.checked(file).tensors if one.name == "blk.1.ffn_up.weight")
     raw = bytearray(file.read_bytes())
     raw[tensor.start + 40 : tensor.start + 42] = np.float16(number).tobytes()
     file.write_bytes(raw)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.machine import cpu_flags
 from selfdraft.models.packed import layout
 from selfdraft.models.packed.formats import FORMATS
 from selfdraft.models.packed.twin import twin
@@ -61,7 +62,7 @@ print("checked", len(FORMATS))
 @compiled
 def test_bits_with_fewer_instructions() -> None:
     """In a process of its own: kernels are loaded once."""
-    if levels.best_level(levels.cpu_flags(), "avx2") is None:
+    if levels.best_level(cpu_flags(), "avx2") is None:
         pytest.skip("this processor has no AVX2")
     there = {**os.environ, "SELFDRAFT_INSTRUCTIONS": "avx2"}
     done = subprocess.run(

@@ -80,6 +80,13 @@ def test_models_beside_bf16() -> None:
         "| tiny.gguf | bfloat16 | plain | 32.0 | 100 | 100 | 900 | 4.00x | 0.25x | 16.00x |",
         "| tiny.gguf | bfloat16 | lookup | 40.0 | 100 | 100 | 900 | 5.00x | 0.25x | 20.00x |",
     ]
+    eight = of("/m/tiny", "bfloat16", row("none", seconds=0.5), weights=200)
+    for one in eight:  # the same checkpoint in block weights is another model, and no reference
+        one["conditions"] |= {"blocks": {"8 bits": 7}}
+        one["fingerprint"] += "int8"
+    assert "| tiny | bfloat16, 8 bits | plain | 16.0 | 200 | 200 | 900 | 2.00x | 0.50x | 4.00x |" in page(
+        sheets_of([*bf16, *eight]), {}
+    )
 
 
 def test_the_distance_of_the_cores_stands_in_a_table() -> None:

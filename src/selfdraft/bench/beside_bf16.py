@@ -41,8 +41,7 @@ class Standing:
     def cells(self) -> list[str]:
         """The cells of its row, in the order of HEADS."""
         sizes = [self.memory[name] for name in ("weights_bytes", "peak_bytes", "resident_bytes")]
-        kind = self.facts.get("quantization")
-        dtype = f"{self.facts['dtype']}{f', {kind}' if kind not in (None, 'none') else ''}"
+        dtype = ", ".join([str(self.facts["dtype"]), *self.facts.get("blocks", {})])
         ratios = (self.speed, self.relative_memory, self.speed_by_memory)
         return [
             Path(str(self.facts["model"])).name,
@@ -56,7 +55,7 @@ class Standing:
 
 def is_bf16(facts: JsonObject) -> bool:
     """Whether these conditions are those of a model in bf16 that nothing was rounded in."""
-    whole = facts.get("quantization") in (None, "none") and not str(facts["model"]).lower().endswith(".gguf")
+    whole = not facts.get("blocks") and not str(facts["model"]).lower().endswith(".gguf")
     return bool(facts["dtype"] == "bfloat16" and whole)
 
 

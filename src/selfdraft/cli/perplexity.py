@@ -27,11 +27,11 @@ from selfdraft.cli.options import (
     open_llm,
 )
 from selfdraft.errors import OptionError
+from selfdraft.types import Quantization
 
 if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.prove.perplexity import Perplexity
-from selfdraft.types import Quantization
 
 Against = Annotated[
     str | None, typer.Option(help="A second model with the same tokenizer, the reference: what --model takes.")

@@ -305,7 +305,7 @@ def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], *
 
 
 def _pick_shapes(
-    model: PreTrainedModel, exactness: Literal["bitwise", "token"], codes: KVCacheDtype
+    model: PreTrainedModel, exactness: Literal["bitwise", "token"], kv_cache_dtype: KVCacheDtype
 ) -> tuple[Shapes, Exactness]:
     if exactness == "token":
         return NATURAL, Exactness("token", "asked for")
@@ -317,7 +317,7 @@ def _pick_shapes(
         why = "LLM.int8() picks outlier columns over all rows of a pass; llm_int8_threshold=0 makes rows independent"
         return NATURAL, Exactness("token", why)
     try:
-        shapes = probe_shapes(model, codes)
+        shapes = probe_shapes(model, kv_cache_dtype)
     except (RuntimeError, TypeError, AttributeError, ValueError, KeyError, AssertionError, UnsupportedModel) as error:
         return NATURAL, Exactness("token", f"the trial of shapes failed: {first_line(error)}")  # `prove` says more
     if shapes is None:

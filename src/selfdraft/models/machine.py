@@ -21,7 +21,13 @@ def cpu_vendor() -> str:
     return _told("vendor_id")
 
 
+def cpu_flags() -> set[str]:
+    """What the processor can do, where Linux on x86-64 tells it: avx2, avx512_vnni and so on."""
+    return set(_told("flags").split()) if platform.machine() == "x86_64" else set()
+
+
 def _told(field: str) -> str:
+    """What Linux says of the first processor; nothing where there is no such field."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:

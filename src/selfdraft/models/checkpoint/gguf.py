@@ -10,7 +10,9 @@ import hashlib
 import re
 import struct
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,19 +64,17 @@ def load_tokenizer(file: Path, *, cache: bool = False) -> PreTrainedTokenizerBas
     Errors: LoadError when the file has none.
     """
     file = joined(file)
-    metadata = metadata_of(file)
-    if "tokenizer.ggml.tokens" not in metadata:
+    return gguf_head.tokenizer_of(file, partial(_tokenizer, file)) if cache else _tokenizer(file)
+
+
+def _tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    if "tokenizer.ggml.tokens" not in _metadata(file):
         raise LoadError(f"{file}: no tokenizer in the file; pass tokenizer=... or take a file that has one")
-    whole = file
-
-    def read() -> PreTrainedTokenizerBase:
-        with blaming(whole, "tokenizer"):
-            made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                whole.parent, gguf_file=whole.name, local_files_only=True
-            )
-        return made
-
-    return gguf_head.tokenizer_of(file, read) if cache else read()
+    with blaming(file, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True
+        )
+    return tokenizer
 
 
 def check(file: Path) -> torch.dtype:
@@ -82,13 +82,22 @@ def check(file: Path) -> torch.dtype:
 
     Errors: LoadError names the architecture, the tensor type or the size that is wrong.
     """
-    return checked(file)[0]
+    return checked(file).dtype
 
 
-def checked(file: Path) -> tuple[torch.dtype, SequenceOf[StoredTensor]]:
-    """What `check` says of a file, and its table of tensors. Errors: those of `check`."""
-    metadata = metadata_of(file)
-    _check_architecture(file, str(metadata["general.architecture"]))
+class Checked(NamedTuple):
+    """A file that can be read: the type of its weights, its architecture, and its table of tensors."""
+
+    dtype: torch.dtype
+    architecture: str
+    tensors: SequenceOf[StoredTensor]
+
+
+def checked(file: Path) -> Checked:
+    """What `check` says of a file, and what was read for it. Errors: those of `check`."""
+    metadata = _metadata(file)
+    architecture = str(metadata["general.architecture"])
+    _check_architecture(file, architecture)
     types: set[str] = set()
     blocks: set[int] = set()
     size, end, last = file.stat().st_size, 0, ""
@@ -102,10 +111,9 @@ def checked(file: Path) -> tuple[torch.dtype, SequenceOf[StoredTensor]]:
     if end > size:
         raise _truncated(file, f"tensor {last!r} ends at byte {end:,} and the file has {size:,}")
     _check_types(file, types)
-    _check_blocks(file, blocks, metadata.get(f"{metadata['general.architecture']}.block_count"))
-    if types - set(FLOATS) - VALUES:
-        return torch.bfloat16, tensors
-    return next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32), tensors
+    _check_blocks(file, blocks, metadata.get(f"{architecture}.block_count"))
+    plain = next((FLOATS[name] for name in ("BF16", "F16") if name in types), torch.float32)
+    return Checked(torch.bfloat16 if types - set(FLOATS) - VALUES else plain, architecture, tensors)
 
 
 def _tensors(file: Path) -> SequenceOf[StoredTensor]:
@@ -120,7 +128,7 @@ def _tensors(file: Path) -> SequenceOf[StoredTensor]:
         raise _truncated(file, str(error).partition("\n")[0]) from error
 
 
-def metadata_of(file: Path) -> JsonObject:
+def _metadata(file: Path) -> JsonObject:
     """Keys and values of the file's head; lists of texts are only counted. Errors: LoadError."""
     check_pointer(file)
     try:

@@ -56,8 +56,7 @@ def load_blocks(file: Path, dtype: torch.dtype | None, *, cache: bool = False) -
     Errors: LoadError says what is wrong with the file, before memory is taken for its weights.
     """
     file = gguf.joined(file)
-    own, tensors = gguf.checked(file)
-    architecture = str(gguf.metadata_of(file)["general.architecture"])
+    own, architecture, tensors = gguf.checked(file)
     if architecture not in GGUF_SUPPORTED_ARCHITECTURES or not any(one.type in GGUF_TYPES for one in tensors):
         _log.info("%s: nothing in it runs as blocks", file)
         return gguf.load_model(file, dtype)

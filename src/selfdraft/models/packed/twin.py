@@ -56,10 +56,8 @@ def twin(x: Tensor, packed: Tensor, bias: Tensor | None, kind: Format, out: int,
     mins = None if weights.mins is None else torch.from_numpy(weights.mins)
     blocks = scales.shape[1]
     stored = F.pad(torch.from_numpy(weights.codes).double() - kind.zero, (0, blocks * kind.block - wide))
-    stored, whole = (
-        stored.view(out, blocks, kind.block),
-        rows.whole.view(len(x), rows.whole.shape[1] * BLOCK // kind.block, kind.block),
-    )
+    stored = stored.view(out, blocks, kind.block)
+    whole = rows.whole.view(len(x), -1, kind.block)
     said = torch.zeros(len(x), out)
     for block in range(blocks):
         scale = rows.scales[:, block * kind.block // BLOCK, None]

@@ -32,7 +32,7 @@ MOST = 16
 """Random draws of the attention trial, and its most query rows."""
 
 
-def probe_shapes(model: PreTrainedModel, codes: KVCacheDtype = "auto") -> Shapes | None:
+def probe_shapes(model: PreTrainedModel, kv_cache_dtype: KVCacheDtype = "auto") -> Shapes | None:
     """The cheapest shapes in which drafted rows are bit-equal to plain ones, or None. Errors: those of a first pass."""
     rows = probe_rows(model)
     if rows is None:
@@ -41,14 +41,14 @@ def probe_shapes(model: PreTrainedModel, codes: KVCacheDtype = "auto") -> Shapes
     short = _first_blocks(model)
     for multiple in MULTIPLES[MULTIPLES.index(rows) :]:
         shapes = Shapes(multiple, BUCKET, max(multiple, width))
-        if _equal(short, shapes, codes):
+        if _equal(short, shapes, kv_cache_dtype):
             return shapes
     return None
 
 
-def probe_fast(model: PreTrainedModel, codes: KVCacheDtype = "auto") -> bool:
+def probe_fast(model: PreTrainedModel, kv_cache_dtype: KVCacheDtype = "auto") -> bool:
     """Whether drafted rows are bit-equal to plain ones on the fast runner, in any shape. Errors: RunnerUnavailable."""
-    return _equal(_first_blocks(model), NATURAL, codes, fast=True)
+    return _equal(_first_blocks(model), NATURAL, kv_cache_dtype, fast=True)
 
 
 @torch.inference_mode()
@@ -97,10 +97,10 @@ def _first_blocks(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _equal(model: PreTrainedModel, shapes: Shapes, codes: KVCacheDtype, *, fast: bool = False) -> bool:
+def _equal(model: PreTrainedModel, shapes: Shapes, kv_cache_dtype: KVCacheDtype, *, fast: bool = False) -> bool:
     """Whether every logit of a drafted decoding has the bits of the plain one."""
     draw = torch.Generator().manual_seed(11)
-    target, other = (HFTarget(model, shapes=shapes, fast=fast, kv_cache_dtype=codes) for _ in range(2))
+    target, other = (HFTarget(model, shapes=shapes, fast=fast, kv_cache_dtype=kv_cache_dtype) for _ in range(2))
     ids = torch.randint(0, target.vocab, (min(TOKENS, target.max_length - 1),), generator=draw).tolist()
     plain = torch.cat([*_decode(target, ids, drafts=False)])
     start = 0

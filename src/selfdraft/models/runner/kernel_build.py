@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.files import environment
 from selfdraft.files.atomic import cache_folder, whole_file
-from selfdraft.models.machine import cpu_vendor
-from selfdraft.models.runner.levels import COMPILERS, FLAGS, PATIENCE, best_level, cpu_flags
+from selfdraft.models.machine import cpu_flags, cpu_vendor
+from selfdraft.models.runner.levels import COMPILERS, FLAGS, PATIENCE, best_level, find_compiler
 
 SOURCE = Path(__file__).with_name("kernels") / "run.cpp"
 """What is compiled; it includes the headers beside it."""
@@ -49,7 +48,13 @@ class Pass(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     """The kernels, built on first use. Errors: RunnerUnavailable says what is missing."""
-    from selfdraft.models.runner.tape import INSTR, STEP  # brings torch, which measuring the machine does without
+    from selfdraft.models.runner.tape import (  # brings torch, which measuring the machine does without
+        INSTR,
+        LARGEST,
+        STAGED,
+        STEP,
+        UNIT,
+    )
 
     built_in = _built_in()
     if built_in is None:
@@ -66,8 +71,10 @@ def library() -> ctypes.CDLL:
     opened.selfdraft_packed_bytes.restype = word
     opened.selfdraft_pin.argtypes = [word]
     opened.selfdraft_instructions.restype = ctypes.c_char_p
-    sizes = [opened.selfdraft_sizes(which) for which in range(3)]
-    assert sizes == [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass)], "kernels/tape.h and tape.py disagree"
+    *sizes, rows = (opened.selfdraft_sizes(which) for which in range(6))
+    known = [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass), UNIT, STAGED]
+    assert sizes == known, "kernels/ and tape.py disagree"
+    assert rows <= LARGEST, "kernels/ and tape.py disagree"
     return opened
 
 
@@ -138,7 +145,7 @@ def _named_built(path: Path) -> str:
 
 
 def _found() -> str | None:
-    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    return find_compiler(COMPILERS)
 
 
 def _compiler() -> str:

@@ -5,7 +5,6 @@ A machine with a compiler builds kernels for its own processor instead (`kernel_
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -56,9 +55,14 @@ def wanted(target: str, version: str, env: Mapping[str, str], system: str, machi
     return asked and target == "wheel" and version != "editable" and (system, machine) == ("Linux", "x86_64")
 
 
+def find_compiler(names: Iterable[str]) -> str | None:
+    """The first of these C++ compilers that is on the machine."""
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
 def compiled(source: Path, folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
     """Libraries of the levels, by file name, built in `folder`; none of them where one cannot be built, and why."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    compiler = find_compiler(COMPILERS)
     if compiler is None:
         say(f"no kernels in this wheel: there is no C++ compiler ({', '.join(COMPILERS)})")
         return {}
@@ -71,14 +75,3 @@ def compiled(source: Path, folder: Path, say: Callable[[str], None]) -> dict[str
             say(f"no kernels in this wheel: {level.name} cannot be built: {error}")
             return {}
     return made
-
-
-def cpu_flags() -> set[str]:
-    """What the processor has, where Linux on x86-64 tells it."""
-    if platform.machine() != "x86_64":
-        return set()
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

@@ -23,17 +23,13 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.runner import kernel_build
 from selfdraft.models.runner.kernel_build import Pass
 from selfdraft.models.runner.packing import Packer
-from selfdraft.models.runner.tape import Slot
+from selfdraft.models.runner.tape import LARGEST, Slot
 from selfdraft.models.runner.trace import Traced, trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Words = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-
-
-LARGEST = 12
-"""Rows of a chunk, at most (kernels/products.h)."""
 
 
 class Runner:
@@ -128,7 +124,7 @@ class Runner:
             self.cache.keep(slot, base, order)
             return
         moves = np.array(order, np.int64)
-        size = self.cache.keys[max(self.cache.keys)].itemsize
+        size = next(iter(self.cache.keys.values())).itemsize
         self._library.selfdraft_keep(
             self._address, self._shapes.ctypes.data, size, slot, base, moves.ctypes.data, len(moves)
         )

@@ -18,7 +18,9 @@ from torch import Tensor
 ALIGNED = 64
 """Bytes: a cache line, and a full vector."""
 UNIT, STAGED = 64, 104
-"""Inputs of block weights that lie together, and bytes of a row for them (kernels/stage.h)."""
+"""Inputs that are staged together, and bytes of a row for them when it is rounded (kernels/stage.h)."""
+LARGEST = 12
+"""Rows of a chunk, at most (kernels/stage.h)."""
 
 
 class Kind(IntEnum):

@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.runner import codes
 from selfdraft.models.runner.codes import (
     COPY,
     CUBE,
@@ -48,21 +49,18 @@ BIG = 1 << 40
 """Stride of the dimension of rows in the layouts below: nothing else has it, and nothing merges with it."""
 PRIMES = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197)
 UNARY = {
-    "neg.default": 1,
-    "exp.default": 2,
-    "rsqrt.default": 3,
-    "sqrt.default": 4,
-    "tanh.default": 5,
-    "sigmoid.default": 6,
-    "silu.default": 7,
-    "relu.default": 10,
-    "cos.default": 11,
-    "sin.default": 12,
-    "abs.default": 13,
-    "reciprocal.default": 15,
+    f"{name}.default": int(getattr(codes, name.upper()))
+    for name in ("neg", "exp", "rsqrt", "sqrt", "tanh", "sigmoid", "silu", "relu", "cos", "sin", "abs", "reciprocal")
 }
-BINARY = {"add": 32, "sub": 33, "mul": 34, "div": 35, "maximum": MAXIMUM, "minimum": MINIMUM}
-REDUCING = {"sum.dim_IntList": 64, "mean.dim": 65, "amax.default": 66}
+BINARY = {
+    "add": codes.ADD,
+    "sub": codes.SUB,
+    "mul": codes.MUL,
+    "div": codes.DIV,
+    "maximum": MAXIMUM,
+    "minimum": MINIMUM,
+}
+REDUCING = {"sum.dim_IntList": codes.SUM, "mean.dim": codes.MEAN, "amax.default": codes.AMAX}
 """What torch calls the codes of codes.py."""
 ROWS = -1
 """The format of a table that is not packed: row after row."""

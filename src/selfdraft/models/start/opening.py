@@ -265,8 +265,8 @@ def let_go(model: Model, places: Mapping[str, Place], mapped: MappedWeights, pac
         mapped.forget(new)
 
 
-def _fast(stock: Stock, traced: Traced, codes: KVCacheDtype) -> HFTarget:
-    return HFTarget(stock, fast=True, traced=traced, kv_cache_dtype=codes)
+def _fast(stock: Stock, traced: Traced, kv_cache_dtype: KVCacheDtype) -> HFTarget:
+    return HFTarget(stock, fast=True, traced=traced, kv_cache_dtype=kv_cache_dtype)
 
 
 def _trial(target: HFTarget) -> list[torch.Tensor]:

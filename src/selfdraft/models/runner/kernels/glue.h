@@ -100,8 +100,7 @@ struct Source {
   v16 same;
   Source(const char *p, const Arg &arg) : p(p), single(!arg.step[3]), narrow(arg.type == BF16), same{} {
     const float first = narrow ? widen(*(const bf16 *)p) : *(const float *)p;
-    if (single)
-      for (int i = 0; i < 16; i++) same[i] = first;
+    if (single) same = ::same(first);
   }
   inline v16 at(word i) const {
     return single ? same : narrow ? load16((const bf16 *)p + i) : load16((const float *)p + i);
@@ -140,84 +139,81 @@ inline word directly(const Instr &op, char *to, const char *left, const char *ri
   return 0;
 }
 
+// `each` with the places of out, a, b and c for all dimensions but the innermost; operands that there are not stay null.
+template <class F> inline void outer(const Instr &op, char *out, const char *a, const char *b, const char *c, const F &each) {
+  const auto moved = [](const Arg &arg, word i, word j, word k) {
+    return (i * arg.step[0] + j * arg.step[1] + k * arg.step[2]) * bytes(arg.type);
+  };
+  for (word i = 0; i < op.d[0]; i++)
+    for (word j = 0; j < op.d[1]; j++)
+      for (word k = 0; k < op.d[2]; k++)
+        each(out + moved(op.out, i, j, k), a + moved(op.a, i, j, k), b ? b + moved(op.b, i, j, k) : nullptr,
+             c ? c + moved(op.c, i, j, k) : nullptr);
+}
+
 // One operation on up to four dimensions, number by number.
 void pointwise(const Instr &op, char *out, const char *a, const char *b) {
   float x[RUN], y[RUN], z[RUN];
-  word size_out = bytes(op.out.type), size_a = bytes(op.a.type), size_b = bytes(op.b.type);
-  bool two = op.code >= ADD;
-  for (word i = 0; i < op.d[0]; i++)
-    for (word j = 0; j < op.d[1]; j++)
-      for (word k = 0; k < op.d[2]; k++) {
-        char *to = out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out;
-        const char *left = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
-        const char *right = b + (i * op.b.step[0] + j * op.b.step[1] + k * op.b.step[2]) * size_b;
-        for (word at = directly(op, to, left, right); at < op.d[3]; at += RUN) {
-          word count = std::min(RUN, op.d[3] - at);
-          const float *first = fetch(left + at * op.a.step[3] * size_a, op.a.type, op.a.step[3], count, x);
-          if (two) {
-            const float *second = fetch(right + at * op.b.step[3] * size_b, op.b.type, op.b.step[3], count, y);
-            binary(op.code, first, second, z, count);
-          } else unary(op.code, first, z, count);
-          put(z, to + at * op.out.step[3] * size_out, op.out.type, op.out.step[3], count);
-        }
-      }
+  const bool two = op.code >= ADD;
+  outer(op, out, a, two ? b : nullptr, nullptr, [&](char *to, const char *left, const char *right, const char *) {
+    for (word at = directly(op, to, left, right); at < op.d[3]; at += RUN) {
+      const word count = std::min(RUN, op.d[3] - at);
+      const float *first = fetch(left + at * op.a.step[3] * bytes(op.a.type), op.a.type, op.a.step[3], count, x);
+      if (two) {
+        const float *second = fetch(right + at * op.b.step[3] * bytes(op.b.type), op.b.type, op.b.step[3], count, y);
+        binary(op.code, first, second, z, count);
+      } else unary(op.code, first, z, count);
+      put(z, to + at * op.out.step[3] * bytes(op.out.type), op.out.type, op.out.step[3], count);
+    }
+  });
+}
+
+// sums + the numbers, sixteen at a time
+inline v16 summed(const float *x, word count, v16 sums) {
+  word n = 0;
+  for (; n + 16 <= count; n += 16) sums += load16(x + n);
+  return n < count ? sums + load_part(x + n, count - n) : sums;
 }
 
 // Sum, mean or largest of the innermost dimension.
 void reduce(const Instr &op, char *out, const char *a) {
-  word size_out = bytes(op.out.type), size_a = bytes(op.a.type);
-  for (word i = 0; i < op.d[0]; i++)
-    for (word j = 0; j < op.d[1]; j++)
-      for (word k = 0; k < op.d[2]; k++) {
-        const char *from = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
-        float room[RUN], most = -INFINITY;
-        v16 sums = {};
-        for (word at = 0; at < op.d[3]; at += RUN) {
-          word count = std::min(RUN, op.d[3] - at);
-          const float *x = fetch(from + at * op.a.step[3] * size_a, op.a.type, op.a.step[3], count, room);
-          if (op.code == AMAX) for (word n = 0; n < count; n++) most = std::max(most, x[n]);
-          else {
-            word n = 0;
-            for (; n + 16 <= count; n += 16) sums += load16(x + n);
-            if (n < count) sums += load_part(x + n, count - n);
-          }
-        }
-        float said = op.code == AMAX ? most : op.code == MEAN ? total(sums) / float(op.d[3]) : total(sums);
-        put(&said, out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out, op.out.type, 1, 1);
-      }
+  outer(op, out, a, nullptr, nullptr, [&](char *to, const char *from, const char *, const char *) {
+    float room[RUN], most = -INFINITY;
+    v16 sums = {};
+    for (word at = 0; at < op.d[3]; at += RUN) {
+      const word count = std::min(RUN, op.d[3] - at);
+      const float *x = fetch(from + at * op.a.step[3] * bytes(op.a.type), op.a.type, op.a.step[3], count, room);
+      if (op.code == AMAX) for (word n = 0; n < count; n++) most = std::max(most, x[n]);
+      else sums = summed(x, count, sums);
+    }
+    const float said = op.code == AMAX ? most : op.code == MEAN ? total(sums) / float(op.d[3]) : total(sums);
+    put(&said, to, op.out.type, 1, 1);
+  });
 }
 
-// Layer norm (b: weight, c: bias) of the innermost dimension; number[0] is epsilon.
+// Layer norm (b: weight, c: bias, both in order) of the innermost dimension; number[0] is epsilon.
 void norm(const Instr &op, char *out, const char *a, const char *b, const char *c) {
-  word wide = op.d[3], size_out = bytes(op.out.type), size_a = bytes(op.a.type);
+  const word wide = op.d[3];
   static thread_local std::vector<float> xs, ws, bs;
   xs.resize(wide), ws.resize(wide), bs.resize(wide);
   const float *w = b ? fetch(b, op.b.type, 1, wide, ws.data()) : nullptr;
   const float *shift = c ? fetch(c, op.c.type, 1, wide, bs.data()) : nullptr;
-  for (word i = 0; i < op.d[0]; i++)
-    for (word j = 0; j < op.d[1]; j++)
-      for (word k = 0; k < op.d[2]; k++) {
-        const char *from = a + (i * op.a.step[0] + j * op.a.step[1] + k * op.a.step[2]) * size_a;
-        char *to = out + (i * op.out.step[0] + j * op.out.step[1] + k * op.out.step[2]) * size_out;
-        const float *x = fetch(from, op.a.type, op.a.step[3], wide, xs.data());
-        v16 sums = {};
-        word n = 0;
-        for (; n + 16 <= wide; n += 16) sums += load16(x + n);
-        if (n < wide) sums += load_part(x + n, wide - n);
-        const float mean = total(sums) / float(wide);
-        v16 squares = {};
-        for (word n = 0; n < wide; n += 16) {
-          v16 part = wide - n >= 16 ? load16(x + n) : load_part(x + n, wide - n);
-          part -= mean;
-          for (word i = wide - n; i < 16; i++) part[i] = 0.0f;
-          squares += part * part;
-        }
-        float scale = 1.0f / std::sqrt(total(squares) / float(wide) + float(op.number[0]));
-        float *y = xs.data();
-        for (word n = 0; n < wide; n++)
-          y[n] = (x[n] - mean) * scale * (w ? w[n] : 1.0f) + (shift ? shift[n] : 0.0f);
-        put(y, to, op.out.type, op.out.step[3], wide);
-      }
+  outer(op, out, a, nullptr, nullptr, [&](char *to, const char *from, const char *, const char *) {
+    const float *x = fetch(from, op.a.type, op.a.step[3], wide, xs.data());
+    const float mean = total(summed(x, wide, v16{})) / float(wide);
+    v16 squares = {};
+    for (word n = 0; n < wide; n += 16) {
+      v16 part = wide - n >= 16 ? load16(x + n) : load_part(x + n, wide - n);
+      part -= mean;
+      for (word i = wide - n; i < 16; i++) part[i] = 0.0f;
+      squares += part * part;
+    }
+    const float scale = 1.0f / std::sqrt(total(squares) / float(wide) + float(op.number[0]));
+    float *y = xs.data();
+    for (word n = 0; n < wide; n++)
+      y[n] = (x[n] - mean) * scale * (w ? w[n] : 1.0f) + (shift ? shift[n] : 0.0f);
+    put(y, to, op.out.type, op.out.step[3], wide);
+  });
 }
 
 // What follows is several small operations in one pass over memory (fuse.py). Operands lie in order, or are one number
@@ -231,18 +227,6 @@ template <class F> inline void by16(word wide, const F &each) {
 inline void store(v16 v, char *to, word type, word i, word count) {
   if (type == BF16) count == 16 ? store16(v, (bf16 *)to + i) : store_part(v, (bf16 *)to + i, count);
   else count == 16 ? store16(v, (float *)to + i) : store_part(v, (float *)to + i, count);
-}
-
-// `each(offset of out, a, b and c in bytes)` for all outer dimensions.
-template <class F> inline void outer(const Instr &op, char *out, const char *a, const char *b, const char *c, const F &each) {
-  const auto moved = [](const Arg &arg, word i, word j, word k) {
-    return (i * arg.step[0] + j * arg.step[1] + k * arg.step[2]) * bytes(arg.type);
-  };
-  for (word i = 0; i < op.d[0]; i++)
-    for (word j = 0; j < op.d[1]; j++)
-      for (word k = 0; k < op.d[2]; k++)
-        each(out + moved(op.out, i, j, k), a + moved(op.a, i, j, k), b ? b + moved(op.b, i, j, k) : nullptr,
-             c ? c + moved(op.c, i, j, k) : nullptr);
 }
 
 // RMS norm of the innermost dimension, times a weight (b) if there is one; number[0] is epsilon.

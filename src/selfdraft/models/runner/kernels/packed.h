@@ -59,7 +59,6 @@ template <> struct Format<4> : FormatOf<8, 32, half, false> {};
 template <> struct Format<5> : FormatOf<8, 32, float, false> {};
 template <> struct Format<6> : FormatOf<8, 32, float, true> {};
 template <> struct Format<7> : FormatOf<8, 16, float, false> {};
-constexpr int FORMATS = 7;
 
 inline float widen_half(half h) {
 #if defined(__F16C__)
