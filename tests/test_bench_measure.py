@@ -142,6 +142,16 @@ def test_weights() -> None:
     tied = torch.nn.ModuleList([torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(4, 8, bias=False)])
     tied[1].weight = tied[0].weight
     assert weights_bytes(tied) == 4 * 8 * 4
+    piece = torch.zeros(1000)  # packed weights lie beside one another in pieces that are larger
+    views = torch.nn.Module()
+    for name, view in {
+        "left": piece[:10],
+        "within": piece[2:5],
+        "across": piece[8:12],
+        "apart": piece[500:510:3],
+    }.items():
+        views.register_buffer(name, view)
+    assert weights_bytes(views) == (12 + 10) * 4
 
 
 def row(key: str = "a", drafter: str = "none", **more: Any) -> dict[str, Any]:

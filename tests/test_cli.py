@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,11 @@ def test_help_names_every_verb(run: Any) -> None:
     assert done.code == 0
     assert re.findall(r"^  (\w+)  ", done.out, re.MULTILINE) == VERBS
     assert "..." not in done.out.partition("Commands:")[2]
+
+
+def test_version(run: Any) -> None:
+    done = run("--version")
+    assert (done.code, done.out, done.err) == (0, f"selfdraft {version('selfdraft')}\n", "")
 
 
 def answer(text: str, **options: Any) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,17 @@ from selfdraft import LLM, SamplingParams
 from selfdraft.errors import OptionError
 from selfdraft.models.adapters import CARD, CHECKPOINT, EMBEDDINGS, load_adapter
 from selfdraft.train import loop, output, run, texts
-from selfdraft.train.loop import draw, measure, train, weighted_loss
+from selfdraft.train import student as student_module
+from selfdraft.train.head import Head, Shortlist, shortlist
+from selfdraft.train.loop import draw, measure, train
+from selfdraft.train.losses import row_losses
 from selfdraft.train.settings import Settings
 from selfdraft.train.student import Student
 from selfdraft.train.texts import Text, read_prompts, read_texts, split
 from tests import killing
 from tests.models import VOCAB, tiny_llama
 from tests.terminal import Done, one_line, typed
+from tests.test_families import model_of
 from tests.test_llm import TEXTS, model, tokenizer
 
 pytest.importorskip("peft", reason="PEFT is not installed: pip install selfdraft[train]")
@@ -443,27 +448,77 @@ def test_the_parts_of_a_step_are_the_step() -> None:
         for (tokens, anchors), text in (
             (row, next(t for t in lessons if t.tokens == (*row[0],))) for row in rows.values()
         ):
-            assert anchors == sorted(anchors)
             assert all(max(text.start - 1, 0) <= anchor <= len(tokens) - 2 for anchor in anchors)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_loss_in_plain_words(share: float) -> None:
     noise = torch.Generator().manual_seed(2)
-    said, wanted = (torch.randn(2, 3, 4, 7, generator=noise, dtype=torch.float64) for _ in range(2))
-    counts = torch.rand(2, 3, 4, generator=noise) < 0.7
-    total = weight = 0.0
-    for row in counts.nonzero().tolist():
-        logs, goal = said[*row].log_softmax(0), wanted[*row].softmax(0)
-        part = -(1 - share) * (goal * logs).sum() - share * logs[goal.argmax()]
-        total += 0.9 ** row[-1] * float(part)
-        weight += 0.9 ** row[-1]
-    found = weighted_loss(said, wanted, counts, share)
-    assert [float(one) for one in found] == pytest.approx([total, weight], rel=1e-5)
-    tokens = weighted_loss(said, wanted.argmax(-1), counts, share)
-    assert [float(one) for one in tokens] == pytest.approx(
-        [float(one) for one in weighted_loss(said, wanted, counts, 1)]
-    )
+    said, wanted = (torch.randn(9, 7, generator=noise, dtype=torch.float64) for _ in range(2))
+    said[0], wanted[1] = wanted[0], said[1] + 1.0  # agreement costs nothing but the hard half
+    found = row_losses(said, wanted, share)
+    for row in range(9):
+        logs, goals = said[row].log_softmax(0), wanted[row].log_softmax(0)
+        overlap = float(torch.minimum(logs.exp(), goals.exp()).sum())
+        divergence = float((goals.exp() * (goals - logs)).sum())
+        early = exp(-3.0 * overlap)
+        soft = early * divergence + (1 - early) * (1 - overlap)
+        assert float(found[row]) == pytest.approx((1 - share) * soft - share * float(logs[goals.argmax()]), abs=1e-5)
+        assert row > 1 or soft == pytest.approx(0.0, abs=1e-9)
+    tokens = row_losses(said, wanted.argmax(-1), share)
+    torch.testing.assert_close(tokens, row_losses(said, wanted, 1.0))
+
+
+def test_a_list_of_tokens_stands_for_the_vocabulary() -> None:
+    """Losses over it are those over all tokens, but for chance; every likely token is in it, and counts once."""
+    noise = torch.Generator().manual_seed(4)
+    said, wanted = (torch.randn(6, 40_000, generator=noise) for _ in range(2))
+    few = shortlist(wanted, torch.Generator().manual_seed(1))
+    assert few is not None
+    assert {*wanted.topk(16).indices.flatten().tolist()} <= {*few.ids.tolist()}
+    assert len(few.ids) <= 6 * 16 + 2048
+    assert float(few.weight.exp().sum()) == pytest.approx(40_000, rel=1e-4)
+    whole = row_losses(said, wanted, 0.5)
+    short = row_losses(said[:, few.ids], wanted[:, few.ids], 0.5, few.weight)
+    torch.testing.assert_close(short, whole, rtol=0.05, atol=0.0)
+    assert shortlist(wanted[:, :8192], torch.Generator()) is None, "a small vocabulary is looked at whole"
+
+
+def test_the_short_list_gives_the_logits_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the link, whose shift goes through the same layer."""
+    student, lessons, accelerator = student_and(SPACE)
+    with torch.no_grad():
+        student.link_up.normal_(generator=torch.Generator().manual_seed(3))
+    batch = draw(lessons, SPACE, 0, None, accelerator.device)
+    few = Shortlist(torch.tensor([3, 5, 11]), torch.tensor([0.0, 0.5, 1.5]))
+    monkeypatch.setattr(student_module, "shortlist", lambda wanted, chance: few)
+    with torch.no_grad():
+        whole, short = student(batch), student(batch, torch.Generator())
+    torch.testing.assert_close(short.said, whole.said[:, few.ids], rtol=0, atol=1e-5)
+    torch.testing.assert_close(short.wanted, whole.wanted[:, few.ids], rtol=0, atol=1e-5)
+    assert short.weight is few.weight
+
+
+def test_logits_that_are_more_than_a_product_are_taken_whole() -> None:
+    """Gemma 2 bends its logits: there the model's own answer is what is learned from."""
+    bent, plain = (Head.of(one) for one in (model_of("gemma2"), tiny_llama()))
+    assert bent is None
+    assert plain is not None
+
+
+@pytest.mark.parametrize(("thinning", "sizes"), [(1.0, (3, 3, 3, 3)), (0.5, (3, 2, 1, 1)), (1e-9, (3, 1, 1, 1))])
+def test_sizes_of_groups(thinning: float, sizes: tuple[int, ...]) -> None:
+    assert replace(SPACE, masks=3, thinning=thinning).sizes(4) == sizes
+
+
+@pytest.mark.parametrize(("modules", "count"), [("all", 7), ("attention", 4), ("output", 1)])
+def test_layers_with_an_adapter(modules: Any, count: int, tmp_path: Path) -> None:
+    settings = replace(SPACE, modules=modules)
+    student = run.make_student(tiny_llama(), settings)
+    output.write_adapter(tmp_path, student, tiny_llama(), settings, {})
+    layers = load_adapter(tmp_path, tiny_llama()).layers
+    assert len(layers) == 4 * count
+    assert modules != "output" or all(path.endswith("o_proj") for path in layers)
 
 
 def test_acceptance_is_counted() -> None:
@@ -472,9 +527,11 @@ def test_acceptance_is_counted() -> None:
     student, lessons, accelerator = student_and(settings)
     right, total = [0, 0], [0, 0]
     for number in range(loop.HELD_OUT_BATCHES):
-        batch = draw(lessons, settings, -1 - number, None, accelerator.device)
+        batch = draw(lessons, replace(settings, thinning=1.0), -1 - number, None, accelerator.device)
         with torch.no_grad():
-            said = student(batch)[0]
+            answers = student(batch)
+        named = torch.cat([answers.groups, answers.places[:, None]], 1).tolist()
+        said = {tuple(name): row for name, row in zip(named, answers.said, strict=True)}
         for i, length in enumerate(batch.lengths.tolist()):
             with torch.no_grad():
                 stock = tiny_llama()(batch.tokens[i : i + 1, :length]).logits[0]
@@ -516,6 +573,8 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "widths of space": ({"skip_widths": 2}, "skip_widths belongs to recipe 's3d'"),
     "widths": ({"recipe": "s3d", "skip_widths": "2,x"}, "--skip-widths '2,x' is not a list of whole numbers"),
     "wide": ({"recipe": "s3d", "skip_widths": 4}, "skip_width=4 is out of range: it must be at least 1, at most 3"),
+    "thinning": ({"thinning": 0}, "thinning=0.0 is out of range: it must be above 0.0"),
+    "modules": ({"modules": "some"}, "'some' is not one of"),
     "recipe": ({"recipe": "medusa"}, "'medusa' is not one of"),
     "dtype": ({"dtype": "int3"}, "dtype 'int3' is unknown"),
     "model": ({"model": "/nowhere/at/all"}, "there is no such folder"),
@@ -747,7 +806,7 @@ def test_a_checkpoint_on_a_full_device(selfdraft: Any, folder: Path, data: Path,
     ("fault", "words"),
     [
         (
-            lambda *_: (torch.tensor(torch.nan), torch.tensor(1.0)),
+            lambda *_: torch.tensor([torch.nan]),
             "the loss is nan: give a lower --learning-rate than 0.003",
         ),
         (lambda *_: torch.empty(2**50), "do not fit into memory; lower --groups, --batch-size or --max-length"),
@@ -756,7 +815,7 @@ def test_a_checkpoint_on_a_full_device(selfdraft: Any, folder: Path, data: Path,
 def test_a_step_that_fails(
     selfdraft: Any, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, words: str
 ) -> None:
-    monkeypatch.setattr(loop, "weighted_loss", fault)
+    monkeypatch.setattr(loop, "row_losses", fault)
     one_line(selfdraft("train", "--output", tmp_path / "out", *options(folder, data)), words)
     assert names(tmp_path / "out") == set()
 

@@ -299,13 +299,28 @@ def _status(name: str) -> int | None:
 
 
 def weights_bytes(model: torch.nn.Module) -> int:
-    """Memory of a model's parameters and buffers; tied ones, and views of one another, count once."""
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        for plain in _plain(tensor):
-            storage = plain.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    """Memory of a model's parameters and buffers; tied ones, and views of one another, count once.
+
+    What lies beside a weight in the same piece of memory does not count: packed weights share large ones.
+    """
+    spans = sorted(
+        (plain.data_ptr(), plain.data_ptr() + _reach(plain))
+        for tensor in (*model.parameters(), *model.buffers())
+        for plain in _plain(tensor)
+    )
+    total = end = 0
+    for start, stop in spans:
+        total += max(stop - max(start, end), 0)
+        end = max(end, stop)
+    return total
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first number of a tensor to behind its last one."""
+    if not tensor.numel():
+        return 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +44,24 @@ VERBS = (
     perplexity.verb,
     train.train,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"selfdraft {version('selfdraft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    shown: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop."),
+    ] = False,
+) -> None:
+    """What stands before the verb: options of the program itself."""
+
+
 for verb in VERBS:
     app.command()(verb)
 app.add_typer(bench.app, name="bench")

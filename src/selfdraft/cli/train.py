@@ -33,6 +33,10 @@ Distill = Annotated[
 DistillTemperature = Annotated[
     float, typer.Option(help="Every second continuation is sampled with it; the others are greedy.")
 ]
+Modules = Annotated[
+    Literal["all", "attention", "output"],
+    typer.Option(help="Linear layers with an adapter: all, those of attention, or its output projection alone."),
+]
 SkipWidths = Annotated[str | None, typer.Option(help="s3d: numbers of middle blocks to skip, with commas between.")]
 SarSft = Annotated[
     bool, typer.Option("--sar-sft", help="space: tune the model itself, as the paper does; writes a new model.")
@@ -55,6 +59,8 @@ def train(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(help="Texts of a step, over all processes.")] = 8,
     groups: Annotated[int, typer.Option(help="Mask groups under each text.")] = 48,
+    thinning: Annotated[float, typer.Option(help="Share of groups that go on to one more mask; 1: all do.")] = 0.7,
+    modules: Modules = "all",
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     max_length: Annotated[int, typer.Option(help="Most tokens of a text.")] = 384,
     hard_share: Annotated[float, typer.Option(help="Share of the loss on the likeliest token, not all of them.")] = 0.5,
@@ -72,7 +78,7 @@ def train(
     settings = Settings(recipe=recipe, masks=MASKS[recipe] if masks is None else masks, seed=seed)
     settings = replace(settings, rank=rank, link=link, sar_sft=sar_sft, skip_widths=_widths(skip_widths))
     settings = replace(settings, steps=steps, batch_size=batch_size, groups=groups, learning_rate=learning_rate)
-    settings = replace(settings, max_length=max_length, hard_share=hard_share)
+    settings = replace(settings, max_length=max_length, hard_share=hard_share, thinning=thinning, modules=modules)
     check_output(output)
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
@@ -153,7 +159,7 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
     requests = [request(i) for i in range(len(prompts))]
     with terminal.progress(len(prompts), quiet=False, what="writing own texts") as advance:
         before = 0
-        for done in write_own(llm.engine_for("lookup"), requests, path, settings.batch_size * 2, origin):
+        for done in write_own(llm.engine_for("auto"), requests, path, settings.batch_size * 2, origin):
             for _ in range(done - before):
                 advance()
             before = done

@@ -13,7 +13,7 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import SourceTree, every_source
+from selfdraft.drafting.source_tree import SourceTree, every_source, masks_of
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
@@ -29,13 +29,22 @@ class Auto:
     Errors: OptionError for values out of range.
     """
 
-    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling",), prediction=True, pass_cost=True)
+    needs: ClassVar[Needs] = Needs(
+        tokens_only=True, logits_options=("recycling", "masks"), prediction=True, pass_cost=True
+    )
 
     def __init__(
-        self, target: Target, *, num_speculative_tokens: int = 64, memory: int = 0, recycling: bool = True
+        self,
+        target: Target,
+        *,
+        num_speculative_tokens: int = 64,
+        memory: int = 0,
+        recycling: bool = True,
+        masks: bool = True,
     ) -> None:
         self.memory = Memory(memory) if memory else None
-        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.extras.clock, self.memory)
+        rows, clock = masks_of(target, masks), target.extras.clock
+        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows)
         self.copies = SuffixCopy()
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)
         self.uses_tree = True
@@ -47,9 +56,11 @@ class Auto:
             self._choose(sequences)
             began = self.guard.clock()
             maker, most = (self.tree, self.tree.most) if self.uses_tree else (self.copies, min(self.tree.most, AHEAD))
-            drafts = maker.draft(sequences, budgets, self.guard.row_costs(sequences, most))
+            costs = self.guard.row_costs(sequences, most)
+            drafts = maker.draft(sequences, budgets, costs)
             self.guard.node_time.observe(sum(map(len, drafts)), self.guard.clock() - began)
-            return self.guard.cut(sequences, drafts)
+            drafts = self.guard.cut(sequences, drafts)
+            return self.tree.with_masks(sequences, drafts, budgets, costs) if self.uses_tree else drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         if self.guard.drafting:

@@ -1,4 +1,5 @@
-"""One tree from all sources that cost no pass: the request's own text, earlier outputs, a prediction, the runners-up.
+"""One tree from all sources that cost no pass: the request's own text, earlier outputs, a prediction, the runners-up,
+and trained masks where the model has them.
 
 Duplicates are one node that keeps all its sources; how likely a node is follows from what it took to be right so far
 (`drafting/mixing.py`); nodes are added best first until the next one is not worth its row.
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source
+from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source, masks_of
 from selfdraft.protocols import Needs, Target
 
 
@@ -17,10 +18,11 @@ class Merged(SourceTreeDrafter):
     """Candidates: the best tree over everything that is known without a pass.
 
     `memory`: most tokens of earlier outputs that are remembered; 0 remembers nothing. It is this drafter's alone.
-    `recycling`: the model's runners-up at every row that was run are guesses, too.
+    `recycling`: the model's runners-up at every row that was run are guesses, too. `masks`: so are those of mask tokens
+    trained with `selfdraft train --recipe space`, whose rows are hung where they are worth it.
     """
 
-    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling",), prediction=True)
+    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling", "masks"), prediction=True)
 
     def __init__(
         self,
@@ -29,7 +31,10 @@ class Merged(SourceTreeDrafter):
         num_speculative_tokens: int = 64,
         memory: int = 0,
         recycling: bool = True,
+        masks: bool = True,
         min_probability: float | None = None,
     ) -> None:
         past = Memory(memory) if memory else None
-        super().__init__(every_source(recycling), num_speculative_tokens, min_probability, target.extras.clock, past)
+        rows = masks_of(target, masks)
+        clock, sources = target.extras.clock, every_source(recycling)
+        super().__init__(sources, num_speculative_tokens, min_probability, clock, past, rows)

@@ -16,7 +16,8 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Guesser, Place, places
+from selfdraft.drafting.mask_prediction import Guesser, Place
+from selfdraft.drafting.mask_source import read_group
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
 
@@ -103,17 +104,4 @@ class Space:
                 continue
             for held, depth in zip(self._held, range(min(len(result.path) + 1, len(note.places))), strict=False):
                 held.observe(float(depth < len(result.path)))
-            note.places = self._read(note, sequence, result)
-
-    def _read(self, note: RequestMasks, sequence: Sequence, result: Result) -> list[Place]:
-        """What the masks behind the end of acceptance say; without a group there, the later masks of one before it."""
-        point = result.nodes[result.path[-1]] if result.path else ROOT
-        ahead = 0
-        while point not in note.groups and point != ROOT:
-            point, ahead = result.proposed.parents[point], ahead + 1
-        first, size = note.groups.get(point, (0, 0))
-        place = {old: new for new, old in enumerate(result.nodes)}
-        rows = [1 + place[probe] for probe in range(first + ahead, first + size) if probe in place]
-        if not rows or result.logits is None:
-            return []
-        return places(result.logits[rows], sequence)
+            note.places = read_group(note.groups, sequence, result)

@@ -17,10 +17,12 @@ from selfdraft.drafting.alignment import Aligned
 from selfdraft.drafting.context_tree import ContextTree
 from selfdraft.drafting.cost_guard import LossBudget
 from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.mask_source import MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
 from selfdraft.errors import OptionError
+from selfdraft.protocols import MaskTokens, Target
 from selfdraft.types import Budget, Clock, within
 
 RECYCLING = "recycling"
@@ -39,6 +41,13 @@ class Sources:
     """The model's runners-up at every row that was run: needs logits."""
 
 
+def masks_of(target: Target, wanted: object) -> MaskTokens | None:
+    """SPACE's mask tokens, if they are `wanted` and the target has them. Errors: OptionError for no bool."""
+    if not isinstance(wanted, bool):
+        raise OptionError(f"masks={wanted!r} is neither True nor False")
+    return target.extras.mask_tokens.get("space") if wanted else None
+
+
 def every_source(recycling: object) -> Sources:
     """All sources, the model's runners-up only with `recycling`. Errors: OptionError when that is no bool."""
     if not isinstance(recycling, bool):
@@ -49,12 +58,15 @@ def every_source(recycling: object) -> Sources:
 class RequestSources:
     """What is known about one sequence: its sources, and how far they have read."""
 
-    def __init__(self, sequence: Sequence, sources: Sources, memory: Memory | None, credit: Credit) -> None:
+    def __init__(
+        self, sequence: Sequence, sources: Sources, memory: Memory | None, credit: Credit, masks: MaskTokens | None
+    ) -> None:
         self._readers: list[tuple[Reader, int]] = []
         """With the first place that each one reads."""
         self._read = 0
         self.successors = Successors(RECYCLING, sequence) if sources.recycling else None
-        found: list[Source] = [self.successors] if self.successors else []
+        self.masks = MaskSource(masks.shift) if masks else None
+        found: list[Source] = [source for source in (self.successors, self.masks) if source]
         if sources.request:
             own = self._reader(Reader(ContextTree(), own=True))
             found += [Contexts("context", own), Copies("copy", own), Alignments("align", own)]
@@ -80,6 +92,12 @@ class RequestSources:
                     reader.push(sequence.tokens[place])
         self._read = len(sequence.tokens)
 
+    def resume(self, sequence: Sequence) -> None:
+        """Read what came in steps that drafted nothing; what masks said is of an older place then."""
+        if self.masks is not None and self._read < len(sequence.tokens):
+            self.masks.hear([], -1)
+        self.catch_up(sequence)
+
     def learn(self, sequence: Sequence) -> None:
         """Score every source by the new tokens, then read them."""
         self.merger.score(sequence.tokens[self._read :])
@@ -89,14 +107,23 @@ class RequestSources:
 class SourceTree:
     """Trees of at most `nodes` candidates out of `sources`; the notes of each request, and what all requests taught.
 
-    `memory` gets every output that is finished. What sources are worth outlives a request, what they read does not.
+    `masks`: trained mask tokens are a source, too. `memory` gets every output that is finished. What sources are worth
+    outlives a request, what they read does not.
     The successor table costs time at every step: it is read as long as what it alone brought is worth that (`book`).
     Errors: OptionError for values out of range.
     """
 
-    def __init__(self, sources: Sources, nodes: int, clock: Clock, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sources,
+        nodes: int,
+        clock: Clock,
+        memory: Memory | None = None,
+        masks: MaskTokens | None = None,
+    ) -> None:
         within("num_speculative_tokens", nodes, 1, 256)
         self.sources, self.most, self.memory, self.clock = sources, nodes, memory, clock
+        self.groups = MaskGroups(masks) if masks else None
         self.credit = Credit()
         self.successors = LossBudget()
         """What reading the successor table may still lose."""
@@ -122,17 +149,38 @@ class SourceTree:
     ) -> Draft:
         """The tree under the end of a sequence, or under tokens (`path`) that are thought to come behind it."""
         note = self._note(sequence)
-        note.catch_up(sequence)  # what came in steps that drafted nothing
+        note.resume(sequence)
         if note.successors is not None:
             note.successors.awake = not self.successors.paused
         room = Budget(min(budget.max_nodes, self.most, len(row_costs)), budget.max_depth, budget.max_probe_depth)
         return note.merger.tree(room, row_costs, path)
 
+    def with_masks(
+        self,
+        sequences: SequenceOf[Sequence],
+        drafts: SequenceOf[Draft],
+        budgets: SequenceOf[Budget],
+        row_costs: SequenceOf[float],
+    ) -> list[Draft]:
+        """The trees with the mask rows that are worth their place; `row_costs[i]`: of the i-th row of a tree."""
+        if self.groups is None:
+            return list(drafts)
+        hung = []
+        for sequence, draft, budget in zip(sequences, drafts, budgets, strict=True):
+            source = self._note(sequence).masks
+            assert source is not None, "there are groups, so every request has the source"
+            deepest = min(budget.max_probe_depth, sequence.remaining - 1)
+            hung.append(self.groups.hang(source, draft, row_costs[len(draft) :], deepest))
+        return hung
+
     def learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        """Score every source by the new tokens, read them, and keep the runners-up of every row that was run."""
-        for sequence in sequences:
-            if sequence in self._notes:
-                self._notes[sequence].learn(sequence)
+        """Score every source by the new tokens, read them, and keep what the rows that were run say of the next."""
+        for sequence, result in zip(sequences, results, strict=True):
+            note = self._notes.get(sequence)
+            if note is not None:
+                note.learn(sequence)
+                if self.groups is not None and note.masks is not None and result.tokens:
+                    self.groups.learn(note.masks, sequence, result)
         if not self.sources.recycling:
             return
         if self.successors.paused:
@@ -162,7 +210,9 @@ class SourceTree:
     def _note(self, sequence: Sequence) -> RequestSources:
         note = self._notes.get(sequence)
         if note is None:
-            note = self._notes[sequence] = RequestSources(sequence, self.sources, self.memory, self.credit)
+            note = self._notes[sequence] = RequestSources(
+                sequence, self.sources, self.memory, self.credit, self.groups.masks if self.groups else None
+            )
         return note
 
 
@@ -186,8 +236,9 @@ class SourceTreeDrafter:
         min_probability: float | None,
         clock: Clock,
         memory: Memory | None = None,
+        masks: MaskTokens | None = None,
     ) -> None:
-        self.tree = SourceTree(sources, nodes, clock, memory)
+        self.tree = SourceTree(sources, nodes, clock, memory, masks)
         self.memory, self.clock = memory, clock
         self.row_cost = RowCost(min_probability)
         self._began = 0.0
@@ -196,7 +247,8 @@ class SourceTreeDrafter:
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         self._began, self._drafted = self.clock(), len(sequences)
         most = min(self.tree.most, self.row_cost.most_rows)
-        return self.tree.draft(sequences, budgets, [self.row_cost.tokens] * most)
+        costs = [self.row_cost.tokens] * most
+        return self.tree.with_masks(sequences, self.tree.draft(sequences, budgets, costs), budgets, costs)
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         if len(sequences) == self._drafted and all(result.tokens for result in results):

@@ -134,8 +134,7 @@ def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate)
 
 def linked(model: PreTrainedModel, before: Tensor, down: Tensor, up: Tensor, ids: Tensor | None = None) -> Tensor:
     """Shift of the logits by the tokens `before` [..., n]: [..., n, vocab], or only that of `ids` [k]: [..., n, k]."""
-    embedded = model.get_input_embeddings()(before).to(down.dtype)
-    state = F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
+    state = link_state(model, before, down, up)
     head = model.get_output_embeddings()
     if isinstance(head, BlockLinear) and ids is not None:
         return F.linear(state, head.rows(ids, state.dtype))
@@ -146,6 +145,12 @@ def linked(model: PreTrainedModel, before: Tensor, down: Tensor, up: Tensor, ids
     if head.bias is not None:
         shift = shift - head.bias  # a shift has none
     return shift if ids is None else shift[..., ids]
+
+
+def link_state(model: PreTrainedModel, before: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """What the tokens `before` [..., n] add to what the output layer is given: [..., n, hidden]."""
+    embedded = model.get_input_embeddings()(before).to(down.dtype)
+    return F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
 
 
 def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skipped: bool) -> dict[int, slice | Tensor]:

@@ -8,16 +8,16 @@ import pickle
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from selfdraft.errors import OptionError
 from selfdraft.files.atomic import whole_file
+from selfdraft.train.losses import best, row_losses
 from selfdraft.train.settings import Settings, first_change
 from selfdraft.train.student import Batch, Student
 from selfdraft.train.texts import Text, split
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
 
 HELD_OUT_BATCHES = 4
+LOT = 32
+"""Most groups of a text that are attended to together: each row of a lot is compared with all others of it."""
+MASK_SPEED = 3.0
+"""Learning rate of the mask embeddings, in that of the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def train(
     skips = settings.skips(student.layers)
     ordered = sorted(texts, key=lambda text: len(text.tokens))
     learned, measured = split(ordered)
-    adam = torch.optim.AdamW(student.trainable(), betas=(0.9, 0.98), weight_decay=0.0)
+    adam = torch.optim.AdamW(_by_speed(student), betas=(0.9, 0.98), weight_decay=0.0)
     model, optimizer = accelerator.prepare(student, adam)
     origin = {"model": student.fingerprint, "precision": accelerator.mixed_precision, "texts": digest(ordered)}
     step, mean = _resume(checkpoint, student, optimizer, settings, origin)
@@ -74,12 +78,12 @@ def train(
         yield Progress(step, mean, measure(student, measured, settings, skips[len(skips) // 2], accelerator))
     while step < settings.steps:
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step)
+            group["lr"] = settings.rate(step) * group["speed"]
         skip = skips[step % len(skips)]
         share = (accelerator.process_index, accelerator.num_processes)
         batch = draw(learned, settings, step, skip, accelerator.device, *share)
         with _blaming_memory(batch):
-            mean = _learn(model, optimizer, batch, settings, accelerator)
+            mean = _learn(model, optimizer, batch, _lot(settings, step), settings, accelerator)
         step += 1
         if step % every and step < settings.steps:
             yield Progress(step, mean)
@@ -92,22 +96,35 @@ def train(
 
 
 def _learn(
-    model: Student, optimizer: AcceleratedOptimizer, batch: Batch, settings: Settings, accelerator: Accelerator
+    model: Student,
+    optimizer: AcceleratedOptimizer,
+    batch: Batch,
+    chance: torch.Generator,
+    settings: Settings,
+    accelerator: Accelerator,
 ) -> float:
     """One step of the optimizer; the loss, over all processes. Errors: OptionError, and nothing is changed then."""
     with accelerator.autocast():
-        said, wanted, counts = model(batch)
-        total, weight = weighted_loss(said, wanted, counts, settings.hard_share)
+        answers = model(batch, chance)
+        total = row_losses(answers.said, answers.wanted, settings.hard_share, answers.weight).sum()
         # the mean over the rows of all processes: gradients are averaged over them, and their rows differ in number
-        loss = total / accelerator.reduce(weight, "mean").clamp(min=1.0)
+        count = torch.tensor(float(len(answers.said)), device=total.device)
+        loss = total / accelerator.reduce(count, "mean").clamp(min=1.0)
     mean = float(accelerator.reduce(loss.detach(), "mean"))
     if not isfinite(mean):
         raise OptionError(f"the loss is {mean}: give a lower --learning-rate than {settings.learning_rate}")
     accelerator.backward(loss)
-    accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean
+
+
+def _by_speed(student: Student) -> list[dict[str, object]]:
+    """Parameters with how much faster than the adapter they are learned: the mask embeddings begin far from use."""
+    others = [p for p in student.trainable() if p is not student.masks]
+    groups = ((1.0, others), (MASK_SPEED, [student.masks]))
+    return [{"params": parameters, "speed": speed} for speed, parameters in groups if parameters]
 
 
 @contextmanager
@@ -133,7 +150,7 @@ def draw(
     parts: int = 1,
 ) -> Batch:
     """The texts and anchors of a step out of texts ordered by length; process `part` of `parts` gets its share."""
-    chance = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    chance = _lot(settings, step)
     first = int(torch.randint(max(1, len(texts) - settings.batch_size + 1), (1,), generator=chance))
     chosen = range(first, min(first + settings.batch_size, len(texts)))  # neighbours in length: little padding
     spread = torch.rand(settings.batch_size, settings.groups, generator=chance)
@@ -147,27 +164,15 @@ def draw(
         size = len(text.tokens)
         tokens[row, :size] = torch.tensor(text.tokens)
         start = min(max(text.start - 1, 0), size - 2)
-        anchors[row] = (start + place * (size - 1 - start)).long().sort().values
+        anchors[row] = (start + place * (size - 1 - start)).long()
     lengths = torch.tensor([0 if idle else len(text.tokens) for text in mine])
-    return Batch(tokens.to(device), anchors.to(device), lengths.to(device), skip)
+    sizes = settings.sizes(-(-settings.groups // -(-settings.groups // LOT)))
+    return Batch(tokens.to(device), anchors.to(device), lengths.to(device), sizes, skip)
 
 
-def weighted_loss(said: Tensor, wanted: Tensor, counts: Tensor, hard_share: float) -> tuple[Tensor, Tensor]:
-    """Cross entropy [] of the rows that count, summed, and the sum of their weights [].
-
-    Row j weighs 0.9^j, since it matters only if those before hold.
-
-    `wanted` are logits: their distribution is the goal of a sampled draft, their likeliest token that of a greedy one.
-    Or it is tokens, without the last axis.
-    """
-    logs = said.float().log_softmax(-1)
-    if wanted.ndim == counts.ndim:
-        soft = hard = -logs.gather(-1, wanted[..., None])[..., 0]
-    else:
-        soft = -(wanted.float().softmax(-1) * logs).sum(-1)
-        hard = -logs.gather(-1, best(wanted, counts)[..., None])[..., 0]
-    weight = counts * 0.9 ** torch.arange(said.shape[2], device=said.device)
-    return ((1 - hard_share) * soft + hard_share * hard).mul(weight).sum(), weight.sum()
+def _lot(settings: Settings, step: int) -> torch.Generator:
+    """What a step draws from."""
+    return torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
 
 
 @torch.no_grad()
@@ -175,21 +180,19 @@ def measure(
     student: Student, texts: SequenceOf[Text], settings: Settings, skip: Skip | None, accelerator: Accelerator
 ) -> tuple[float, ...]:
     """Share of held-out rows, per place in the group, whose likeliest token is the target's."""
-    right = total = 0.0
+    right, total = torch.zeros(student.size), torch.zeros(student.size)
+    whole = replace(settings, thinning=1.0)
     for number in range(HELD_OUT_BATCHES):
-        batch = draw(texts, settings, -1 - number, skip, accelerator.device)
+        batch = draw(texts, whole, -1 - number, skip, accelerator.device)
         with accelerator.autocast():
-            said, wanted, counts = student(batch)
-        said, wanted, counts = (tensor[:, : settings.groups] for tensor in (said, wanted, counts))
-        right = right + ((said.argmax(-1) == best(wanted, counts)) & counts).sum((0, 1))
-        total = total + counts.sum((0, 1))
-    shares: list[float] = (right / torch.as_tensor(total).clamp(min=1)).tolist()
+            answers = student(batch)
+        mine = answers.groups[:, 1] >= 0
+        places = answers.places[mine].cpu()
+        hits = (answers.said.argmax(-1) == best(answers.wanted))[mine].cpu()
+        total += places.bincount(minlength=student.size)
+        right += places[hits].bincount(minlength=student.size)
+    shares: list[float] = (right / total.clamp(min=1)).tolist()
     return tuple(shares)
-
-
-def best(wanted: Tensor, counts: Tensor) -> Tensor:
-    """The tokens that rows should say, from logits or from tokens."""
-    return wanted if wanted.ndim == counts.ndim else wanted.argmax(-1)
 
 
 def digest(texts: SequenceOf[Text]) -> str:

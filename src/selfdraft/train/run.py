@@ -47,7 +47,7 @@ def accelerator_for(model: Model) -> Accelerator:
 
 
 def make_student(model: Model, settings: Settings) -> Student:
-    """A fresh student: the adapter sits on every linear layer of the blocks that a drafting pass runs."""
+    """A fresh student: the adapter sits on layers (`settings.modules`) of the blocks that a drafting pass runs."""
     from peft import LoraConfig
 
     layers = int(model.config.get_text_config().num_hidden_layers)
@@ -56,7 +56,10 @@ def make_student(model: Model, settings: Settings) -> Student:
     lora = None
     if settings.rank:
         lora = LoraConfig(
-            r=settings.rank, lora_alpha=settings.rank, target_modules=linear_names(model, run), lora_dropout=0.0
+            r=settings.rank,
+            lora_alpha=settings.rank,
+            target_modules=linear_names(model, run, settings.modules),
+            lora_dropout=0.0,
         )
     return Student(
         model,

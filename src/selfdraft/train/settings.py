@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from math import cos, pi
+from typing import Literal, get_args
 
 from selfdraft.errors import OptionError
 from selfdraft.types import Skip, middle, within
 
 Recipe = Literal["s3d", "space"]
+Modules = Literal["all", "attention", "output"]
+"""Linear layers that get the adapter: all of them, those of attention, or attention's output projection alone."""
+LAST_RATE = 0.05
+"""The learning rate ends at this share of its height."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,9 @@ class Settings:
     """Texts of a step, over all processes."""
     groups: int = 48
     """Mask groups under each text."""
+    thinning: float = 0.7
+    """Share of the groups with a mask j that also have a mask j + 1: what is deep is read less often. 1: all masks."""
+    modules: Modules = "all"
     learning_rate: float = 3e-3
     max_length: int = 384
     """Most tokens of a text."""
@@ -52,6 +60,9 @@ class Settings:
         within("learning_rate", self.learning_rate, 0.0, 1.0, open_low=True)
         within("max_length", self.max_length, 16, 2**20)
         within("hard_share", self.hard_share, 0.0, 1.0)
+        within("thinning", self.thinning, 0.0, 1.0, open_low=True)
+        if self.modules not in get_args(Modules):
+            raise OptionError(f"modules={self.modules!r} is unknown; there are {', '.join(get_args(Modules))}")
         if self.sar_sft and self.recipe != "space":
             raise OptionError(f"sar_sft belongs to recipe 'space', not to {self.recipe!r}")
         if self.sar_sft and not self.rank:
@@ -65,10 +76,16 @@ class Settings:
             return (None,)
         return tuple(middle(layers, width) for width in self.skip_widths or default_widths(layers))
 
+    def sizes(self, groups: int) -> tuple[int, ...]:
+        """Masks of each of so many groups, the largest first; every place has at least one."""
+        reach = [max(1, round(groups * self.thinning**place)) for place in range(self.masks)]
+        return tuple(sum(group < count for count in reach) for group in range(groups))
+
     def rate(self, step: int) -> float:
-        """Learning rate of a step: a short rise, then a linear descent to zero."""
+        """Learning rate of a step: a short rise, then half a cosine down to LAST_RATE of it."""
         warm = max(1, self.steps // 50)
-        return self.learning_rate * min((step + 1) / warm, 1.0 - step / self.steps)
+        fall = LAST_RATE + (1 - LAST_RATE) * (1 + cos(pi * step / self.steps)) / 2
+        return self.learning_rate * min((step + 1) / warm, fall)
 
     def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "skip_widths": list(self.skip_widths)}

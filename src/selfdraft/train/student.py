@@ -17,11 +17,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from selfdraft.errors import OptionError
 from selfdraft.models import views
-from selfdraft.models.adapters import EMBEDDINGS, linked
+from selfdraft.models.adapters import EMBEDDINGS, link_state, linked
 from selfdraft.models.attention import additive_mask, kernel, register
 from selfdraft.models.identity import base_hash
 from selfdraft.models.reference import Model
+from selfdraft.train.head import Head, shortlist
+from selfdraft.train.settings import Modules
 from selfdraft.types import Skip
 
 if TYPE_CHECKING:
@@ -74,7 +77,8 @@ def attend_packed(
     if packed.prefix is None:
         packed.store[module.layer_idx] = (key, value)
     else:
-        old_key, old_value = packed.prefix[module.layer_idx]
+        # lots of groups share a text
+        old_key, old_value = (old.repeat_interleave(len(key) // len(old), 0) for old in packed.prefix[module.layer_idx])
         key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
     batch, heads, count, dim = query.shape
     shared = heads // key.shape[1]
@@ -95,8 +99,41 @@ class Batch:
     tokens: Tensor
     anchors: Tensor
     lengths: Tensor
+    sizes: tuple[int, ...]
+    """Masks of each group of a lot; the groups of a text come in lots of so many, the last one may be shorter."""
     skip: Skip | None = None
     """Sublayers that the drafting pass leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What n rows say, and what they should: the rows of mask groups that stand inside their text, alone."""
+
+    said: Tensor
+    """Logits [n, tokens], over the whole vocabulary or a list that stands for it."""
+    wanted: Tensor
+    """Logits of the untouched model of the same shape, or the tokens themselves [n]."""
+    groups: Tensor
+    """[n, 2]: which text, and which of its groups; -1 for rows of the text itself."""
+    places: Tensor
+    """[n]: which row of its group."""
+    weight: Tensor | None = None
+    """The log of how many tokens each one of a list stands for [tokens]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Rows of the groups of a lot, beneath each other: group of a row, and its place in the group, [rows]."""
+
+    groups: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, sizes: SequenceOf[int], device: torch.device) -> Layout:
+        counts = torch.tensor(sizes, device=device)
+        groups = torch.arange(len(sizes), device=device).repeat_interleave(counts)
+        starts = (counts.cumsum(0) - counts)[groups]
+        return cls(groups, torch.arange(len(groups), device=device) - starts)
 
 
 class Student(nn.Module):
@@ -128,7 +165,10 @@ class Student(nn.Module):
         self.layers = int(base.config.get_text_config().num_hidden_layers)
         base.requires_grad_(False)
         self._teacher = [views.clone(base, NAME).eval()]  # in a list: its weights are not this module's to save
+        self.head = None if tuned else Head.of(self._teacher[0])
         self.model: Model = views.clone(base, NAME).eval()
+        if self.head is not None:
+            self.model = self.head.replaced(self.model, nn.Identity())
         if lora is not None:
             with torch.random.fork_rng(devices=[]):  # PEFT draws from the generator of the process
                 torch.default_generator.manual_seed(seed)
@@ -144,81 +184,83 @@ class Student(nn.Module):
 
     @property
     def size(self) -> int:
-        """Rows of a group."""
+        """Most rows of a group."""
         return len(self.masks) + int(self.lead)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the rows that learn [b, m, n, vocab], what they should say, and which of them count [b, m, n].
+    def forward(self, batch: Batch, chance: torch.Generator | None = None) -> Answers:
+        """What the rows of the groups say, and what they should.
 
-        There are m groups of n rows: row i predicts the token i + 1 (with `lead`) or i + 2 places behind its anchor,
-        and should say what the untouched model says there, logits of the same shape.
+        Row i predicts the token i + 1 (with `lead`) or i + 2 places behind its anchor, and should say what the
+        untouched model says there. With `chance` only a list of tokens is looked at, where the vocabulary is large.
         """
         causal = _causal(batch.tokens)
         with torch.set_grad_enabled(self.tuned and torch.is_grad_enabled()):
             reader = self.model if self.tuned else self._teacher[0]
             text = reader(input_ids=batch.tokens, position_ids=causal.queries, use_cache=False, packed=causal).logits
-        said, pack = self._draft(batch, causal)
-        if self.link_down.shape[1]:
-            before = batch.tokens.gather(1, pack.queries.clamp(max=batch.tokens.shape[1] - 1))
-            said = said + linked(self._teacher[0], before, self.link_down, self.link_up)
-        shape = (*batch.anchors.shape, self.size)
-        behind = pack.queries  # the row of the text at a draft row's position predicts the same token
-        counts = behind < batch.lengths[:, None] - 1
-        place = behind.clamp(max=text.shape[1] - 1)
+        layout = Layout.of([size + int(self.lead) for size in batch.sizes], batch.tokens.device)
+        pack = self._group_pack(batch, causal, layout)
+        states = self._drafting(batch.skip)(
+            inputs_embeds=self._inputs(batch, layout), position_ids=pack.queries, use_cache=False, packed=pack
+        ).logits.flatten(0, 1)
+        rows, named, places, behind = self._counting(batch, layout, pack)
+        wanted, states = text[named[:, 0], behind], states[rows]
+        before = batch.tokens[named[:, 0], behind]
         if self.tuned:
-            return self._with_text(batch, text, said.view(*shape, -1), place.view(shape), counts.view(shape))
-        wanted = text.gather(1, place[..., None].expand(-1, -1, text.shape[2]))
-        return said.view(*shape, -1), wanted.view(*shape, -1), counts.view(shape)
+            following = F.pad(batch.tokens, (0, 1))[:, 1:]
+            said = states + self._shift(before) if self.link_down.shape[1] else states
+            return _with_text(batch, text, Answers(said, following[named[:, 0], behind], named, places))
+        link = bool(self.link_down.shape[1])
+        few = None if chance is None or self.head is None else shortlist(wanted, chance)
+        if self.head is not None and few is not None:
+            if link:
+                states = states + link_state(self._teacher[0], before, self.link_down, self.link_up).to(states.dtype)
+            return Answers(self.head(states, few.ids), wanted[:, few.ids], named, places, few.weight)
+        said = states if self.head is None else self.head(states)  # without a head the states are logits
+        return Answers(said + self._shift(before) if link else said, wanted, named, places)
 
-    def _draft(self, batch: Batch, text: Pack) -> tuple[Tensor, Pack]:
-        """Logits [b, groups * size, vocab] of the group rows and their pack."""
-        pack = self._group_pack(batch, text)
-        said = self._drafting(batch.skip)(
-            inputs_embeds=self._inputs(batch), position_ids=pack.queries, use_cache=False, packed=pack
-        ).logits
-        return said, pack
+    def _shift(self, before: Tensor) -> Tensor:
+        return linked(self._teacher[0], before, self.link_down, self.link_up)
 
-    def _with_text(
-        self, batch: Batch, text: Tensor, said: Tensor, place: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The text's own rows learn too, in further groups. What all of them should say are tokens, [b, m, n]."""
-        size = self.size
-        following = F.pad(batch.tokens, (0, 1))[:, 1:]
-        wanted = following.gather(1, place.flatten(1)).view(place.shape)
-        inside = torch.arange(text.shape[1], device=text.device) < batch.lengths[:, None] - 1
-        count = -text.shape[1] % size
-        rows = F.pad(text, (0, 0, 0, count)).view(len(text), -1, size, text.shape[2])
-        goals = F.pad(following, (0, count)).view(len(text), -1, size)
-        valid = F.pad(inside, (0, count)).view(len(text), -1, size)
-        return torch.cat([said, rows], 1), torch.cat([wanted, goals], 1), torch.cat([counts, valid], 1)
+    def _counting(self, batch: Batch, layout: Layout, pack: Pack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows that count, out of those of all lots, [n]; text and group of each [n, 2]; its place in the group [n].
 
-    def _inputs(self, batch: Batch) -> Tensor:
+        And the place of the text whose row predicts the same token [n].
+        """
         count, groups = batch.anchors.shape
-        masks = self.masks.expand(count, groups, -1, -1)
-        if self.lead:
-            table = self._teacher[0].get_input_embeddings()
-            first = table(batch.tokens.gather(1, batch.anchors)).to(masks.dtype)
-            masks = torch.cat([first[:, :, None], masks], 2)
-        dtype = next(p.dtype for p in self._teacher[0].parameters() if p.is_floating_point())
-        return masks.flatten(1, 2).to(dtype)
+        lots = len(pack.queries) // count
+        number = torch.arange(lots, device=pack.queries.device)[:, None] * len(batch.sizes) + layout.groups
+        texts = torch.arange(count, device=number.device).repeat_interleave(lots)[:, None]
+        inside = (pack.queries < batch.lengths[texts] - 1) & (number < groups).repeat(count, 1)
+        rows = inside.flatten().nonzero().squeeze(1)
+        named = torch.stack([texts.expand_as(inside)[inside], number.repeat(count, 1)[inside]], 1)
+        return rows, named, layout.places.expand_as(inside)[inside], pack.queries[inside]
 
-    def _group_pack(self, batch: Batch, text: Pack) -> Pack:
+    def _inputs(self, batch: Batch, layout: Layout) -> Tensor:
+        """Embeddings of the rows of all lots [b * lots, rows, hidden]."""
+        anchors = _in_lots(batch)
+        masks = self.masks[(layout.places - int(self.lead)).clamp(min=0)].expand(len(anchors), -1, -1)
+        if self.lead:
+            count = len(batch.tokens)
+            first = batch.tokens.gather(1, anchors.view(count, -1)).view_as(anchors)[:, layout.groups]
+            known = self._teacher[0].get_input_embeddings()(first).to(masks.dtype)
+            masks = torch.where((layout.places == 0)[:, None], known, masks)
+        dtype = next(p.dtype for p in self._teacher[0].parameters() if p.is_floating_point())
+        return masks.to(dtype)
+
+    def _group_pack(self, batch: Batch, text: Pack, layout: Layout) -> Pack:
         """Group row i stands i (with `lead`) or i + 1 behind its anchor; it sees the text before it and its group."""
-        size, count, groups = self.size, *batch.anchors.shape
-        device = batch.tokens.device
-        offsets = torch.arange(size, device=device) + (0 if self.lead else 1)
-        queries = (batch.anchors[..., None] + offsets).flatten(1)
-        last = batch.anchors - int(self.lead)
-        places = torch.arange(batch.tokens.shape[1], device=device)
-        sees = (places <= last[..., None]).repeat_interleave(size, 1)
-        group = torch.arange(groups * size, device=device) // size
-        own = torch.ones(groups * size, groups * size, dtype=torch.bool, device=device).tril()
-        own &= group[:, None] == group
-        sees = torch.cat([sees, own.expand(count, -1, -1)], 2)
-        return Pack(sees, torch.cat([text.places, queries], 1), queries, text.store)
+        anchors = _in_lots(batch)[:, layout.groups]
+        queries = anchors + layout.places + (0 if self.lead else 1)
+        last = anchors - int(self.lead)
+        places = torch.arange(batch.tokens.shape[1], device=anchors.device)
+        sees = places <= last[..., None]
+        own = (layout.groups[:, None] == layout.groups) & (layout.places <= layout.places[:, None])
+        sees = torch.cat([sees, own.expand(len(anchors), -1, -1)], 2)
+        known = text.places.repeat_interleave(len(anchors) // len(batch.tokens), 0)
+        return Pack(sees, torch.cat([known, queries], 1), queries, text.store)
 
     def _drafting(self, skip: Skip | None) -> Model:
         if skip is None:
@@ -248,21 +290,50 @@ class Student(nn.Module):
         return model
 
 
+def _with_text(batch: Batch, text: Tensor, groups: Answers) -> Answers:
+    """The text's own rows learn too, each as a first place. What all of them should say are tokens, [n]."""
+    inside = torch.arange(text.shape[1] - 1, device=text.device) < batch.lengths[:, None] - 1
+    rows = text[:, :-1][inside]
+    texts = inside.nonzero()[:, :1]
+    named = torch.cat([groups.groups, torch.cat([texts, -torch.ones_like(texts)], 1)])
+    places = torch.cat([groups.places, texts.new_zeros(len(rows))])
+    wanted = torch.cat([groups.wanted, batch.tokens[:, 1:][inside]])
+    return Answers(torch.cat([groups.said, rows]), wanted, named, places)
+
+
+def _in_lots(batch: Batch) -> Tensor:
+    """Anchors [b * lots, groups of a lot]; a lot that is not full is filled up with groups that do not count."""
+    return F.pad(batch.anchors, (0, -batch.anchors.shape[1] % len(batch.sizes))).view(-1, len(batch.sizes))
+
+
 def _causal(tokens: Tensor) -> Pack:
     count, size = tokens.shape
     places = torch.arange(size, device=tokens.device)
     return Pack((places <= places[:, None])[None], places.expand(count, -1), places.expand(count, -1))
 
 
-def linear_names(model: Model, blocks: SequenceOf[int]) -> list[str]:
-    """Full paths of the linear layers of these decoder blocks, experts and routers left out."""
+def linear_names(model: Model, blocks: SequenceOf[int], modules: Modules = "all") -> list[str]:
+    """Full paths of the linear layers of these decoder blocks, experts and routers left out.
+
+    `modules`: all of them, those of attention, or the last one of attention, its output. Errors: OptionError when a
+    block has no attention of a known name.
+    """
     every = views.blocks(model, int(model.config.get_text_config().num_hidden_layers))
     paths = {id(module): name for name, module in model.named_modules()}
     found = []
     for index in blocks:
-        for name, module in every[index].named_modules():
-            weight = getattr(module, "weight", None)
-            linear = isinstance(weight, Tensor) and (hasattr(module, "in_features") or hasattr(module, "nx"))
-            if linear and not any(word in name for word in ("expert", "router", "gate.")):
-                found.append(paths[id(module)])
+        inside: nn.Module = every[index]
+        if modules != "all":
+            name = views.attention_of(inside)
+            if name is None:
+                raise OptionError(f"modules={modules!r}: block {index} has no attention; give --modules all")
+            inside = inside._modules[name] or inside
+        linear = [paths[id(module)] for name, module in inside.named_modules() if _is_linear(name, module)]
+        found += linear[-1:] if modules == "output" else linear
     return found
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    linear = isinstance(weight, Tensor) and (hasattr(module, "in_features") or hasattr(module, "nx"))
+    return linear and not any(word in name for word in ("expert", "router", "gate."))
