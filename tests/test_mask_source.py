@@ -1,0 +1,123 @@
+"""Masks as a source of the merged tree: where their groups hang, what they are worth, and that the text stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selfdraft import LLM, SamplingParams
+from selfdraft.core.sequence import Sequence
+from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.core.verify import Result
+from selfdraft.drafters import build
+from selfdraft.drafting.mask_prediction import Place
+from selfdraft.drafting.mask_source import BINS, FIRST_GAIN, MASKS, TRY_EVERY, MaskGroups, MaskSource, endings
+from selfdraft.errors import OptionError
+from selfdraft.models.pocket import POCKET
+from selfdraft.models.target import HFTarget
+from selfdraft.protocols import MaskTokens
+from tests.clocks import Ticking, on_passes
+from tests.models import random_adapters, run, tiny_llama
+
+TREE = Draft((7, 8, 9), (ROOT, 0, ROOT), ("x",) * 3, 3, (0.6, 0.5, 0.3))
+"""Chances to be reached: 0.6, 0.3 behind it, 0.3 beside it; acceptance ends at the root with 0.1."""
+
+
+def silent(token: int, ids: torch.Tensor) -> None:
+    return None
+
+
+def groups(count: int = 3) -> MaskGroups:
+    return MaskGroups(MaskTokens(range(100, 100 + count)))
+
+
+def test_where_acceptance_ends() -> None:
+    assert [point for point, _ in endings(TREE)] == [0, 1, 2, ROOT]
+    assert [chance for _, chance in endings(TREE)] == pytest.approx([0.3, 0.3, 0.3, 0.1])
+    assert endings(EMPTY) == [(ROOT, 1.0)]
+
+
+def test_a_mask_row_has_to_bring_its_price() -> None:
+    """Gains at first 0.3, 0.15, 0.075; a row under a place that is reached with 0.3 brings 0.09, 0.045, 0.0225."""
+    source = MaskSource(silent)
+    hung = groups().hang(source, TREE, [0.04] * 9, 99)
+    assert hung.tokens == (7, 8, 9, *(100, 101) * 3)
+    assert hung.parents == (ROOT, 0, ROOT, 0, 3, 1, 5, 2, 7)
+    assert hung.num_candidates == 3
+    assert {*hung.sources[3:]} == {MASKS}
+    assert source.groups == {0: (3, 2), 1: (5, 2), 2: (7, 2)}
+    assert groups().hang(source, TREE, [0.1] * 9, 99) == TREE
+    assert source.groups == {}
+    rising = [0.04, 0.04, 0.08, 0.5, *[0.5] * 5]
+    assert groups().hang(source, TREE, rising, 99).tokens[3:] == (100, 101, 100)
+    assert groups().hang(source, TREE, [0.0] * 2, 99).tokens[3:] == (100, 101), "no more rows than prices"
+    assert groups().hang(source, EMPTY, [0.1] * 9, 99).tokens == (100, 101)
+
+
+def test_no_mask_stands_too_deep() -> None:
+    source = MaskSource(silent)
+    assert groups().hang(source, TREE, [0.0] * 99, 2).depths == (1, 2, 1, 2, 2, 1, 2)
+    assert groups().hang(source, EMPTY, [0.0] * 99, 0) == EMPTY
+
+
+def test_what_does_not_pay_is_tried_again() -> None:
+    hanging, source = groups(), MaskSource(silent)
+    for _ in range(TRY_EVERY):
+        assert hanging.hang(source, TREE, [9.0] * 9, 99) == TREE
+    assert len(hanging.hang(source, TREE, [9.0] * 9, 99)) == len(TREE) + 2
+    assert hanging.hang(source, TREE, [9.0] * 9, 99) == TREE
+
+
+def test_gains_are_tokens_that_no_other_source_named() -> None:
+    hanging, source = groups(), MaskSource(silent)
+    sequence = Sequence([1, 2, 3], 1, SamplingParams(), seed=0)
+    for _ in range(200):
+        source.hear([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)] * 3, 3)
+        draft = Draft((5, 6, 7), (ROOT, 0, 1), (MASKS, f"copy+{MASKS}", MASKS), 3)
+        hanging.learn(source, sequence, Result(draft, (0, 1, 2), (5, 6, 7, 8), proposed=draft, nodes=(0, 1, 2)))
+    assert [round(gain.value, 1) for gain in hanging.gains] == [0.9, 0.0, 0.9]
+    assert FIRST_GAIN < 0.9
+
+
+def test_what_a_place_says() -> None:
+    """The three likeliest tokens behind the token before, with the class of their chance."""
+    wanted = torch.tensor([0.7, 0.2, 0.06, 0.04]).log()
+    place = Place(torch.tensor([5, 6, 7, 8]), wanted, torch.zeros(4), 1.0)
+    source = MaskSource(lambda token, ids: torch.tensor([-9.0, 0.0, 0.0, 0.0]) if token == 2 else None)
+    assert source.state is None
+    source.hear([place, place], 1)
+    assert source.state == (0, 1)
+    assert source.guess((0, 1)) == {5: 4, 6: BINS + 1, 7: 2 * BINS}
+    assert source.step((0, 1), 2) == (1, 2)
+    assert [*source.guess((1, 2))] == [6, 7, 8], "the link says what cannot follow"
+    assert source.step((1, 2), 6) is None
+    source.hear([], -1)
+    assert source.state is None
+
+
+@pytest.mark.parametrize("name", ["merged", "auto"])
+def test_masks_is_a_bool_and_may_be_missing(name: str) -> None:
+    bare = on_passes(HFTarget(tiny_llama()))
+    with pytest.raises(OptionError, match="masks='yes' is neither True nor False"):
+        build(name, bare, {"masks": "yes"})
+    assert build(name, bare).tree.groups is None  # type: ignore[attr-defined]
+    gated = on_passes(HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())))
+    assert build(name, gated).tree.groups is not None  # type: ignore[attr-defined]
+    assert build(name, gated, {"masks": False}).tree.groups is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not (POCKET / "selfdraft_space").is_dir(), reason="the package holds no trained masks for pocket")
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_masks_make_passes_longer_and_change_no_text(temperature: float) -> None:
+    """Where rows cost the same, the tree with masks brings more tokens a pass than the one without."""
+    llm = LLM("pocket", drafter="none", max_num_seqs=3, clock=Ticking())
+    texts = [llm.encode(text) for text in ("def area(r):\n", "There was a king who", "She went to the market and")]
+    sampling = SamplingParams(max_tokens=80, temperature=temperature, seed=2)
+    plain = [s.output for s in run(llm.target, "none", texts, sampling)]
+    lengths = []
+    for masks in (False, True):
+        drafter = build("merged", llm.target, {"masks": masks, "min_probability": 0.05})
+        drafted = run(llm.target, drafter, texts, sampling, slots=3)
+        assert [s.output for s in drafted] == plain
+        lengths.append(sum(len(s.output) for s in drafted) / sum(s.stats.num_steps for s in drafted))
+    assert lengths[1] > lengths[0] + 0.1, lengths
