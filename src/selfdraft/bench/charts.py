@@ -1,4 +1,4 @@
-"""Pictures of a bench: speed-up by task, acceptance by position, where the time goes, and other engines beside ours.
+"""Pictures of a bench: speed-up, acceptance by position, where the time goes, why drafts were rejected, other engines.
 
 And one of a replay: predicted against actual acceptance.
 """
@@ -45,14 +45,16 @@ def need_matplotlib(option: str = "--pictures") -> None:
 
 
 def draw(records: SequenceOf[JsonObject], folder: Path) -> list[Path]:
-    """Write speedup.png, acceptance.png and time.png, with peers also peers.png; returns their paths.
+    """Write speedup.png, acceptance.png and time.png, and return their paths.
 
-    Errors: RequestError.
+    With peers also peers.png, and rejections.png where rejections were explained. Errors: RequestError.
     """
     own = [record for record in records if record.get("peer") is None]
     made = {"speedup.png": speedup(own), "acceptance.png": acceptance(own), "time.png": time_split(own)}
     if len(own) < len(records):
         made["peers.png"] = peers(records)
+    if any(record.get("rejections") for record in own):
+        made["rejections.png"] = rejections(own)
     return [_save(figure, folder / name) for name, figure in made.items()]
 
 
@@ -161,6 +163,45 @@ def time_split(records: SequenceOf[JsonObject]) -> Figure:
     _legend(figure, [axes])
     _foot(figure, records)
     return figure
+
+
+def rejections(records: SequenceOf[JsonObject]) -> Figure:
+    """Bars of all tokens by what became of them: accepted, rejected by kind, not drafted; by task and drafter."""
+    told = [record for record in records if record.get("rejections")]
+    tasks = _names(told, "task")
+    rows = len(told) + 1.6 * len(tasks)
+    figure, (axes,) = _canvas(1, 10.0, 1.9 + 0.3 * rows, "What became of the tokens, and why drafts were rejected")
+    ticks: dict[float, str] = {}
+    top = 0.0
+    for task in tasks:
+        found = [record for record in told if record["task"] == task]
+        axes.text(0, top - 0.9, task, color=INK, fontsize=9, fontweight="bold", va="center")
+        for y, record in enumerate(found, int(top)):
+            _fates(axes, y, record["rejections"])
+            ticks[y] = record["drafter"]
+        top += len(found) + 2
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.set_ylim(max(ticks) + 0.8, -1.4)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("per cent of all tokens   (not drafted: the place had no candidate)")
+    _legend(figure, [axes])
+    _foot(figure, records)
+    return figure
+
+
+def _fates(axes: Axes, y: float, found: JsonObject) -> None:
+    """One bar: accepted, the kinds of rejections, not drafted. The first bar of an axes names the colours."""
+    kinds = {kind: one["count"] for kind, one in found["kinds"].items()}
+    counts = {"accepted": found["accepted"]["count"], **kinds, "not drafted": sum(found["undrafted"].values())}
+    colours = [PALETTE[0], *PALETTE[1 : 1 + len(kinds)], OTHERS]
+    first, left = not axes.patches, 0.0
+    for (what, count), colour in zip(counts.items(), colours, strict=True):
+        share = 100 * count / max(found["tokens"], 1)
+        axes.barh(y, share, 0.82, left=left, color=colour, label=what if first else None)
+        if share >= 4:
+            ink = "white" if what == "accepted" else INK
+            axes.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=7.5)
+        left += share
 
 
 def peers(records: SequenceOf[JsonObject]) -> Figure:

@@ -84,6 +84,11 @@ class Bench:
     measured: int = 0
     """Rows of this run; the others were there before."""
 
+    def skip(self, what: str) -> None:
+        """Note once what is left out, and why."""
+        if what not in self.skipped:
+            self.skipped.append(what)
+
 
 def run(bench: Bench, name: str, items: SequenceOf[Item], ledger: Ledger) -> Iterator[list[Row]]:
     """The rows of a task, item by item: those that the ledger has are taken from it, the others measured and booked.
@@ -92,20 +97,9 @@ def run(bench: Bench, name: str, items: SequenceOf[Item], ledger: Ledger) -> Ite
     """
     engines = bench.engines([contender for contender in bench.contenders if contender.edition is None])
     warm = False
-    counts: dict[str, int] = {}
-    for item in items:
-        seed = bench.seed + counts.get(item.group, 0)
-        counts[item.group] = counts.get(item.group, 0) + 1
+    for item, seed in seeded(items, bench.seed):
         rows: list[Row] = []
-        history: list[str] = []
-        for turn, said in enumerate(item.turns[: None if bench.all_turns else 1], 1):
-            history.append(said)
-            question = Question(bench, name.partition("/")[0] if item.group else name, item, turn, [*history], seed)
-            try:
-                question.request()()
-            except PromptTooLong as error:
-                bench.skipped.append(f"{name}, {question.key}: {error}")
-                break
+        for question in turns(bench, name, item, seed, ledger):
             here = [c for c in bench.contenders if c.label not in bench.lost]
             missing = [c for c in here if question.known(c, ledger) is None]
             if missing and not warm:
@@ -116,8 +110,33 @@ def run(bench: Bench, name: str, items: SequenceOf[Item], ledger: Ledger) -> Ite
                 bench.measured += 1
             found = [question.known(contender, ledger) for contender in bench.contenders]
             rows += [row for row in found if row is not None]
-            history.append(question.plain_text(ledger))
         yield rows
+
+
+def seeded(items: SequenceOf[Item], seed: int) -> Iterator[tuple[Item, int]]:
+    """Every item with its seed: the first of each group has `seed`, the next one more."""
+    counts: dict[str, int] = {}
+    for item in items:
+        yield item, seed + counts.get(item.group, 0)
+        counts[item.group] = counts.get(item.group, 0) + 1
+
+
+def turns(bench: Bench, name: str, item: Item, seed: int, ledger: Ledger) -> Iterator[Question]:
+    """The questions of an item, each behind the plain answers to those before it, up to one that does not fit.
+
+    The plain answer to a question must be in the ledger when the next one is asked for.
+    """
+    history: list[str] = []
+    for turn, said in enumerate(item.turns[: None if bench.all_turns else 1], 1):
+        history.append(said)
+        question = Question(bench, name.partition("/")[0] if item.group else name, item, turn, [*history], seed)
+        try:
+            question.request()()
+        except PromptTooLong as error:
+            bench.skip(f"{name}, {question.key}: {error}")
+            return
+        yield question
+        history.append(question.plain_text(ledger))
 
 
 def _warm_up(engines: Mapping[str, Engine], request: Request) -> None:

@@ -47,6 +47,7 @@ from selfdraft.cli.peers import (
     find_peers,
     running_peers,
 )
+from selfdraft.cli.rejections import explain_all, show_rejections
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import ALIASES, drafter_of
 from selfdraft.types import JsonObject, SamplingParams
@@ -79,6 +80,15 @@ Runs = Annotated[int, typer.Option(help="Timed runs of each prompt, in alternati
 Turns = Annotated[Literal["first", "all"], typer.Option(help="all: later turns too, after the model's own answers.")]
 Output = Annotated[
     Path | None, typer.Option(help="A jsonl file for one row per prompt and drafter; goes on where it ends.")
+]
+Explain = Annotated[
+    int | None,
+    typer.Option(
+        help="Also say why drafts were rejected, with at most so many examples for each drafter. One more run of each "
+        "prompt, behind all that is timed.",
+        min=0,
+        max=10_000,
+    ),
 ]
 
 
@@ -116,6 +126,7 @@ class BenchOptions:
     pictures: Annotated[Path | None, typer.Option(help="A folder for pictures (PNG).")] = None
     log: Log = None
     profile: Annotated[bool, typer.Option("--profile", help="Also show what a step's time goes into.")] = False
+    explain: Explain = None
     threads: Threads = None
     pin_threads: Pin = False
     no_cache: NoCache = False
@@ -164,7 +175,8 @@ def bench(given: BenchOptions) -> None:
         kv_cache_dtype=given.kv_cache_dtype,
     )
     opening = partial(loading, given.model, "none", None, given.dtype, given.exactness, given.threads, given.adapter)
-    records = measured(opening, subject, plan, source, items, given.output, given.log, quiet=given.as_json)
+    extras = Extras(given.output, given.log, given.explain, quiet=given.as_json)
+    records = measured(opening, subject, plan, source, items, extras)
     show_results(records, given.output, draw, profile=given.profile, as_json=given.as_json)
 
 
@@ -174,28 +186,29 @@ def measured(
     plan: Plan,
     source: Source,
     items: dict[str, list[Item]],
-    output: Path | None,
-    log: Path | None,
-    *,
-    quiet: bool,
+    extras: Extras,
 ) -> list[JsonObject]:
     """The records of everything that was asked for. The files are checked before the model is opened."""
     from selfdraft.bench.rows import Ledger
     from selfdraft.files.token_log import check_log
     from selfdraft.models.machine_state import Watch
 
-    check_log(log)
-    with Ledger(output) as ledger:
+    check_log(extras.log)
+    with Ledger(extras.output) as ledger:
         llm = opening(pin=plan.pin)
         if source.as_template and getattr(llm.tokenizer, "chat_template", None):
             plan = replace(plan, chat=True)
             items = gather_items(source, plan)  # prompts and stops of some tasks are others then
-        setting = set_up(llm, subject, plan, log)
+        setting = set_up(llm, subject, plan, extras.log)
         with running_peers(setting, subject.found_peers, llm, subject.model, items, subject.timeout):
             watch = Watch()
-            rows = measure_all(setting, items, ledger, quiet=quiet)
+            rows = measure_all(setting, items, ledger, quiet=extras.quiet)
             state = watch.span().as_dict() if setting.measured else None
-    return [record | {"machine_state": state} for record in reported(setting, rows, llm.target.max_length)]
+        records = reported(setting, rows, llm.target.max_length)
+        if extras.explain is not None:  # after all that is timed, and after other engines have ended
+            found = explain_all(setting, items, ledger, llm, extras.explain, quiet=extras.quiet)
+            records = [one | {"rejections": found.get((one["task"], one["drafter"]))} for one in records]
+    return [record | {"machine_state": state} for record in records]
 
 
 def reported(setting: Bench, rows: dict[str, list[Row]], context: int) -> list[JsonObject]:
@@ -225,7 +238,11 @@ def show_results(
         show_evaluation(records, output)
         if profile:
             show_stages(records)
-    raise typer.Exit(0 if all(record["texts_equal"] for record in records if record["peer"] is None) else 1)
+        if "rejections" in records[0]:
+            show_rejections(records)
+    own = [record for record in records if record["peer"] is None]
+    own += [explained for record in own if (explained := record.get("rejections"))]
+    raise typer.Exit(0 if all(one["texts_equal"] for one in own) else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +270,18 @@ class Plan:
             "batch": 1,
             **({"pin_threads": True} if self.pin else {}),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What is kept of a run, and what is done beside it."""
+
+    output: Path | None
+    log: Path | None
+    explain: int | None
+    """Most examples of rejections for each drafter; None: nothing is explained."""
+    quiet: bool
+    """No bars of progress."""
 
 
 @dataclass(frozen=True, slots=True)
