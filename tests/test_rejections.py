@@ -161,9 +161,9 @@ def test_probes_were_not_drafted() -> None:
 
 def test_a_token_that_limits_cut_has_its_rank() -> None:
     watched, sequence = Explained(Scripted()), opened()
-    whole = Draft((5, DRAFTED, 6, SEEN), (-1, 0, 0, 0), ("context",) * 4, 4, (0.9, 0.5, 0.1, 0.3))
-    clipped, nodes = whole.clip(Budget(3, 9, 9), 16)
-    assert len(clipped) == 3
+    whole = Draft((99, 5, DRAFTED, 6, SEEN), (-1, -1, 1, 1, 1), ("context",) * 5, 5, (0.05, 0.9, 0.5, 0.1, 0.3))
+    clipped, nodes = whole.clip(Budget(3, 9, 9), 16)  # 99 is no token, and the fourth node is one too many
+    assert nodes == (1, 2, 3)
     rows = torch.stack([scores(t5=9.0), scores(t2=9.0), scores(), scores()])
     result = Result(clipped, (0,), (5, SEEN), (), rows, proposed=whole, nodes=nodes)
     commit(sequence, result)
@@ -173,7 +173,7 @@ def test_a_token_that_limits_cut_has_its_rank() -> None:
 
 
 def test_noise_that_chose_the_less_likely_is_a_near_tie() -> None:
-    watched, sequence = Explained(Scripted()), opened(replace(GREEDY, temperature=1.0, top_k=3))
+    watched, sequence = Explained(Scripted()), opened(replace(GREEDY, temperature=0.5, top_k=3))
     rows = torch.stack([scores(t2=2.0, t7=3.0), scores()])
     step(watched, sequence, Draft.chain([DRAFTED], "copy"), [SEEN], rows)
     (found,) = watched.summary().examples
@@ -194,11 +194,13 @@ def test_penalties_and_bans_count_in_the_margin() -> None:
 def test_what_was_not_drafted_says_why() -> None:
     watched, sequence = Explained(Scripted()), opened()
     step(watched, sequence, EMPTY, [5])
+    assert watched.summary().undrafted == dict(zip(UNDRAFTED, (1, 0, 0), strict=True))
+    step(watched, sequence, EMPTY, [6])
     step(watched, sequence, EMPTY, [6])
     step(watched, sequence, Draft.chain([1, 2], "copy", (0.5, 0.25)), [1, 2, 3])
     summary = watched.summary()
-    assert dict(zip(UNDRAFTED, (1, 1, 1), strict=True)) == summary.undrafted
-    assert (summary.tokens, summary.accepted.count, summary.accepted.mean) == (5, 2, 0.375)
+    assert dict(zip(UNDRAFTED, (1, 2, 1), strict=True)) == summary.undrafted
+    assert (summary.tokens, summary.accepted.count, summary.accepted.mean) == (6, 2, 0.375)
     assert summary.sources == {"copy": [2, 0]}
 
 
