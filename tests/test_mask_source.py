@@ -10,12 +10,11 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
-from selfdraft.drafting.mask_prediction import Place
+from selfdraft.drafting.mask_prediction import MaskTokens, Place
 from selfdraft.drafting.mask_source import BINS, FIRST_GAIN, MASKS, TRY_EVERY, MaskGroups, MaskSource, endings
 from selfdraft.errors import OptionError
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
-from selfdraft.protocols import MaskTokens
 from tests.clocks import Ticking, on_passes
 from tests.models import random_adapters, run, tiny_llama
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,18 +14,9 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import Profile
+from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import MissingMasks
 from selfdraft.types import Budget, Clock, JsonObject, PassVariant
-
-
-@dataclass(frozen=True, slots=True)
-class MaskTokens:
-    """Learned placeholder tokens of one method: input only, never chosen."""
-
-    ids: range
-    """vocab <= id < vocab + masks, the one that stands nearest to the text first."""
-    shift: Callable[[int, Tensor], Tensor | None] = lambda token, ids: None
-    """(token, ids [k]) -> what to add to the logits of `ids` when `token` stands before them; None: nothing."""
 
 
 def standstill() -> float:

@@ -13,13 +13,15 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import SourceTree, every_source, masks_of
+from selfdraft.drafting.source_tree import SourceTree, chosen, every_source
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
 
 TREE_FROM = 0.004
 """Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
+MASKED = "space"
+"""The method whose masks need no pass of their own."""
 
 
 class Auto:
@@ -43,7 +45,7 @@ class Auto:
         masks: bool = True,
     ) -> None:
         self.memory = Memory(memory) if memory else None
-        rows, clock = masks_of(target, masks), target.extras.clock
+        rows, clock = chosen(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows)
         self.copies = SuffixCopy()
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)

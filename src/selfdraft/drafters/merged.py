@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source, masks_of
+from selfdraft.drafting.source_tree import SourceTreeDrafter, chosen, every_source
 from selfdraft.protocols import Needs, Target
+
+MASKED = "space"
+"""The method whose masks guess what comes behind the next token: they need no pass of their own."""
 
 
 class Merged(SourceTreeDrafter):
@@ -35,6 +38,6 @@ class Merged(SourceTreeDrafter):
         min_probability: float | None = None,
     ) -> None:
         past = Memory(memory) if memory else None
-        rows = masks_of(target, masks)
+        rows = chosen(target.extras.mask_tokens.get(MASKED), masks)
         clock, sources = target.extras.clock, every_source(recycling)
         super().__init__(sources, num_speculative_tokens, min_probability, clock, past, rows)

@@ -30,6 +30,16 @@ Link = Callable[[int, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
+class MaskTokens:
+    """Learned placeholder tokens of one method: input only, never chosen."""
+
+    ids: range
+    """vocab <= id < vocab + masks, the one that stands nearest to the text first."""
+    shift: Link = lambda token, ids: None
+    """(token, ids [k]) -> what to add to the logits of `ids` when `token` stands before them; None: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Guess:
     """What may stand at one place: tokens, best first, and the chance that the drafter gives to each."""
 

@@ -15,8 +15,7 @@ from selfdraft.core.tree import ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafting.context_tree import SILENCE, Guesses
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Link, Place, places
-from selfdraft.protocols import MaskTokens
+from selfdraft.drafting.mask_prediction import Link, MaskTokens, Place, places
 
 MASKS = "masks"
 """Name of the source: its tokens are shown under it."""

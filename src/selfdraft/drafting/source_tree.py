@@ -17,12 +17,12 @@ from selfdraft.drafting.alignment import Aligned
 from selfdraft.drafting.context_tree import ContextTree
 from selfdraft.drafting.cost_guard import LossBudget
 from selfdraft.drafting.cost_model import RowCost
+from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.drafting.mask_source import MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
 from selfdraft.errors import OptionError
-from selfdraft.protocols import MaskTokens, Target
 from selfdraft.types import Budget, Clock, within
 
 RECYCLING = "recycling"
@@ -41,11 +41,11 @@ class Sources:
     """The model's runners-up at every row that was run: needs logits."""
 
 
-def masks_of(target: Target, wanted: object) -> MaskTokens | None:
-    """SPACE's mask tokens, if they are `wanted` and the target has them. Errors: OptionError for no bool."""
+def chosen(masks: MaskTokens | None, wanted: object) -> MaskTokens | None:
+    """The model's trained masks, if they are `wanted` and there are any. Errors: OptionError when that is no bool."""
     if not isinstance(wanted, bool):
         raise OptionError(f"masks={wanted!r} is neither True nor False")
-    return target.extras.mask_tokens.get("space") if wanted else None
+    return masks if wanted else None
 
 
 def every_source(recycling: object) -> Sources:

@@ -16,6 +16,7 @@ from torch import Tensor
 from selfdraft.core.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
 from selfdraft.core.rows import Rows
 from selfdraft.drafting.cost_model import Profile
+from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import OptionError
 from selfdraft.models import views
 from selfdraft.models.adapters import Gate, MaskAdapter, gate_rows, gated, linked
@@ -27,7 +28,7 @@ from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.runner import Runner
 from selfdraft.models.runner.trace import Traced
-from selfdraft.protocols import DraftExtras, MaskTokens
+from selfdraft.protocols import DraftExtras
 from selfdraft.types import Clock, JsonObject, PassVariant, Rounded, Skip
 
 if TYPE_CHECKING:
