@@ -12,6 +12,8 @@ from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.drafting.mask_prediction import MaskTokens, Place
 from selfdraft.drafting.mask_source import BINS, FIRST_GAIN, MASKS, TRY_EVERY, MaskGroups, MaskSource, endings
+from selfdraft.drafting.mixing import Credit
+from selfdraft.drafting.source_tree import RequestSources, Sources
 from selfdraft.errors import OptionError
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
@@ -92,6 +94,19 @@ def test_what_a_place_says() -> None:
     assert source.step((1, 2), 6) is None
     source.hear([], -1)
     assert source.state is None
+
+
+def test_what_masks_said_of_an_older_place_is_forgotten() -> None:
+    """Steps that draft nothing move the text on."""
+    sequence = Sequence([1, 2, 3], 1, SamplingParams(), seed=0)
+    note = RequestSources(sequence, Sources(), None, Credit(), MaskTokens(range(100, 103)))
+    assert note.masks is not None
+    note.masks.hear([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)], 3)
+    note.resume(sequence)
+    assert note.masks.state == (0, 3)
+    sequence.tokens.append(4)
+    note.resume(sequence)
+    assert note.masks.state is None
 
 
 @pytest.mark.parametrize("name", ["merged", "auto"])
