@@ -68,8 +68,6 @@ def timed(
 
 GREEDY, WARM = SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, temperature=1.0, seed=3)
 NOTHING_KNOWN: dict[str, object] = {"recycling": False}
-NO_MASKS: dict[str, object] = {"masks": False}
-"""The tree of a cascade has no masks: its inner passes would have to run them, too."""
 """On sampled text that does not repeat itself, whatever costs no pass then has nothing to say."""
 
 
@@ -81,7 +79,7 @@ def test_never_slower_than_what_it_is_made_of(inner: float, row: float, sampling
     seconds, texts = {}, []
     for name in ("none", "merged", "cascade"):
         machine = Machine(1.0, inner, row)
-        options = {"none": None, "merged": NOTHING_KNOWN | NO_MASKS, "cascade": NOTHING_KNOWN}[name]
+        options = NOTHING_KNOWN if name != "none" else None
         texts.append([sequence.output for sequence in timed(machine, name, sampling, options, again=name != "none")[1]])
         seconds[name] = machine.now - machine.began
     assert texts[0] == texts[1] == texts[2]
@@ -104,7 +102,7 @@ def test_without_inner_passes_it_is_merged() -> None:
     for name in ("merged", "cascade"):
         target = tiny_target()
         target.clock = lambda: 0.0
-        drafter = build(name, target, NO_MASKS if name == "merged" else None)
+        drafter = build(name, target)
         if isinstance(drafter, Cascade):
             drafter.rule = Never()
         texts = run(target, drafter, PROMPTS, WARM)
@@ -115,7 +113,7 @@ def test_without_inner_passes_it_is_merged() -> None:
 def test_cheap_passes_are_used_and_pay() -> None:
     machine, alone = Machine(1.0, 0.1), Machine(1.0, 0.1)
     _, texts = timed(machine, "cascade", WARM, NOTHING_KNOWN)
-    timed(alone, "merged", WARM, NOTHING_KNOWN | NO_MASKS)
+    timed(alone, "merged", WARM, NOTHING_KNOWN)
     steps = sum(sequence.stats.num_steps for sequence in texts)
     assert sum(sequence.stats.num_draft_passes for sequence in texts) > 2 * steps
     assert machine.now < 0.5 * alone.now

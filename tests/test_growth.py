@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "context": {"min_probability": 0.0},
     "recycling": {"min_probability": 0.0},
     "prediction": {"min_probability": 0.0},
-    "merged": {"min_probability": 0.0, "memory": 10000, "masks": False},  # masks would embed the tokens
+    "merged": {"min_probability": 0.0, "memory": 10000},
 }
 
 

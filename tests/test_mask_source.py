@@ -114,10 +114,10 @@ def test_masks_is_a_bool_and_may_be_missing(name: str) -> None:
     bare = on_passes(HFTarget(tiny_llama()))
     with pytest.raises(OptionError, match="masks='yes' is neither True nor False"):
         build(name, bare, {"masks": "yes"})
-    assert build(name, bare).tree.groups is None  # type: ignore[attr-defined]
+    assert build(name, bare, {"masks": True}).tree.groups is None  # type: ignore[attr-defined]
     gated = on_passes(HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())))
-    assert build(name, gated).tree.groups is not None  # type: ignore[attr-defined]
-    assert build(name, gated, {"masks": False}).tree.groups is None  # type: ignore[attr-defined]
+    assert build(name, gated, {"masks": True}).tree.groups is not None  # type: ignore[attr-defined]
+    assert build(name, gated).tree.groups is None  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not (POCKET / "selfdraft_space").is_dir(), reason="the package holds no trained masks for pocket")

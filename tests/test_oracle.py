@@ -37,7 +37,11 @@ from selfdraft.types import Budget, SamplingParams, Skip
 from tests.clocks import Machine, on_passes
 from tests.models import VOCAB, random_adapters, tiny_llama, unavailable
 
-OPTIONS: dict[str, dict[str, object]] = {"lookup": {"num_speculative_tokens": 6}, "merged": {"memory": 300}}
+OPTIONS: dict[str, dict[str, object]] = {
+    "lookup": {"num_speculative_tokens": 6},
+    "merged": {"memory": 300, "masks": True},
+    "auto": {"masks": True},
+}
 """Options of a drafter under test; a drafter that is not named runs with its defaults."""
 
 MASKS = 7

@@ -42,7 +42,7 @@ class Auto:
         num_speculative_tokens: int = 64,
         memory: int = 0,
         recycling: bool = True,
-        masks: bool = True,
+        masks: bool = False,
     ) -> None:
         self.memory = Memory(memory) if memory else None
         rows, clock = chosen(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock

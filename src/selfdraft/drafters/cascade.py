@@ -1,5 +1,4 @@
-"""A cascade: the tree of `merged` without masks, verified by the model with rounded weights, whose chain the model then
-verifies.
+"""A cascade: the tree of `merged`, verified by the model with rounded weights, whose chain the model then verifies.
 
 Source: ML-SpecQD (arXiv 2503.13565), which puts a small model under a 4-bit one; here what costs no pass is under it.
 How many inner passes a step has, if any, is decided by measured times (`InnerPassRule`): where none pays, as on a

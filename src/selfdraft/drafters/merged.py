@@ -34,7 +34,7 @@ class Merged(SourceTreeDrafter):
         num_speculative_tokens: int = 64,
         memory: int = 0,
         recycling: bool = True,
-        masks: bool = True,
+        masks: bool = False,
         min_probability: float | None = None,
     ) -> None:
         past = Memory(memory) if memory else None
