@@ -7,11 +7,11 @@ import torch
 
 from selfdraft import LLM, SamplingParams
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.tree import EMPTY, ROOT, Draft
+from selfdraft.core.tree import EMPTY, ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
-from selfdraft.drafting.mask_prediction import MaskTokens, Place
-from selfdraft.drafting.mask_source import BINS, FIRST_GAIN, MASKS, TRY_EVERY, MaskGroups, MaskSource, endings
+from selfdraft.drafting.mask_prediction import MaskTokens, Place, endings
+from selfdraft.drafting.mask_source import BINS, FIRST_GAIN, MASKS, TRY_EVERY, MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit
 from selfdraft.drafting.source_tree import RequestSources, Sources
 from selfdraft.errors import OptionError
@@ -33,9 +33,9 @@ def groups(count: int = 3) -> MaskGroups:
 
 
 def test_where_acceptance_ends() -> None:
-    assert [point for point, _ in endings(TREE)] == [0, 1, 2, ROOT]
-    assert [chance for _, chance in endings(TREE)] == pytest.approx([0.3, 0.3, 0.3, 0.1])
-    assert endings(EMPTY) == [(ROOT, 1.0)]
+    assert [point for point, _ in endings(TREE, chances_of(TREE))] == [0, 1, 2, ROOT]
+    assert [chance for _, chance in endings(TREE, chances_of(TREE))] == pytest.approx([0.3, 0.3, 0.3, 0.1])
+    assert endings(EMPTY, []) == [(ROOT, 1.0)]
 
 
 def test_a_mask_row_has_to_bring_its_price() -> None:
@@ -73,7 +73,7 @@ def test_gains_are_tokens_that_no_other_source_named() -> None:
     hanging, source = groups(), MaskSource(silent)
     sequence = Sequence([1, 2, 3], 1, SamplingParams(), seed=0)
     for _ in range(200):
-        source.hear([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)] * 3, 3)
+        source.update([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)] * 3, 3)
         draft = Draft((5, 6, 7), (ROOT, 0, 1), (MASKS, f"copy+{MASKS}", MASKS), 3)
         hanging.learn(source, sequence, Result(draft, (0, 1, 2), (5, 6, 7, 8), proposed=draft, nodes=(0, 1, 2)))
     assert [round(gain.value, 1) for gain in hanging.gains] == [0.9, 0.0, 0.9]
@@ -86,13 +86,13 @@ def test_what_a_place_says() -> None:
     place = Place(torch.tensor([5, 6, 7, 8]), wanted, torch.zeros(4), 1.0)
     source = MaskSource(lambda token, ids: torch.tensor([-9.0, 0.0, 0.0, 0.0]) if token == 2 else None)
     assert source.state is None
-    source.hear([place, place], 1)
+    source.update([place, place], 1)
     assert source.state == (0, 1)
     assert source.guess((0, 1)) == {5: 4, 6: BINS + 1, 7: 2 * BINS}
     assert source.step((0, 1), 2) == (1, 2)
     assert [*source.guess((1, 2))] == [6, 7, 8], "the link says what cannot follow"
     assert source.step((1, 2), 6) is None
-    source.hear([], -1)
+    source.update([], -1)
     assert source.state is None
 
 
@@ -101,7 +101,7 @@ def test_what_masks_said_of_an_older_place_is_forgotten() -> None:
     sequence = Sequence([1, 2, 3], 1, SamplingParams(), seed=0)
     note = RequestSources(sequence, Sources(), None, Credit(), MaskTokens(range(100, 103)))
     assert note.masks is not None
-    note.masks.hear([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)], 3)
+    note.masks.update([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)], 3)
     note.resume(sequence)
     assert note.masks.state == (0, 3)
     sequence.tokens.append(4)

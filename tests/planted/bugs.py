@@ -783,7 +783,7 @@ BUGS = (
     ),
     Bug(
         "mask-under-parent",
-        "drafting/mask_source.py",
+        "drafting/mask_prediction.py",
         "under = ROOT if point == ROOT else -2 - point",
         "under = ROOT",
         "all groups hang under the last token",
@@ -805,7 +805,7 @@ BUGS = (
     Bug(
         "mask-old-places",
         "drafting/source_tree.py",
-        "self.masks.hear([], -1)",
+        "self.masks.update([], -1)",
         "pass",
         "what masks said of an older place is taken for this one",
     ),

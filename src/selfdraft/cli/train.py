@@ -159,7 +159,8 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
     requests = [request(i) for i in range(len(prompts))]
     with terminal.progress(len(prompts), quiet=False, what="writing own texts") as advance:
         before = 0
-        for done in write_own(llm.engine_for("auto"), requests, path, settings.batch_size * 2, origin):
+        # plainly: what drafts are made must not depend on the clock, or a killed run would end with other bytes
+        for done in write_own(llm.engine_for("none"), requests, path, settings.batch_size * 2, origin):
             for _ in range(done - before):
                 advance()
             before = done

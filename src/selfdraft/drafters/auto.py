@@ -13,7 +13,7 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import SourceTree, chosen, every_source
+from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
@@ -45,7 +45,7 @@ class Auto:
         masks: bool = False,
     ) -> None:
         self.memory = Memory(memory) if memory else None
-        rows, clock = chosen(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock
+        rows, clock = wanted_masks(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows)
         self.copies = SuffixCopy()
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)

@@ -1,5 +1,6 @@
-"""One tree from all sources that cost no pass: the request's own text, earlier outputs, a prediction, the runners-up,
-and trained masks where the model has them.
+"""One tree from all sources that cost no pass: the request's own text, earlier outputs, a prediction, the runners-up.
+
+With the option `masks` trained mask tokens are one more source.
 
 Duplicates are one node that keeps all its sources; how likely a node is follows from what it took to be right so far
 (`drafting/mixing.py`); nodes are added best first until the next one is not worth its row.
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from selfdraft.drafting.output_memory import Memory
-from selfdraft.drafting.source_tree import SourceTreeDrafter, chosen, every_source
+from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source, wanted_masks
 from selfdraft.protocols import Needs, Target
 
 MASKED = "space"
@@ -38,6 +39,6 @@ class Merged(SourceTreeDrafter):
         min_probability: float | None = None,
     ) -> None:
         past = Memory(memory) if memory else None
-        rows = chosen(target.extras.mask_tokens.get(MASKED), masks)
+        rows = wanted_masks(target.extras.mask_tokens.get(MASKED), masks)
         clock, sources = target.extras.clock, every_source(recycling)
         super().__init__(sources, num_speculative_tokens, min_probability, clock, past, rows)

@@ -16,8 +16,7 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Guesser, Place
-from selfdraft.drafting.mask_source import read_group
+from selfdraft.drafting.mask_prediction import Groups, Guesser, Place, read_group, with_groups
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
 
@@ -30,8 +29,8 @@ class RequestMasks:
 
     places: list[Place] = field(default_factory=list)
     """What the masks said of the places behind the last known token."""
-    groups: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Accept point of the draft on its way (ROOT or a candidate) -> (first probe, number of masks)."""
+    groups: Groups = field(default_factory=dict)
+    """Those in the draft on its way."""
 
 
 class Space:
@@ -68,15 +67,8 @@ class Space:
             return EMPTY  # the next token is the last one
         note = self._notes.setdefault(sequence, RequestMasks())
         tree = self.guesser.tree(sequence.tokens[-1], note.places, self._shift, budget, SOURCE)
-        tokens: list[int] = []
-        parents: list[int] = []
-        note.groups = {}
-        for point, size in self._points(tree):
-            note.groups[point] = (len(tree) + len(tokens), size)
-            under = ROOT if point == ROOT else -2 - point
-            parents += [under, *range(len(tokens), len(tokens) + size - 1)]
-            tokens += self.masks[:size]
-        return tree.with_probes(tokens, parents, SOURCE)
+        draft, note.groups = with_groups(tree, self._points(tree), self.masks, SOURCE)
+        return draft
 
     def _points(self, tree: Draft) -> list[tuple[int, int]]:
         """(accept point, number of masks): mask j is worth its row if it is likely to be read and to matter."""

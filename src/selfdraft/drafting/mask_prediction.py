@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from selfdraft.types import Budget, within
 
 CANDIDATES = 128
 """Tokens that are looked at for one place."""
+Groups: TypeAlias = dict[int, tuple[int, int]]
+"""Accept point (ROOT or a candidate) -> (first probe of the group that hangs there, number of masks)."""
 Link = Callable[[int, Tensor], Tensor | None]
 """(token before, ids [k]) -> what it adds to their logits [k], or None."""
 
@@ -204,14 +207,51 @@ class Guesser:
 
     def endings(self, draft: Draft) -> list[tuple[int, float]]:
         """ROOT and every candidate with the chance that acceptance ends there, the likeliest first."""
-        reached = {ROOT: 1.0}
-        left = {ROOT: 1.0}
+        reached: list[float] = []
         for node, rank in enumerate(ranks(draft)):
             parent = draft.parents[node]
-            own = reached[parent] * self.calibration.chance(draft.depths[node], rank, draft.probabilities[node])
-            reached[node] = left[node] = own
-            left[parent] = max(left[parent] - own, 0.0)
-        return sorted(left.items(), key=lambda item: -item[1])
+            own = self.calibration.chance(draft.depths[node], rank, draft.probabilities[node])
+            reached.append(own * (reached[parent] if parent != ROOT else 1.0))
+        return endings(draft, reached)
+
+
+def endings(tree: Draft, reached: SequenceOf[float]) -> list[tuple[int, float]]:
+    """ROOT and every candidate with the chance that acceptance ends there, the likeliest first.
+
+    `reached`: the chance of every candidate's whole path.
+    """
+    left = {ROOT: 1.0}
+    for node, chance in enumerate(reached):
+        left[node] = chance
+        left[tree.parents[node]] = max(left[tree.parents[node]] - chance, 0.0)
+    return sorted(left.items(), key=lambda item: -item[1])
+
+
+def with_groups(tree: Draft, sizes: SequenceOf[tuple[int, int]], masks: range, source: str) -> tuple[Draft, Groups]:
+    """The tree with a group of masks under each accept point of `sizes` (accept point, number of masks)."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    groups: Groups = {}
+    for point, size in sizes:
+        groups[point] = (len(tree) + len(tokens), size)
+        under = ROOT if point == ROOT else -2 - point
+        parents += [under, *range(len(tokens), len(tokens) + size - 1)]
+        tokens += masks[:size]
+    return tree.with_probes(tokens, parents, source), groups
+
+
+def read_group(groups: Groups, sequence: Sequence, result: Result) -> list[Place]:
+    """What the masks behind the end of acceptance say; without a group there, the later masks of one before it."""
+    point = result.nodes[result.path[-1]] if result.path else ROOT
+    ahead = 0
+    while point not in groups and point != ROOT:
+        point, ahead = result.proposed.parents[point], ahead + 1
+    first, size = groups.get(point, (0, 0))
+    place = {old: new for new, old in enumerate(result.nodes)}
+    rows = [1 + place[probe] for probe in range(first + ahead, first + size) if probe in place]
+    if not rows or result.logits is None:
+        return []
+    return places(result.logits[rows], sequence)
 
 
 def ranks(draft: Draft) -> list[int]:

@@ -15,7 +15,7 @@ from selfdraft.core.tree import ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafting.context_tree import SILENCE, Guesses
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Link, MaskTokens, Place, places
+from selfdraft.drafting.mask_prediction import Groups, Link, MaskTokens, Place, endings, read_group, with_groups
 
 MASKS = "masks"
 """Name of the source: its tokens are shown under it."""
@@ -37,8 +37,8 @@ class MaskSource:
     def __init__(self, link: Link) -> None:
         self.name = MASKS
         self.places: list[Place] = []
-        self.groups: dict[int, tuple[int, int]] = {}
-        """Accept point of the draft on its way (ROOT or a candidate) -> (first probe, number of masks)."""
+        self.groups: Groups = {}
+        """Those in the draft on its way."""
         self._link, self._last = link, -1
         self._known: dict[tuple[int, int], Guesses] = {}
 
@@ -59,8 +59,8 @@ class MaskSource:
             found = self._known[state] = dict(zip(guess.tokens, kinds, strict=True)) or SILENCE
         return found
 
-    def hear(self, found: list[Place], last: int) -> None:
-        """Masks said this of the places behind the token `last`."""
+    def update(self, found: list[Place], last: int) -> None:
+        """Take what masks said of the places behind the token `last`; nothing known: [], -1."""
         self.places, self._last = found, last
         self._known.clear()
 
@@ -83,19 +83,17 @@ class MaskGroups:
 
         `depth`: deepest place that a probe may have.
         """
-        tokens: list[int] = []
-        parents: list[int] = []
-        source.groups = {}
-        for point, chance in endings(tree)[: self.most]:
+        sizes: list[tuple[int, int]] = []
+        rows = 0
+        for point, chance in endings(tree, chances_of(tree))[: self.most]:
             room = depth - (0 if point == ROOT else tree.depths[point])
-            size = self._size(chance, prices, len(tokens), room)
+            size = self._size(chance, prices, rows, room)
             if size:
-                source.groups[point] = (len(tree) + len(tokens), size)
-                under = ROOT if point == ROOT else -2 - point
-                parents += [under, *range(len(tokens), len(tokens) + size - 1)]
-                tokens += self.masks.ids[:size]
-        self._waited = 0 if tokens else self._waited + 1
-        return tree.with_probes(tokens, parents, MASKS) if tokens else tree
+                sizes.append((point, size))
+                rows += size
+        self._waited = 0 if rows else self._waited + 1
+        tree, source.groups = with_groups(tree, sizes, self.masks.ids, MASKS)
+        return tree
 
     def _size(self, chance: float, prices: SequenceOf[float], rows: int, room: int) -> int:
         """Masks of a group that hangs where acceptance ends with this chance; `rows` mask rows hang already."""
@@ -116,28 +114,5 @@ class MaskGroups:
             brought[depth] = float(result.draft.sources[node] == MASKS)
         for gain, tokens in zip(self.gains, brought, strict=False):
             gain.observe(tokens)
-        source.hear([] if sequence.finished else read_group(source.groups, sequence, result), sequence.tokens[-1])
+        source.update([] if sequence.finished else read_group(source.groups, sequence, result), sequence.tokens[-1])
         source.groups = {}
-
-
-def endings(tree: Draft) -> list[tuple[int, float]]:
-    """(accept point, chance that acceptance ends there), the likeliest first."""
-    left = {ROOT: 1.0}
-    for node, chance in enumerate(chances_of(tree)):
-        left[node] = chance
-        left[tree.parents[node]] = max(left[tree.parents[node]] - chance, 0.0)
-    return sorted(left.items(), key=lambda item: -item[1])
-
-
-def read_group(groups: dict[int, tuple[int, int]], sequence: Sequence, result: Result) -> list[Place]:
-    """What the masks behind the end of acceptance say; without a group there, the later masks of one before it."""
-    point = result.nodes[result.path[-1]] if result.path else ROOT
-    ahead = 0
-    while point not in groups and point != ROOT:
-        point, ahead = result.proposed.parents[point], ahead + 1
-    first, size = groups.get(point, (0, 0))
-    place = {old: new for new, old in enumerate(result.nodes)}
-    rows = [1 + place[probe] for probe in range(first + ahead, first + size) if probe in place]
-    if not rows or result.logits is None:
-        return []
-    return places(result.logits[rows], sequence)

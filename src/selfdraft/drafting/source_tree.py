@@ -41,7 +41,7 @@ class Sources:
     """The model's runners-up at every row that was run: needs logits."""
 
 
-def chosen(masks: MaskTokens | None, wanted: object) -> MaskTokens | None:
+def wanted_masks(masks: MaskTokens | None, wanted: object) -> MaskTokens | None:
     """The model's trained masks, if they are `wanted` and there are any. Errors: OptionError when that is no bool."""
     if not isinstance(wanted, bool):
         raise OptionError(f"masks={wanted!r} is neither True nor False")
@@ -95,7 +95,7 @@ class RequestSources:
     def resume(self, sequence: Sequence) -> None:
         """Read what came in steps that drafted nothing; what masks said is of an older place then."""
         if self.masks is not None and self._read < len(sequence.tokens):
-            self.masks.hear([], -1)
+            self.masks.update([], -1)
         self.catch_up(sequence)
 
     def learn(self, sequence: Sequence) -> None:

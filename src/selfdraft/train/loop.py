@@ -83,7 +83,7 @@ def train(
         share = (accelerator.process_index, accelerator.num_processes)
         batch = draw(learned, settings, step, skip, accelerator.device, *share)
         with _blaming_memory(batch):
-            mean = _learn(model, optimizer, batch, _lot(settings, step), settings, accelerator)
+            mean = _learn(model, optimizer, batch, _generator(settings, step), settings, accelerator)
         step += 1
         if step % every and step < settings.steps:
             yield Progress(step, mean)
@@ -150,7 +150,7 @@ def draw(
     parts: int = 1,
 ) -> Batch:
     """The texts and anchors of a step out of texts ordered by length; process `part` of `parts` gets its share."""
-    chance = _lot(settings, step)
+    chance = _generator(settings, step)
     first = int(torch.randint(max(1, len(texts) - settings.batch_size + 1), (1,), generator=chance))
     chosen = range(first, min(first + settings.batch_size, len(texts)))  # neighbours in length: little padding
     spread = torch.rand(settings.batch_size, settings.groups, generator=chance)
@@ -170,7 +170,7 @@ def draw(
     return Batch(tokens.to(device), anchors.to(device), lengths.to(device), sizes, skip)
 
 
-def _lot(settings: Settings, step: int) -> torch.Generator:
+def _generator(settings: Settings, step: int) -> torch.Generator:
     """What a step draws from."""
     return torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
 

@@ -208,10 +208,6 @@ class Student(nn.Module):
         rows, named, places, behind = self._counting(batch, layout, pack)
         wanted, states = text[named[:, 0], behind], states[rows]
         before = batch.tokens[named[:, 0], behind]
-        if self.tuned:
-            following = F.pad(batch.tokens, (0, 1))[:, 1:]
-            said = states + self._shift(before) if self.link_down.shape[1] else states
-            return _with_text(batch, text, Answers(said, following[named[:, 0], behind], named, places))
         link = bool(self.link_down.shape[1])
         few = None if chance is None or self.head is None else shortlist(wanted, chance)
         if self.head is not None and few is not None:
@@ -219,10 +215,12 @@ class Student(nn.Module):
                 states = states + link_state(self._teacher[0], before, self.link_down, self.link_up).to(states.dtype)
             return Answers(self.head(states, few.ids), wanted[:, few.ids], named, places, few.weight)
         said = states if self.head is None else self.head(states)  # without a head the states are logits
-        return Answers(said + self._shift(before) if link else said, wanted, named, places)
-
-    def _shift(self, before: Tensor) -> Tensor:
-        return linked(self._teacher[0], before, self.link_down, self.link_up)
+        if link:
+            said = said + linked(self._teacher[0], before, self.link_down, self.link_up)
+        if self.tuned:
+            following = batch.tokens[named[:, 0], behind + 1]
+            return _with_text(batch, text, Answers(said, following, named, places))
+        return Answers(said, wanted, named, places)
 
     def _counting(self, batch: Batch, layout: Layout, pack: Pack) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows that count, out of those of all lots, [n]; text and group of each [n, 2]; its place in the group [n].
