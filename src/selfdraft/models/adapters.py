@@ -9,11 +9,11 @@ The adapter is stored in PEFT's LoRA format, the embeddings and what is known ab
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's name for the tensors of an adapter."""
 METHODS = ("s3d", "space")
+SHIPPED = Path(__file__).parent / "trained"
+"""Adapters that come with this package: in a folder for each base model, by its `base_hash`."""
 PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 """Settings of a LoRA that change its arithmetic; adapters for masks have none of them."""
 
@@ -70,8 +72,31 @@ class MaskAdapter:
 
     @property
     def bytes(self) -> int:
-        tensors = [self.embeddings, *(part for pair in self.layers.values() for part in pair), *(self.link or ())]
+        tensors = [self.embeddings, *self.parts, *(self.link or ())]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The matrices of all adapted layers, one layer after the other."""
+        return [part for pair in self.layers.values() for part in pair]
+
+    def fitted(self, dtype: torch.dtype, device: torch.device) -> MaskAdapter:
+        """The same adapter for weights of this type on this device."""
+        layers = {path: (down.to(device, dtype), up.to(device, dtype)) for path, (down, up) in self.layers.items()}
+        link = None if self.link is None else (self.link[0].to(device), self.link[1].to(device))
+        return replace(self, embeddings=self.embeddings.to(device), layers=layers, link=link)
+
+
+class Ends(NamedTuple):
+    """The two ends of a model: what makes states of tokens, and what makes logits of states."""
+
+    table: Callable[[Tensor], Tensor]
+    head: nn.Linear | BlockLinear | Tensor
+    """A layer, or weights [vocab, hidden] alone."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Ends:
+        return cls(model.get_input_embeddings(), model.get_output_embeddings())
 
 
 @dataclass(slots=True)
@@ -110,12 +135,12 @@ class Gated(nn.Module):
 
 
 def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate) -> PreTrainedModel:
-    """A view of `stock` whose adapted layers obey the gate; adapter i is number i there. Errors: LoadError."""
-    weight = next(p for p in stock.parameters() if p.is_floating_point())
+    """A view of `stock` whose adapted layers obey the gate; adapter i, fitted to it, is number i there.
+
+    Errors: LoadError."""
     parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for number, adapter in enumerate(adapters):
-        for path, pair in adapter.layers.items():
-            down, up = (part.to(weight.device, weight.dtype) for part in pair)
+        for path, (down, up) in adapter.layers.items():
             parts.setdefault(path, []).append((number, down, up))
 
     def along(module: nn.Module, path: str) -> nn.Module:
@@ -132,24 +157,25 @@ def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate)
     return changed
 
 
-def linked(model: PreTrainedModel, before: Tensor, down: Tensor, up: Tensor, ids: Tensor | None = None) -> Tensor:
+def linked(ends: Ends, before: Tensor, down: Tensor, up: Tensor, ids: Tensor | None = None) -> Tensor:
     """Shift of the logits by the tokens `before` [..., n]: [..., n, vocab], or only that of `ids` [k]: [..., n, k]."""
-    state = link_state(model, before, down, up)
-    head = model.get_output_embeddings()
+    state, head = link_state(ends.table, before, down, up), ends.head
     if isinstance(head, BlockLinear) and ids is not None:
         return F.linear(state, head.rows(ids, state.dtype))
-    if not isinstance(head, BlockLinear) and head.weight.is_floating_point():
-        weight = head.weight if ids is None else head.weight[ids]
+    table = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight
+    if table is not None and table.is_floating_point():
+        weight = table if ids is None else table[ids]
         return F.linear(state.to(weight.dtype), weight)
+    assert isinstance(head, nn.Module)
     shift: Tensor = head(state)  # quantised: only the layer itself can read its weights
     if head.bias is not None:
         shift = shift - head.bias  # a shift has none
     return shift if ids is None else shift[..., ids]
 
 
-def link_state(model: PreTrainedModel, before: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def link_state(table: Callable[[Tensor], Tensor], before: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the tokens `before` [..., n] add to what the output layer is given: [..., n, hidden]."""
-    embedded = model.get_input_embeddings()(before).to(down.dtype)
+    embedded = table(before).to(down.dtype)
     return F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
 
 
@@ -217,10 +243,14 @@ def _link(path: Path, tensors: Mapping[str, Tensor], hidden: int) -> tuple[Tenso
 
 
 def load_adapters(places: SequenceOf[str | Path | MaskAdapter], model: PreTrainedModel | Frame) -> list[MaskAdapter]:
-    """Adapters out of folders, or given as they are; of several for one method the first counts. Errors: LoadError."""
+    """Adapters out of folders, or given as they are, and those that come with this package for the model.
+
+    Of several for one method the first counts. Errors: LoadError.
+    """
+    frame = model if isinstance(model, Frame) else Frame.of(model)
     found: dict[str, MaskAdapter] = {}
-    for place in places:
-        adapter = place if isinstance(place, MaskAdapter) else load_adapter(place, model)
+    for place in [*places, *find_adapters(SHIPPED / frame.base)]:
+        adapter = place if isinstance(place, MaskAdapter) else load_adapter(place, frame)
         found.setdefault(adapter.method, adapter)
     return list(found.values())
 

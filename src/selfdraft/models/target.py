@@ -19,7 +19,7 @@ from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import OptionError
 from selfdraft.models import views
-from selfdraft.models.adapters import Gate, MaskAdapter, gate_rows, gated, linked
+from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, linked
 from selfdraft.models.attention import Plan, make_plan
 from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
@@ -53,8 +53,9 @@ class HFTarget:
     `model` is used through a view and never touched. `shapes` sets the exactness level (`exactness.py`).
     `adapters` bring mask tokens, if any: their ids stand behind the vocabulary, one adapter after the other.
     `exactness` is what the one who chose the shapes knows about them. `last` is the plan of the last forward pass.
-    `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass, and
-    `packer` has its weights, where they are known already. `kv_cache_dtype` is how keys and values are stored
+    `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass,
+    `masked` that of one with masks, and `packer` has their weights, where they are known already; `ends` too are given
+    where the model is not loaded yet. `kv_cache_dtype` is how keys and values are stored
     (`core/kv_cache.py`). `clock` is what drafters and measurements read, in seconds.
     Errors: RunnerUnavailable when that cannot be done; OptionError for another `kv_cache_dtype`.
     """
@@ -70,6 +71,8 @@ class HFTarget:
         exactness: Exactness = UNPROBED,
         fast: bool = False,
         traced: Traced | None = None,
+        masked: Traced | None = None,
+        ends: Ends | None = None,
         packer: Packer | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
         clock: Clock = time.perf_counter,
@@ -87,34 +90,31 @@ class HFTarget:
         self.profile: Profile | None = None
         """Whoever measures one puts it here."""
         self.adapters = tuple(adapters)
+        self.fitted = tuple(one.fitted(self.facts.dtype, self.facts.device) for one in adapters)
+        """The adapters as passes use them."""
         self._gate = Gate()
         self._stock = model if isinstance(model, Stock) else None
         if not isinstance(model, Stock):  # a view holds the modules, and lets the model itself go
             self._view = views.clone(model).eval()
-            self._gated = gated(self._view, self.adapters, self._gate)
+            self._gated = gated(self._view, self.fitted, self._gate)
         self._views: dict[object, PreTrainedModel] = {}
         self.copies: dict[int, Copy] = {}
         """What the rounded copies took that were made so far, by bits."""
         self._early = EarlyStates()
         self._context = context or self.facts.context
         self._device = self.facts.device
-        self._take_masks()
+        tables = [adapter.embeddings for adapter in self.fitted]
+        self._masks = torch.cat(tables) if tables else None
+        self._ends = ends
         self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
-        self.traced = traced
+        self.traced, self._masked = traced, masked
         if fast:
             self.runs = "fast"
             self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters), packer)
             self.traced = traced or self.runner.tape(self._view)
-
-    def _take_masks(self) -> None:
-        """The embeddings of mask tokens and what links them to a token, where the model lies."""
-        tables = [adapter.embeddings.to(self._device) for adapter in self.adapters]
-        self._masks = torch.cat(tables) if tables else None
-        linking = {one.method: one.link for one in self.adapters if one.link is not None}
-        self._links = {name: tuple(part.to(self._device) for part in link) for name, link in linking.items()}
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -132,7 +132,21 @@ class HFTarget:
     @cached_property
     def _gated(self) -> PreTrainedModel:
         with torch.inference_mode(False):
-            return gated(self._view, self.adapters, self._gate)
+            return gated(self._view, self.fitted, self._gate)
+
+    @property
+    def ends(self) -> Ends:
+        """What makes states of tokens and logits of states."""
+        if self._ends is None:
+            self._ends = Ends.of(self._view)
+        return self._ends
+
+    @property
+    def masked(self) -> Traced | None:
+        """The tape of a whole pass with masks among its rows; None without adapters, or on the plain path."""
+        if self._masked is None and self.runner is not None and self.adapters:
+            self._masked = self._tape(self.runner, self._gated, embedded=True)
+        return self._masked
 
     def plainly(self, kv_cache_dtype: KVCacheDtype = "auto") -> HFTarget:
         """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
@@ -143,9 +157,11 @@ class HFTarget:
 
     def unrounded(self) -> HFTarget:
         """The same target with a memory of its own in which keys and values are not rounded; itself if none are."""
-        if self.cache.dtype == "auto":
-            return self
-        twin = self.plainly()
+        return self if self.cache.dtype == "auto" else self.aside("auto")
+
+    def aside(self, kv_cache_dtype: KVCacheDtype) -> HFTarget:
+        """The same target, and the same tapes if it has any, with one slot and a memory of its own."""
+        twin = self.plainly(kv_cache_dtype)
         if self.runner is not None:
             twin.runs, twin.runner = self.runs, self.runner.over(twin.cache)
         return twin
@@ -166,18 +182,17 @@ class HFTarget:
 
     def _mask_tokens(self) -> dict[str, MaskTokens]:
         found, first = dict[str, MaskTokens](), self.vocab
-        for adapter in self.adapters:
+        for adapter in self.fitted:
             ids = range(first, first := first + len(adapter.embeddings))
-            if adapter.method in self._links:
-                found.setdefault(adapter.method, MaskTokens(ids, partial(self._shift, adapter.method)))
+            if adapter.link is not None:
+                found.setdefault(adapter.method, MaskTokens(ids, partial(self._shift, adapter.link)))
             else:
                 found.setdefault(adapter.method, MaskTokens(ids))
         return found
 
     @torch.inference_mode()
-    def _shift(self, method: str, token: int, ids: Tensor) -> Tensor:
-        down, up = self._links[method]
-        return linked(self._view, torch.tensor(token, device=self._device), down, up, ids.to(self._device))
+    def _shift(self, link: tuple[Tensor, Tensor], token: int, ids: Tensor) -> Tensor:
+        return linked(self.ends, torch.tensor(token, device=self._device), *link, ids.to(self._device))
 
     @property
     def layers(self) -> int:
@@ -223,7 +238,7 @@ class HFTarget:
         self._early.forget(rows)
         self._gate.rows = acting
         try:
-            return self._pass(self._gated if short is None else self._gated_view(short), rows)[0]
+            return self._pass(None if short is None else self._gated_view(short), rows)[0]
         finally:
             self._gate.rows = {}
 
@@ -246,26 +261,29 @@ class HFTarget:
     def _pass(
         self, model: PreTrainedModel | None, rows: Rows, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """One pass of a view, None being the whole. Returns logits of the rows asked for, and the states [n, hidden]
-        noted on the way.
+        """One pass of a view, None being the whole one, with or without masks.
+
+        Returns logits of the rows asked for, and the states [n, hidden] noted on the way.
 
         `hidden` [n, hidden] is where a view that resumes begins.
         """
         if self.runner is None:
-            logits, plan = self._run(self._view if model is None else model, rows, hidden)
+            whole = self._gated if model is None and self._gate.rows else self._view
+            logits, plan = self._run(whole if model is None else model, rows, hidden)
             return logits, None if plan.hidden is None else plan.hidden[0]
         embeds = self._inputs(rows.tokens[None]).get("inputs_embeds") if rows.probing else None
-        traced = self.traced if model is None and embeds is None else None
+        traced = None if model is not None else self.traced if embeds is None else self.masked
         if traced is None:
+            assert model is not None
             traced = self._tape(self.runner, model, embedded=embeds is not None, resuming=hidden is not None)
         self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
         return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self._gate.rows)
 
-    def _tape(self, runner: Runner, model: PreTrainedModel | None, *, embedded: bool, resuming: bool) -> Traced:
+    def _tape(self, runner: Runner, model: PreTrainedModel, *, embedded: bool, resuming: bool = False) -> Traced:
         """The tape of a view, in which any row may use any adapter."""
         self._gate.traced = True
         try:
-            return runner.tape(self._view if model is None else model, embedded=embedded, resuming=resuming)
+            return runner.tape(model, embedded=embedded, resuming=resuming)
         finally:
             self._gate.traced = False
 
@@ -302,7 +320,7 @@ class HFTarget:
     def _gated_view(self, short: PassVariant) -> PreTrainedModel:
         if ("gated", short) not in self._views:
             if isinstance(short, Rounded):
-                made = gated(self.view(short), self.adapters, self._gate)
+                made = gated(self.view(short), self.fitted, self._gate)
             else:
                 made = self._short(self._gated, short)
             self._views["gated", short] = made
@@ -325,7 +343,7 @@ class HFTarget:
         """Token ids [1, n], or embeddings [1, n, hidden] where mask ids are among them."""
         if self._masks is None or not bool((tokens >= self.vocab).any()):
             return {"input_ids": tokens}
-        stock = self._view.get_input_embeddings()(tokens.clamp(max=self.vocab - 1))
+        stock = self.ends.table(tokens.clamp(max=self.vocab - 1))
         learned = self._masks[(tokens - self.vocab).clamp(min=0)].to(stock.dtype)
         return {"inputs_embeds": torch.where((tokens >= self.vocab)[..., None], learned, stock)}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from selfdraft.errors import OptionError
 from selfdraft.models import views
-from selfdraft.models.adapters import EMBEDDINGS, link_state, linked
+from selfdraft.models.adapters import EMBEDDINGS, Ends, link_state, linked
 from selfdraft.models.attention import additive_mask, kernel, register
 from selfdraft.models.identity import base_hash
 from selfdraft.models.reference import Model
@@ -212,11 +212,13 @@ class Student(nn.Module):
         few = None if chance is None or self.head is None else shortlist(wanted, chance)
         if self.head is not None and few is not None:
             if link:
-                states = states + link_state(self._teacher[0], before, self.link_down, self.link_up).to(states.dtype)
+                states = states + link_state(
+                    self._teacher[0].get_input_embeddings(), before, self.link_down, self.link_up
+                ).to(states.dtype)
             return Answers(self.head(states, few.ids), wanted[:, few.ids], named, places, few.weight)
         said = states if self.head is None else self.head(states)  # without a head the states are logits
         if link:
-            said = said + linked(self._teacher[0], before, self.link_down, self.link_up)
+            said = said + linked(Ends.of(self._teacher[0]), before, self.link_down, self.link_up)
         if self.tuned:
             following = batch.tokens[named[:, 0], behind + 1]
             return _with_text(batch, text, Answers(said, following, named, places))

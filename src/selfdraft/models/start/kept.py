@@ -15,16 +15,19 @@ from pathlib import Path
 
 import torch
 
-from selfdraft.files.arrays import read_arrays, write_arrays
+from selfdraft.files.arrays import Numbers, read_arrays, write_arrays
 from selfdraft.files.atomic import cache_folder
 from selfdraft.models.adapters import Frame
 from selfdraft.models.checkpoint.folder import INDEX, WHOLE
 from selfdraft.models.facts import Facts
 from selfdraft.models.proof.kept import Record, surroundings
 from selfdraft.models.start.tape_file import TapeFile
+from selfdraft.models.start.weights import Place, place_of
 from selfdraft.types import JsonObject
 
-FORMAT = 1
+FORMAT = 2
+MASKED = "masked."
+"""What the names of the arrays of a pass with masks begin with."""
 ADAPTER = "adapter_config.json"
 """In the folder of a model it makes the folder one that needs more than its files' weights."""
 
@@ -41,6 +44,19 @@ class KeptStart:
     tokenizer: tuple[str, str] | None
     """Module and name of the class that makes the tokenizer out of the folder alone; None when none does."""
     tape: TapeFile
+    masked: Masked | None
+    """For a model with adapters whose masks stand in passes of the whole model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """What passes with masks need beside the whole pass."""
+
+    tape: TapeFile
+    table: Place
+    """The weights that make states of tokens."""
+    head: Place
+    """The weights that make logits of states."""
 
 
 class StartFile:
@@ -76,15 +92,23 @@ class StartFile:
             Record.of_dict(told["proof"]),
             tuple(told["adapters"]),
             tuple(told["tokenizer"]) if told["tokenizer"] else None,
-            TapeFile(told["tape"], arrays),
+            TapeFile(told["tape"], {name: held for name, held in arrays.items() if not name.startswith(MASKED)}),
+            self._masked(told["masked"], arrays),
         )
+
+    def _masked(self, told: JsonObject | None, arrays: Mapping[str, Numbers]) -> Masked | None:
+        """Errors: TypeError or LookupError where `write` did not make it."""
+        if told is None:
+            return None
+        own = {name.removeprefix(MASKED): held for name, held in arrays.items() if name.startswith(MASKED)}
+        return Masked(TapeFile(told["tape"], own), place_of(told["table"]), place_of(told["head"]))
 
     def write(self, identity: JsonObject, start: KeptStart) -> None:
         """Keep a start for this identity.
 
         Errors: OSError; TypeError and ValueError for facts that JSON does not hold.
         """
-        facts = {
+        facts: dict[str, object] = {
             "identity": identity,
             "facts": start.facts.as_dict(),
             "frame": asdict(start.frame),
@@ -92,8 +116,13 @@ class StartFile:
             "adapters": start.adapters,
             "tokenizer": start.tokenizer,
             "tape": start.tape.facts,
+            "masked": None,
         }
-        write_arrays(self.place, facts, start.tape.arrays)
+        arrays = dict(start.tape.arrays)
+        if (masked := start.masked) is not None:
+            facts["masked"] = {"tape": masked.tape.facts, "table": asdict(masked.table), "head": asdict(masked.head)}
+            arrays |= {MASKED + name: held for name, held in masked.tape.arrays.items()}
+        write_arrays(self.place, facts, arrays)
 
 
 def keepable(folder: Path) -> bool:

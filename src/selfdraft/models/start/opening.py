@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import open_sequence
-from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import LoadError, OptionError
 from selfdraft.models.adapters import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.checkpoint.embedded import checkpoint
@@ -30,9 +31,9 @@ from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.facts import Stock
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
 from selfdraft.models.runner.packing import Packer
-from selfdraft.models.runner.trace import Traced
 from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
-from selfdraft.models.start.tape_file import NotKept, agrees, named_places, packed, unpacked
+from selfdraft.models.start.passes import masked_of, passes_of
+from selfdraft.models.start.tape_file import NotKept, agrees, named_places, packed
 from selfdraft.models.start.weights import MappedWeights, Place
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Clock, JsonObject, Quantization, SamplingParams
@@ -168,20 +169,17 @@ def reopened(file: StartFile, identity: JsonObject, wanted: Wanted) -> Opened | 
         if tuple(hashes_of(adapters)) != kept.adapters:
             return None
         mapped = MappedWeights(file.folder)
-        traced = unpacked(kept.tape, mapped, packer := Packer())
         late = partial(_load_late, file, identity, wanted.dtype, mapped, named_places(kept.tape))
         stock = Stock(kept.facts, late, kept.frame)
         target = HFTarget(
             stock,
             slots=wanted.slots,
             context=wanted.context,
-            adapters=adapters,
             exactness=kept.proof.exactness,
             fast=True,
-            traced=traced,
-            packer=packer,
             kv_cache_dtype=wanted.kv_cache_dtype,
             clock=wanted.clock,
+            **passes_of(kept, mapped, adapters),
         )
         tokenizer = wanted.tokenizer or _tokenizer(file.name, kept.tokenizer)
     except Exception as error:  # whatever is wrong with what was kept, the way through transformers is there
@@ -241,9 +239,12 @@ def keep(file: StartFile, identity: JsonObject, opened: Opened) -> bool:
         proof = Record.of(target.exactness, target.shapes, target.runs)
         hashes = tuple(hashes_of(target.adapters))
         kind = None if opened.tokenizer is None else _kind(opened.tokenizer, file.name)
-        start = KeptStart(target.facts, stock.frame, proof, hashes, kind, tape)
-        again = unpacked(tape, mapped, Packer())
-        if not agrees(*(_trial(_fast(stock, one, target.cache.dtype)) for one in (target.traced, again))):
+        masked = masked_of(target, stock.model, mapped, runner.packer)
+        start = KeptStart(target.facts, stock.frame, proof, hashes, kind, tape, masked)
+        again = HFTarget(
+            stock, fast=True, kv_cache_dtype=target.cache.dtype, **passes_of(start, mapped, target.adapters)
+        )
+        if not agrees(*(_trial(one, masked is not None) for one in (target.aside(target.cache.dtype), again))):
             raise NotKept("its pass over mapped weights has other bits")
         if files_of(file.folder) != identity["files"]:
             raise NotKept("its files have changed meanwhile")
@@ -265,12 +266,8 @@ def let_go(model: Model, places: Mapping[str, Place], mapped: MappedWeights, pac
         mapped.forget(new)
 
 
-def _fast(stock: Stock, traced: Traced, kv_cache_dtype: KVCacheDtype) -> HFTarget:
-    return HFTarget(stock, fast=True, traced=traced, kv_cache_dtype=kv_cache_dtype)
-
-
-def _trial(target: HFTarget) -> list[torch.Tensor]:
-    """Logits of a prompt, and of a tree behind it."""
+def _trial(target: HFTarget, masks: bool) -> list[Tensor]:
+    """Logits of a prompt, and of a tree behind it, which has `masks` if it is to have some."""
     tokens = [(7 * i + 3) % target.vocab for i in range(TRIED // 2)]
     sampling = SamplingParams(max_tokens=1)
     sequence = open_sequence(tokens, sampling, seed=0, eos=frozenset(), context=target.max_length)
@@ -278,7 +275,15 @@ def _trial(target: HFTarget) -> list[torch.Tensor]:
     tree = Draft.branches([tokens[:3], [tokens[0], tokens[4]]], "trial")
     said = [target.forward(pack([(sequence, len(tokens), EMPTY)]))]
     sequence.num_cached = len(tokens) - 1
-    return [*said, target.forward(pack([(sequence, 1, tree)]))]
+    said.append(target.forward(pack([(sequence, 1, tree)])))
+    if masks:
+        ids = range(target.vocab, target.vocab + target.num_mask_ids)
+        said.append(
+            target.forward(pack([(sequence, 1, tree.with_probes([*ids], [ROOT, *range(len(ids) - 1)], "trial"))]))
+        )
+        link = [mask.shift(tokens[0], torch.arange(8)) for mask in target.extras.mask_tokens.values()]
+        said += [shift for shift in link if shift is not None]
+    return said
 
 
 def _kind(tokenizer: Tokenizer, folder: str) -> tuple[str, str] | None:

@@ -26,7 +26,8 @@ Coded = np.ndarray[tuple[int], np.dtype[np.void]]
 OPERANDS = (("out", 1), ("inputs", 3))
 """The fields of an instruction that say where to read or write, and how many there are in each."""
 CONSTANT, PACKED = -1, 1 << 32
-"""Where the number of a weight could stand: CONSTANT for the constants, and PACKED and more for a packed weight."""
+"""Where the number of a weight could stand: CONSTANT for the constants, less for the parts of adapters, and PACKED and
+more for a packed weight."""
 MOST = 1 << 24
 """Bytes of constants that are kept: more would be a second copy of the weights."""
 
@@ -43,15 +44,17 @@ class TapeFile:
     arrays: Mapping[str, Numbers]
 
 
-def packed(traced: Traced, model: PreTrainedModel, mapped: MappedWeights, packer: Packer) -> TapeFile:
+def packed(
+    traced: Traced, model: PreTrainedModel, mapped: MappedWeights, packer: Packer, parts: SequenceOf[Tensor] = ()
+) -> TapeFile:
     """The traced pass of a model that was loaded from the folder of these weights; `packer` packed them.
 
-    Errors: NotKept.
+    `parts`: those of its adapters, which are no weights of the folder. Errors: NotKept.
     """
     tape = traced.tape
     held = _held(tape.kept)
     pointers = [*_pointers(tape, held)]
-    sources = _Sources(model, mapped, packer)
+    sources = _Sources(model, mapped, packer, parts)
     rows = [(at, *sources.of(held[address])) for at, address in pointers]
     facts = {
         "arena": tape.arena,
@@ -76,8 +79,8 @@ def packed(traced: Traced, model: PreTrainedModel, mapped: MappedWeights, packer
     return TapeFile(facts, arrays)
 
 
-def unpacked(file: TapeFile, mapped: MappedWeights, packer: Packer) -> Traced:
-    """The traced pass over mapped weights, those that products read packed by `packer`.
+def unpacked(file: TapeFile, mapped: MappedWeights, packer: Packer, parts: SequenceOf[Tensor] = ()) -> Traced:
+    """The traced pass over mapped weights, those that products read packed by `packer`; `parts` as in `packed`.
 
     Errors: those of `MappedWeights`; TypeError, ValueError, LookupError, MemoryError.
     """
@@ -87,11 +90,12 @@ def unpacked(file: TapeFile, mapped: MappedWeights, packer: Packer) -> Traced:
         raise ValueError("the tape is of another layout")
     constants = _aligned(arrays["constants"])
     places = [mapped.tensor(place) for place in named_places(file).values()]
-    wholes = [*places, constants]
+    beside = [*reversed(parts), constants]  # counted from the end: CONSTANT is the last one
+    wholes = [*places, *beside]
     tables = [packer.floats(_seen(wholes[number], *view)) for number, *view in facts["packed"]]
     for place in places:
         mapped.forget(place)
-    held = [*places, *tables, constants]  # CONSTANT is the last one
+    held = [*places, *tables, *beside]
     bases = np.array([tensor.data_ptr() for tensor in held], np.int64)
     at, source, offset = arrays["pointers"].T
     source = np.where(source >= PACKED, source - PACKED + len(places), source)
@@ -106,7 +110,7 @@ def unpacked(file: TapeFile, mapped: MappedWeights, packer: Packer) -> Traced:
 
 def named_places(file: TapeFile) -> dict[str, weights.Place]:
     """The weights that the tape reads, by their names in the model. Errors: TypeError, ValueError."""
-    return {name: weights.Place(**{**place, "shape": tuple(place["shape"])}) for name, place in file.facts["weights"]}
+    return {name: weights.place_of(place) for name, place in file.facts["weights"]}
 
 
 def _seen(whole: Tensor, skip: int, dtype: str, shape: SequenceOf[int], steps: SequenceOf[int]) -> Tensor:
@@ -162,7 +166,9 @@ def _word_of(layout: np.dtype[np.void], field: str) -> int:
 class _Sources:
     """Where the tensors of a tape come from: weights that lie in the files as they are, and constants."""
 
-    def __init__(self, model: PreTrainedModel, mapped: MappedWeights, packer: Packer) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mapped: MappedWeights, packer: Packer, parts: SequenceOf[Tensor]
+    ) -> None:
         self.weights: dict[str, weights.Place] = {}
         self.constants = bytearray()
         self.packed: list[tuple[int, int, str, list[int], list[int]]] = []
@@ -171,11 +177,12 @@ class _Sources:
         self._mapped, self._places = mapped, weights.places_in(mapped.folder)
         self._prefix = f"{model.base_model_prefix}."
         self._named = [(name, one) for name, one in model.named_parameters() if one.numel() and one.is_contiguous()]
+        self._parts = parts
         self._offsets: dict[tuple[int, int], int] = {}
 
     def of(self, tensor: Tensor) -> tuple[int, int]:
-        """(number of a weight, byte in it), (PACKED and the number of a packed one, 0), or (CONSTANT, byte in the
-        constants). Errors: NotKept."""
+        """(number of a weight, byte in it), (PACKED and the number of a packed one, 0), (CONSTANT less the number of a
+        part of an adapter from 1 on, byte in it), or (CONSTANT, byte in the constants). Errors: NotKept."""
         source = self._packer.sources.get(tensor.data_ptr())
         return self._plain(tensor) if source is None else (PACKED + self._table(tensor.data_ptr(), source), 0)
 
@@ -186,6 +193,9 @@ class _Sources:
             skip = address - weight.data_ptr()
             if 0 <= skip <= weight.nbytes - extent and self._lies(name, weight):
                 return [*self.weights].index(name), skip
+        for number, part in enumerate(self._parts, 1):
+            if part.is_contiguous() and 0 <= address - part.data_ptr() <= part.nbytes - extent:
+                return CONSTANT - number, address - part.data_ptr()
         if (address, extent) not in self._offsets:
             self._offsets[address, extent] = len(self.constants)
             flat = torch.as_strided(tensor.detach(), (extent // tensor.dtype.itemsize,), (1,))

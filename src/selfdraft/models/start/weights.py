@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selfdraft.models.checkpoint.folder import weight_files
 from selfdraft.models.runner import kernel_build
+from selfdraft.types import JsonObject
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 """The types that the fast runner computes in, by their names in a file."""
@@ -37,6 +38,11 @@ class Place:
         for side in self.shape:
             size *= side
         return size
+
+
+def place_of(given: JsonObject) -> Place:
+    """The place out of what `dataclasses.asdict` made of it. Errors: TypeError, LookupError for anything else."""
+    return Place(**{**given, "shape": tuple(given["shape"])})
 
 
 class MappedWeights:
