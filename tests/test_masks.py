@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -23,8 +24,10 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.errors import LoadError
-from selfdraft.models.adapters import CARD, EMBEDDINGS, MaskAdapter, gate_rows, load_adapter
+from selfdraft.models import adapters as adapting
+from selfdraft.models.adapters import CARD, EMBEDDINGS, MaskAdapter, gate_rows, load_adapter, load_adapters
 from selfdraft.models.exactness import NATURAL, Shapes
+from selfdraft.models.identity import base_hash
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import Drafter, Target
@@ -495,6 +498,42 @@ def test_an_adapter_knows_its_model(folder: Path) -> None:
         load_adapter(folder, tiny_llama(seed=1))
     with pytest.raises(LoadError, match="is missing there"):
         load_adapter("/nowhere", tiny_llama())
+
+
+def test_adapters_that_come_with_the_package_are_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the model alone, and behind those that are named."""
+    model = tiny_llama()
+    monkeypatch.setattr(adapting, "SHIPPED", tmp_path)
+    assert load_adapters([], model) == []
+    shutil.copytree(folder, tmp_path / base_hash(model) / "selfdraft_s3d")
+    assert [one.method for one in load_adapters([], model)] == ["s3d"]
+    assert load_adapters([], tiny_llama(seed=1)) == []
+    named = replace(load_adapter(folder, model), advice={"num_masks": 1})
+    assert load_adapters([named], model) == [named]
+
+
+def test_every_adapter_of_the_package_lies_where_its_model_finds_it() -> None:
+    folders = [place.parent for place in adapting.SHIPPED.glob(f"*/*/{CARD}")]
+    assert folders
+    for place in folders:
+        card = json.loads((place / CARD).read_text())
+        assert (card["model"], f"selfdraft_{card['method']}") == (place.parent.name, place.name)
+        assert len(card["held_out_acceptance"]) == card["settings"]["masks"]
+
+
+def test_the_link_of_a_token_is_the_same_whenever_it_is_asked() -> None:
+    """States of tokens are kept, and let go of when there are too many."""
+    target = HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())[:1])
+    (masks,) = target.extras.mask_tokens.values()
+    ids = torch.arange(3, 9)
+    fresh = [masks.shift(token, ids) for token in range(12)]
+    assert not torch.equal(fresh[0], fresh[1])  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfdraft.models.target.LINK_STATES", 5)
+        for token in [*range(12), 3, 3, 0]:
+            assert torch.equal(masks.shift(token, ids), fresh[token])  # type: ignore[arg-type]
 
 
 def test_advice_is_followed(folder: Path) -> None:

@@ -21,7 +21,7 @@ SAMPLINGS = {
     "greedy": SamplingParams(max_tokens=16),
     "sampled": SamplingParams(max_tokens=16, temperature=0.8, top_p=0.95, seed=7),
 }
-DRAFTERS = [name for name in NAMES if name not in ("none", "s3d", "space")]
+DRAFTERS = [*(name for name in NAMES if name not in ("none", "s3d")), "merged with masks", "auto with masks"]
 GOLDEN = "The capital of France is Paris."
 
 
@@ -39,7 +39,8 @@ def requests(llm: LLM, sampling: SamplingParams) -> list[Sequence]:
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_every_token_and_every_bit_is_that_of_plain_decoding(llm: LLM, drafter: str, sampling: str) -> None:
-    plain, drafted = llm.engine_for("none"), llm.engine_for(drafter)
+    method, _, masks = drafter.partition(" with ")
+    plain, drafted = llm.engine_for("none"), llm.engine_for(method, {masks: True} if masks else None)
     for one, other in zip(requests(llm, SAMPLINGS[sampling]), requests(llm, SAMPLINGS[sampling]), strict=True):
         expected, got = decode(plain, one, bits=True), decode(drafted, other, bits=True)
         assert got.tokens == expected.tokens

@@ -72,17 +72,18 @@ class Space:
 
     def _points(self, tree: Draft) -> list[tuple[int, int]]:
         """(accept point, number of masks): mask j is worth its row if it is likely to be read and to matter."""
-        price = self.guesser.row_cost.tokens
+        price, room = self.guesser.row_cost.tokens, self.guesser.row_cost.most_rows
         points = []
         for point, chance in self.guesser.endings(tree)[: self.groups]:
             size = 0
-            for held in self._held:
+            for held in self._held[:room]:
                 chance *= held.value
                 if chance < price and not (point == ROOT and size == 0):
                     break
                 size += 1
             if size:
                 points.append((point, size))
+                room -= size
         return points
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:

@@ -173,7 +173,8 @@ class Calibration:
 class Guesser:
     """How a drafter with mask tokens makes trees: at most `nodes` candidates, `branches` of them for each place.
 
-    A node must be as likely as `row_cost.tokens`. Errors: OptionError for values out of range.
+    A node must be as likely as `row_cost.tokens`; first trees are small ones, for the cost of a row is learned from
+    steps of several sizes. Errors: OptionError for values out of range.
     """
 
     nodes: int
@@ -187,7 +188,8 @@ class Guesser:
 
     def tree(self, known: int, ahead: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
         """The best tree behind the `known` token over the places `ahead` of it, within the budget."""
-        room = Budget(min(budget.max_nodes, self.nodes), min(budget.max_depth, len(ahead)), budget.max_probe_depth)
+        most = min(budget.max_nodes, self.nodes, self.row_cost.most_rows)
+        room = Budget(most, min(budget.max_depth, len(ahead)), budget.max_probe_depth)
         if room.max_depth <= 0 or room.max_nodes <= 0:
             return EMPTY
 

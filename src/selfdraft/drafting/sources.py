@@ -178,17 +178,19 @@ class Successors:
         return {follower: rank for rank, follower in enumerate(found)}
 
     def learn(self, last: int, result: Result) -> None:
-        """Every row that was run teaches, `last` being the token before the draft; what the text took counts most."""
+        """Every row of text teaches, `last` being the token before the draft; what the text took counts most."""
         if result.logits is None:
             return
         draft, tokens = result.draft, [last, *result.draft.tokens]
-        order = [*range(len(draft), 0, -1), 0, *(node + 1 for node in result.path)]
+        rows = 1 + draft.num_candidates  # masks, behind them, are no text
+        logits = result.logits[:rows]
+        order = [*range(rows - 1, 0, -1), 0, *(node + 1 for node in result.path)]
         if self._greedy:
-            best = topk(result.logits, SUCCESSORS)[1].tolist()
+            best = topk(logits, SUCCESSORS)[1].tolist()
             guesses = [dict(zip(found, range(SUCCESSORS), strict=False)) for found in best]
             for row in order:
                 self._guesses[tokens[row]] = guesses[row]
             return
-        scores, ids = likeliest(result.logits, self._sequence.sampling)
+        scores, ids = likeliest(logits, self._sequence.sampling)
         for row in order:
-            self._answers.learn(tokens[row], scores[row], ids[row], row > draft.num_candidates)
+            self._answers.learn(tokens[row], scores[row], ids[row], probe=False)

@@ -157,9 +157,13 @@ def gated(stock: PreTrainedModel, adapters: SequenceOf[MaskAdapter], gate: Gate)
     return changed
 
 
-def linked(ends: Ends, before: Tensor, down: Tensor, up: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Shift of the logits by the tokens `before` [..., n]: [..., n, vocab], or only that of `ids` [k]: [..., n, k]."""
-    state, head = link_state(ends.table, before, down, up), ends.head
+def linked(ends: Ends, before: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Shift of the logits by the tokens `before` [..., n]: [..., n, vocab]."""
+    return shift_of(ends.head, link_state(ends.table, before, down, up))
+
+
+def shift_of(head: nn.Linear | BlockLinear | Tensor, state: Tensor, ids: Tensor | None = None) -> Tensor:
+    """What link states [..., hidden] add to all logits: [..., vocab], or only to those of `ids` [k]: [..., k]."""
     if isinstance(head, BlockLinear) and ids is not None:
         return F.linear(state, head.rows(ids, state.dtype))
     table = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight

@@ -19,7 +19,7 @@ from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import OptionError
 from selfdraft.models import views
-from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, linked
+from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, link_state, shift_of
 from selfdraft.models.attention import Plan, make_plan
 from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
@@ -33,6 +33,10 @@ from selfdraft.types import Clock, JsonObject, PassVariant, Rounded, Skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+LINK_STATES = 4096
+"""Tokens whose link states are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +90,9 @@ class HFTarget:
         self.exactness = exactness
         self.last: Plan | None = None
         self.tuned: dict[str, JsonObject] = {one.method: one.advice for one in adapters}
-        """By method, options found best on this model."""
-        self.profile: Profile | None = None
-        """Whoever measures one puts it here."""
+        self.profile: Profile | None = None  # whoever measures one puts it here
+        self._device = self.facts.device
         self.adapters = tuple(adapters)
-        self.fitted = tuple(one.fitted(self.facts.dtype, self.facts.device) for one in adapters)
-        """The adapters as passes use them."""
         self._gate = Gate()
         self._stock = model if isinstance(model, Stock) else None
         if not isinstance(model, Stock):  # a view holds the modules, and lets the model itself go
@@ -102,9 +103,6 @@ class HFTarget:
         """What the rounded copies took that were made so far, by bits."""
         self._early = EarlyStates()
         self._context = context or self.facts.context
-        self._device = self.facts.device
-        tables = [adapter.embeddings for adapter in self.fitted]
-        self._masks = torch.cat(tables) if tables else None
         self._ends = ends
         self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
@@ -115,6 +113,18 @@ class HFTarget:
             self.runs = "fast"
             self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters), packer)
             self.traced = traced or self.runner.tape(self._view)
+
+    @cached_property
+    def fitted(self) -> tuple[MaskAdapter, ...]:
+        """The adapters as passes use them."""
+        with torch.inference_mode(False):
+            return tuple(one.fitted(self.facts.dtype, self._device) for one in self.adapters)
+
+    @cached_property
+    def _masks(self) -> Tensor | None:
+        """The embeddings of all mask ids [masks, hidden]."""
+        with torch.inference_mode(False):
+            return torch.cat([one.embeddings for one in self.fitted]) if self.adapters else None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -185,14 +195,21 @@ class HFTarget:
         for adapter in self.fitted:
             ids = range(first, first := first + len(adapter.embeddings))
             if adapter.link is not None:
-                found.setdefault(adapter.method, MaskTokens(ids, partial(self._shift, adapter.link)))
+                found.setdefault(adapter.method, MaskTokens(ids, partial(self._shift, adapter.link, {})))
             else:
                 found.setdefault(adapter.method, MaskTokens(ids))
         return found
 
     @torch.inference_mode()
-    def _shift(self, link: tuple[Tensor, Tensor], token: int, ids: Tensor) -> Tensor:
-        return linked(self.ends, torch.tensor(token, device=self._device), *link, ids.to(self._device))
+    def _shift(self, link: tuple[Tensor, Tensor], states: dict[int, Tensor], token: int, ids: Tensor) -> Tensor:
+        """`states`: link states of tokens that were met, for text has most tokens many times."""
+        state = states.get(token)
+        if state is None:
+            if len(states) >= LINK_STATES:
+                states.clear()
+            state = link_state(self.ends.table, torch.tensor(token, device=self._device), *link)
+            states[token] = state
+        return shift_of(self.ends.head, state, ids.to(self._device))
 
     @property
     def layers(self) -> int:
