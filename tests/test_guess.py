@@ -14,12 +14,13 @@ from torch import Tensor
 from selfdraft.core.rows import Rows
 from selfdraft.core.sampler import choose, process
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.core.tree import ROOT, Draft
+from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.mask_prediction import Calibration, Guess, Guesser, Place, expand, places, ranks
+from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.errors import MissingMasks, OptionError
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.target import HFTarget
@@ -136,6 +137,10 @@ def test_the_price_of_a_row() -> None:
         rows = (4, 12)[step % 2]
         row_cost.observe(rows, 1.0 + 0.1 * rows, 2)
     assert row_cost.tokens == pytest.approx(2 / 1.8 * 0.1, rel=0.1)
+    for step in range(400):
+        rows = (30, 50)[step % 2]
+        row_cost.observe(rows, 1.0 + 0.1 * rows, 1)
+    assert row_cost.tokens == pytest.approx(0.1 / 1.1, rel=0.1), "plain decoding has 1 token in 1.1 seconds"
     fixed = RowCost(0.3)
     fixed.observe(4, 1.0, 1)
     fixed.observe(40, 9.0, 1)
@@ -149,12 +154,23 @@ def test_rows_that_cost_nothing_are_free() -> None:
     assert row_cost.tokens == 0.0
 
 
-def test_a_prefill_is_no_price() -> None:
+def test_only_steps_that_were_drafted_for_are_timed() -> None:
+    now = [1000.0]
+    timer = StepTimer(lambda: now[0])
+    step = Result(Draft.chain([1], "x", [0.5]), tokens=(5,), argmax=(5, 5))
+    assert timer.seconds([Result(EMPTY, tokens=(5,), argmax=(5,))]) is None, "a prompt is read, and nobody drafts"
+    timer.start(1)
+    now[0] += 2.0
+    assert timer.seconds([step]) == 2.0
+    assert timer.seconds([step]) is None, "no step was begun"
+    timer.start(1)
+    assert timer.seconds([step, step]) is None, "the prompt of another is read beside it"
+    timer.start(2)
+    assert timer.seconds([step, Result(EMPTY)]) is None, "only a part of a prompt is read"
     guesser = Guesser(8, 2, RowCost())
-    prefill = Result(Draft.chain([1], "x", [0.5]), tokens=(5,), argmax=(5,))
-    guesser.observe([prefill], 100.0)
+    guesser.observe([step], None)
     assert guesser.row_cost.time.steps == 0
-    guesser.observe([Result(Draft.chain([1], "x", [0.5]), tokens=(5,), argmax=(5, 5))], 0.1)
+    guesser.observe([step], 0.1)
     assert guesser.row_cost.time.steps == 1
 
 

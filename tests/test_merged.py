@@ -305,15 +305,15 @@ def test_trees_start_small_until_the_price_of_a_row_is_known() -> None:
     drafter = build("context", tiny_target())
     assert isinstance(drafter, SourceTreeDrafter)
     now = [0.0]
-    drafter.clock = lambda: now[0]
+    drafter.timer.clock = lambda: now[0]
     sequence, sizes = opened(MOTIF * 20), []
     for _ in range(14):
         draft = one(drafter, sequence)
         sizes.append(len(draft))
-        now[0] += 0.1 + 0.2 * (1 + len(draft))
+        now[0] += 1.0 + 0.01 * (1 + len(draft))
         go_on(drafter, sequence, [MOTIF[(len(sequence.tokens)) % 7]], draft)
     assert sizes[:6] == [1, 2, 4, 8, 16, 32]
-    assert drafter.row_cost.time.per_row == pytest.approx(0.2, rel=0.01)
+    assert drafter.row_cost.time.per_row == pytest.approx(0.01, rel=0.01)
     assert drafter.row_cost.tokens > 0
 
 

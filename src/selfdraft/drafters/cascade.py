@@ -22,6 +22,7 @@ from selfdraft.drafting.draft_length import Confidence
 from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source
+from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget, Rounded
 
@@ -61,14 +62,14 @@ class Cascade:
         self._chains: dict[Sequence, Chain] = {}
         self._row_costs: SequenceOf[float] = []
         """Of each node of a tree in this step."""
-        self._began = 0.0
+        self._timer = StepTimer(self.guard.clock)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         if not self._opened:  # the copy is made, and its first pass, before anything is timed
             self.target.forward(chain_rows([(s.slot, s.num_cached, s.tokens[-1]) for s in sequences]), self.short)
             self._opened = True
         self._chains = {}
-        self._began = self.guard.clock()
+        self._timer.start(len(sequences))
         if not self.guard.drafts(sequences):
             return [EMPTY] * len(sequences)
         with self.guard.timed():
@@ -80,8 +81,7 @@ class Cascade:
                 scores = self._chains[sequence].scores[: result.draft.num_candidates]
                 in_chain = sum(node < len(scores) for node in result.path)
                 self.rule.confidence.observe(scores, in_chain)
-        if all(len(result.argmax) == 1 + len(result.draft) for result in results):  # no prefill beside it
-            took = self.guard.clock() - self._began
+        if (took := self._timer.seconds(results)) is not None:
             self.rule.throughput.observe(sum(len(result.tokens) for result in results), took)
         self._chains = {}
         if self.guard.drafting:

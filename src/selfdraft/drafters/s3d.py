@@ -15,6 +15,7 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.mask_prediction import Guesser, places
+from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, middle, within
 
@@ -45,8 +46,7 @@ class S3D:
         self.masks = self.masks[:count]
         self.skip = middle(target.extras.num_layers, width)
         self._shift = masks.shift
-        self.clock = target.extras.clock
-        self._began = 0.0
+        self.timer = StepTimer(target.extras.clock)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         able = [i for i, budget in enumerate(budgets) if budget.max_depth > 0 and budget.max_nodes > 0]
@@ -64,8 +64,8 @@ class S3D:
                 answers = logits[span.start : span.start + span.size]
                 last = sequences[i].tokens[-1]
                 drafts[i] = self.guesser.tree(last, places(answers, sequences[i]), self._shift, budgets[i], SOURCE)
-        self._began = self.clock()
+        self.timer.start(len(sequences))
         return drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        self.guesser.observe(results, self.clock() - self._began)
+        self.guesser.observe(results, self.timer.seconds(results))

@@ -17,6 +17,7 @@ from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
 from selfdraft.drafting.mask_prediction import Groups, Guesser, Place, read_group, with_groups
+from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
 
@@ -51,15 +52,14 @@ class Space:
         self.masks = masks.ids
         self.groups = mask_groups
         self._shift = masks.shift
-        self.clock = target.extras.clock
+        self.timer = StepTimer(target.extras.clock)
         self._held = [Mean(0.5, 4.0) for _ in self.masks]
         """For each mask, how often its guess was right when those before it were."""
-        self._began = 0.0
         self._notes: WeakKeyDictionary[Sequence, RequestMasks] = WeakKeyDictionary()
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         drafts = [self._one(sequence, budget) for sequence, budget in zip(sequences, budgets, strict=True)]
-        self._began = self.clock()
+        self.timer.start(len(sequences))
         return drafts
 
     def _one(self, sequence: Sequence, budget: Budget) -> Draft:
@@ -87,7 +87,7 @@ class Space:
         return points
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        self.guesser.observe(results, self.clock() - self._began)
+        self.guesser.observe(results, self.timer.seconds(results))
         for sequence, result in zip(sequences, results, strict=True):
             note = self._notes.get(sequence)
             if note is None or not result.tokens:

@@ -214,9 +214,11 @@ class Throughput:
 
 @dataclass(slots=True)
 class RowCost:
-    """What one more row must bring, in tokens: tokens per second now, times the seconds that a row adds to a step.
+    """What one more row must bring, in tokens: tokens per second, times the seconds that a row adds to a step.
 
-    It is 0 until rows were seen to cost. A `fixed` cost (the option `min_probability`) is never changed.
+    Tokens per second are those of now, and never less than one in a step of one row, as plain decoding has them: steps
+    whose rows do not pay are slow, and would make rows look cheap. It is 0 until rows were seen to cost. A `fixed` cost
+    (the option `min_probability`) is never changed.
     Errors: OptionError when that is no probability.
     """
 
@@ -239,7 +241,11 @@ class RowCost:
         """The cost of a row, in tokens."""
         if self.fixed is not None:
             return self.fixed
-        return tokens_meanwhile(self.time.per_row, self.emitted.value, self.time.seconds)
+        time = self.time
+        now = tokens_meanwhile(time.per_row, self.emitted.value, time.seconds)
+        # a line through large steps may leave nothing for one row, but that is at least its part of a large step
+        plain = max(time.at(1), time.seconds / time.rows) if time.rows else 0.0
+        return max(now, tokens_meanwhile(time.per_row, 1.0, plain))
 
     @property
     def most_rows(self) -> int:

@@ -199,11 +199,11 @@ class Guesser:
         prices = [self.row_cost.tokens] * room.max_nodes
         return expand(after(0, known, ROOT, ROOT), after, self.calibration.chance, room, prices, source)
 
-    def observe(self, results: SequenceOf[Result], seconds: float) -> None:
-        """Learn from a step that took `seconds` from the end of drafting on. Prefills would be counted as dear rows."""
+    def observe(self, results: SequenceOf[Result], seconds: float | None) -> None:
+        """Learn from a step that took `seconds` from the end of drafting on; None: its time says nothing."""
         for result in results:
             self.calibration.observe(result)
-        if all(result.tokens and len(result.argmax) == 1 + len(result.draft) for result in results):
+        if seconds is not None:
             rows = sum(len(result.argmax) for result in results)
             self.row_cost.observe(rows, seconds, sum(len(result.tokens) for result in results))
 

@@ -22,6 +22,7 @@ from selfdraft.drafting.mask_source import MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
+from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.errors import OptionError
 from selfdraft.types import Budget, Clock, within
 
@@ -239,21 +240,19 @@ class SourceTreeDrafter:
         masks: MaskTokens | None = None,
     ) -> None:
         self.tree = SourceTree(sources, nodes, clock, memory, masks)
-        self.memory, self.clock = memory, clock
+        self.memory = memory
         self.row_cost = RowCost(min_probability)
-        self._began = 0.0
-        self._drafted = 0
+        self.timer = StepTimer(clock)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
-        self._began, self._drafted = self.clock(), len(sequences)
+        self.timer.start(len(sequences))
         most = min(self.tree.most, self.row_cost.most_rows)
         costs = [self.row_cost.tokens] * most
         return self.tree.with_masks(sequences, self.tree.draft(sequences, budgets, costs), budgets, costs)
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
-        if len(sequences) == self._drafted and all(result.tokens for result in results):
-            rows = sum(1 + len(result.draft) for result in results)  # a prefill would be counted as dear rows
-            self.row_cost.observe(rows, self.clock() - self._began, sum(len(result.tokens) for result in results))
-        self._drafted = 0
+        if (seconds := self.timer.seconds(results)) is not None:
+            rows = sum(1 + len(result.draft) for result in results)
+            self.row_cost.observe(rows, seconds, sum(len(result.tokens) for result in results))
         self.tree.learn(sequences, results)
         self.tree.forget(sequences)
