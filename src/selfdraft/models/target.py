@@ -289,10 +289,11 @@ class HFTarget:
             logits, plan = self._run(whole if model is None else model, rows, hidden)
             return logits, None if plan.hidden is None else plan.hidden[0]
         embeds = self._inputs(rows.tokens[None]).get("inputs_embeds") if rows.probing else None
-        traced = None if model is not None else self.traced if embeds is None else self.masked
-        if traced is None:
-            assert model is not None
+        if model is None:
+            traced = self.traced if embeds is None else self.masked
+        else:
             traced = self._tape(self.runner, model, embedded=embeds is not None, resuming=hidden is not None)
+        assert traced is not None
         self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
         return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self._gate.rows)
 

@@ -14,7 +14,7 @@ from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.trace import Traced
 from selfdraft.models.start.kept import KeptStart, Masked
 from selfdraft.models.start.tape_file import packed, unpacked
-from selfdraft.models.start.weights import MappedWeights, Place, find_place, places_in
+from selfdraft.models.start.weights import MappedWeights, find_place, places_in
 from selfdraft.models.target import HFTarget
 
 if TYPE_CHECKING:
@@ -51,15 +51,11 @@ def masked_of(target: HFTarget, model: Model, mapped: MappedWeights, packer: Pac
     table, head = target.ends
     if type(table) is not nn.Embedding or type(head) is not nn.Linear or head.bias is not None:
         return None
-    places = _place(table.weight, mapped), _place(head.weight, mapped)
-    if places[0] is None or places[1] is None:
-        return None
-    return Masked(packed(target.masked, model, mapped, packer, _parts(target.fitted)), places[0], places[1])
-
-
-def _place(weight: Tensor, mapped: MappedWeights) -> Place | None:
     known = places_in(mapped.folder)
-    return find_place(weight, [*known], known, mapped)
+    begin, end = (find_place(weight, [*known], known, mapped) for weight in (table.weight, head.weight))
+    if begin is None or end is None:
+        return None
+    return Masked(packed(target.masked, model, mapped, packer, _parts(target.fitted)), begin, end)
 
 
 def _parts(adapters: SequenceOf[MaskAdapter]) -> list[Tensor]:
