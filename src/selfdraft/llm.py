@@ -35,7 +35,9 @@ from selfdraft.files.token_log import entry
 from selfdraft.methods import drafter_of
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.checkpoint.end_ids import ends_of
+from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.reference import Model, Tokenizer
+from selfdraft.models.runner import kernel_build
 from selfdraft.models.start.opening import Wanted, open_model
 from selfdraft.outputs import CompletionOutput as CompletionOutput
 from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
@@ -126,7 +128,7 @@ class LLM:
         clock: Clock = time.perf_counter,
     ) -> None:
         _check_sizes(max_num_seqs, prefill_chunk, max_num_batched_tokens)
-        wanted, settings = pick_dtype(dtype), read_generation_config(generation_config)
+        wanted, settings = pick_dtype(dtype, runner), read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
         opening = Wanted(
@@ -484,15 +486,16 @@ class LLM:
         return self.tokenizer
 
 
-def pick_dtype(name: str) -> torch.dtype | None:
+def pick_dtype(name: str, runner: str = "auto") -> torch.dtype | None:
     """The dtype to load in; None is the checkpoint's own.
 
-    'auto' is the checkpoint's own too, but float32 on a CPU without bfloat16 units: there bfloat16 products are
-    emulated, and every further row costs as much as the first.
+    'auto' is the checkpoint's own too, but float32 where bfloat16 products are emulated, so that every further row
+    costs as much as the first: on a CPU without bfloat16 units, where the fast runner is not there either. Its kernels
+    widen bfloat16 as they read it, half the memory of float32.
     """
     if name == "auto":
-        slow = not torch.cuda.is_available() and not torch.cpu._is_avx512_bf16_supported()
-        return torch.float32 if slow else None
+        quick = torch.cuda.is_available() or bfloat16_units() or (runner != "plain" and kernel_build.vectors())
+        return None if quick else torch.float32
     check_dtype(name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -15,6 +15,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.runner import kernel_build
 from selfdraft.protocols import Drafter, Target
 from selfdraft.prove.record import Record, decode
@@ -93,7 +94,7 @@ def machine() -> dict[str, object]:
     return {
         "processor": platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_units": bool(torch.cpu._is_avx512_bf16_supported()),
+        "bfloat16_units": bfloat16_units(),
         "kernels": _instructions(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

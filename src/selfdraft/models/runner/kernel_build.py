@@ -84,6 +84,14 @@ def instructions() -> str:
     return told.decode()
 
 
+def vectors() -> bool:
+    """Whether there are kernels here for more than what every processor has."""
+    try:
+        return instructions() != "generic"
+    except RunnerUnavailable:
+        return False
+
+
 def pin_threads(on: bool) -> None:
     """Keep the threads of passes on cores of their own, or let the system place them (the default); for the process.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ from selfdraft.models.checkpoint.embedded import checkpoint
 from selfdraft.models.checkpoint.folder import check_tokenizer_files, check_vocabulary
 from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.facts import Stock
+from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
@@ -101,10 +102,20 @@ def open_model(model: str | Path | Model, wanted: Wanted, *, cache: bool) -> Ope
     file, identity = _start_file(folder, wanted) if cache else (None, {})
     if file is not None and (opened := reopened(file, identity, wanted)) is not None:
         return opened
-    opened = _loaded(path, folder, wanted, ProofStore() if cache else None)
+    proofs = ProofStore() if cache else None
+    opened = _loaded(path, folder, wanted, proofs)
+    if wanted.dtype is None and _emulated(opened.target):
+        _log.info("%s is loaded in float32: bfloat16 is emulated here (%s)", model, opened.target.runs)
+        opened = _loaded(path, folder, replace(wanted, dtype=torch.float32), proofs)
     if file is not None:
         keep(file, identity, opened)
     return opened
+
+
+def _emulated(target: HFTarget) -> bool:
+    """Whether products are emulated: of a checkpoint in bfloat16 that the fast runner refused."""
+    plain = target.facts.device.type == "cpu" and target.runner is None
+    return plain and target.facts.dtype == torch.bfloat16 and not bfloat16_units()
 
 
 def _start_file(folder: Path, wanted: Wanted) -> tuple[StartFile | None, JsonObject]:

@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "kv_rows.h"
+#include "attention_avx2.h"
 #include "tape.h"
 
 namespace {
@@ -34,6 +34,8 @@ template <class T, class S> void remember(const Pass &pass, const Instr &op, wor
     S::write(v + h * op.c.step[1], deep, value);
   }
 }
+
+#if !defined(OWN_ATTENTION)
 
 // out[m * stride ..] = scores of M query rows against `count` packed blocks of keys.
 template <class T, int M>
@@ -96,6 +98,8 @@ void mix(const float *const *weights, const float *lines, word count, word lanes
   for (; d + 16 * VALUE_TILE <= lanes; d += 16 * VALUE_TILE) some(d, std::integral_constant<int, VALUE_TILE>());
   for (; d < lanes; d += 16) some(d, std::integral_constant<int, 1>());
 }
+
+#endif
 
 // Calls `go` with how many query rows (as a constant) and which is the first, until all are done.
 template <class Go> inline void in_tiles(word first, word count, const Go &go) {

@@ -5,6 +5,10 @@
 
 #include "numbers.h"
 
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define OWN_ATTENTION // products of attention are in attention_avx2.h
+#endif
+
 namespace {
 
 // Numbers ready for products: as floats, or two bfloat16 numbers side by side where the processor multiplies those.
@@ -115,6 +119,13 @@ struct KvCoded {
   static inline v16 load(const int8_t *codes) {
 #if defined(__AVX512F__)
     return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+#elif defined(__AVX2__)
+    __m256 part[2];
+    for (int i = 0; i < 2; i++)
+      part[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * i))));
+    v16 out;
+    memcpy(&out, part, 64);
+    return out;
 #else
     v16 out;
     for (int i = 0; i < 16; i++) out[i] = float(codes[i]);
@@ -190,7 +201,26 @@ template <class Row> inline __attribute__((always_inline)) void turn(const Row &
     _mm512_storeu_si512(line + 32, _mm512_unpacklo_epi64(d, e));
     _mm512_storeu_si512(line + 48, _mm512_unpackhi_epi64(d, e));
   }
-  if (cols % 4 == 0) return;
+#elif defined(__AVX2__)
+  for (; c + 8 <= cols; c += 8)
+    for (int first = 0; first < 16; first += 8) {
+      __m256 x[8], y[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) x[i] = _mm256_loadu_ps((const float *)row(first + i) + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4) {
+        x[i] = _mm256_shuffle_ps(y[i], y[i + 2], 0x44), x[i + 1] = _mm256_shuffle_ps(y[i], y[i + 2], 0xee);
+        x[i + 2] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0x44), x[i + 3] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+      }
+      float *line = to + 16 * c + first;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(line + 16 * i, _mm256_permute2f128_ps(x[i], x[i + 4], 0x20));
+        _mm256_storeu_ps(line + 16 * (i + 4), _mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+      }
+    }
 #endif
   for (; c < cols; c++)
     for (int i = 0; i < 16; i++) memcpy(to + 16 * c + i, row(i) + 4 * c, 4);
