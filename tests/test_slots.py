@@ -179,6 +179,65 @@ def test_random_requests_of_two_owners() -> None:
         assert sequence.output == same.output[: sequence.num_output_tokens]
 
 
+@pytest.mark.parametrize("reuse", ["all", "chunks"])
+@pytest.mark.parametrize("name", ["none", "merged", "auto"])
+def test_several_answers_to_one_prompt_prefill_it_once(name: str, reuse: Reuse) -> None:
+    prompt, sampling = [*range(1, 31)], Sampling(max_tokens=9, temperature=0.9)
+    texts, rows = [], []
+    for owner in (None, "a"):
+        target = FakeTarget(slots=5)
+        engine = Engine(target, build(name, target), slots=5, chunk=CHUNK, reuse=reuse)
+        answers = [open_sequence(prompt, sampling, seed=i, eos=frozenset(), context=99) for i in range(4)]
+        stranger = open_sequence([5, 6], sampling, seed=0, eos=frozenset(), context=99)
+        for one in answers:
+            engine.submit(one, owner=owner)
+        engine.submit(stranger, owner=owner)
+        engine.advance()
+        assert stranger in engine.running, "who waits for another's prompt lets others pass"
+        while engine.running or engine.waiting:
+            engine.advance()
+        texts.append([one.output for one in answers])
+        rows.append(sum(target.sizes))
+        shared = [one.stats.num_cached_tokens for one in answers]
+        assert shared == ([0] * 4 if owner is None else [0, 24, 24, 24]), "less than LEAST is not waited for"
+    assert texts[0] == texts[1]
+    if name == "none":
+        assert rows[0] - rows[1] == 3 * 24
+
+
+def test_who_waits_for_a_prompt_that_ends_early_reads_it_alone() -> None:
+    target = FakeTarget(slots=3)
+    engine = Engine(target, build("none", target), slots=3, chunk=CHUNK, reuse="all")
+    first, second = (
+        open_sequence([*range(1, 31)], Sampling(max_tokens=3), seed=0, eos=frozenset(), context=99) for _ in range(2)
+    )
+    engine.submit(first, owner="a")
+    engine.submit(second, owner="a")
+    engine.advance()
+    assert (engine.running, [*engine.waiting]) == ([first], [second])
+    engine.abort(first)
+    engine.advance()
+    assert engine.running == [second]
+    while engine.running:
+        engine.advance()
+    assert len(second.output) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_n_answers_of_a_real_model_share_their_prompt_and_leave_nothing(dtype: str) -> None:
+    llm = LLM("pocket", drafter="auto", dtype=dtype, max_num_seqs=4)
+    prompt = llm.encode("Once upon a time there was a little dog. " * 3)
+    several = llm.generate([prompt], SamplingParams(max_tokens=16, temperature=0.8, seed=7, n=3))[0].outputs
+    alone = [
+        llm.generate([prompt], SamplingParams(max_tokens=16, temperature=0.8, seed=7 + i))[0].outputs[0]
+        for i in range(3)
+    ]
+    assert [one.token_ids for one in several] == [one.token_ids for one in alone]
+    if llm.target.rows_independent:
+        assert [one.stats.num_cached_tokens for one in several] == [0, len(prompt) - 1, len(prompt) - 1]
+    assert not llm.engine.slots.held
+
+
 def test_one_that_failed_leaves_nothing() -> None:
     target = FakeTarget()
     engine = Engine(target, build("none", target), reuse="all")

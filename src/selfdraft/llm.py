@@ -249,7 +249,8 @@ class LLM:
 
     def finish(self, job: Job) -> list[RequestOutput]:
         """The answers of a job, when all have ended. Errors: as `generate`."""
-        self.shared.submit(job.sequences)
+        owners = {} if self._owner is not None else job.owners()
+        self.shared.submit(job.sequences, owners)
         try:
             self.shared.run(job.sequences)
         finally:

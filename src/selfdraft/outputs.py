@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from uuid import uuid4
 
 from selfdraft.core.sequence import Sequence
+from selfdraft.engine.slots import ONE_PROMPT
 from selfdraft.errors import SelfdraftError
 from selfdraft.prompts import ParsedPrompt
 from selfdraft.types import FinishReason, Logprob, Stats
@@ -120,6 +122,11 @@ class Job:
     @property
     def sequences(self) -> list[Sequence]:
         return [sequence for one in self.requests if not isinstance(one, SelfdraftError) for sequence in one]
+
+    def owners(self) -> dict[Sequence, str]:
+        """The same owner for several answers to one prompt, so that it is prefilled once."""
+        groups = [one for one in self.requests if not isinstance(one, SelfdraftError) and len(one) > 1]
+        return {sequence: owner for group in groups for owner in [ONE_PROMPT + uuid4().hex] for sequence in group}
 
 
 def completion(index: int, sequence: Sequence) -> CompletionOutput:

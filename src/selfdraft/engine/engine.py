@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 from selfdraft.engine import scheduler
-from selfdraft.engine.slots import Reuse, Slots
+from selfdraft.engine.slots import ONE_PROMPT, Reuse, Slots
 from selfdraft.engine.step import step
 from selfdraft.errors import EngineError, PromptTooLong, RequestError
 from selfdraft.protocols import Drafter, Target
@@ -157,3 +157,8 @@ class Engine:
             self.running.remove(sequence)
             owner = self._owners.get(sequence)
             self.slots.give(sequence.slot, scheduler.held_by(sequence, owner) if owner is not None else None)
+            if owner is not None and owner.startswith(ONE_PROMPT) and not self._has(owner):
+                self.slots.forget(owner)
+
+    def _has(self, owner: str) -> bool:
+        return any(self._owners.get(one) == owner for one in (*self.running, *self.waiting))

@@ -14,18 +14,41 @@ from selfdraft.protocols import Drafter
 def admit(
     waiting: deque[Sequence], slots: Slots, owners: Mapping[Sequence, str], running: SequenceOf[Sequence] = ()
 ) -> list[tuple[Sequence, Taken]]:
-    """Give free slots to waiting sequences, first come first served. `owners`: who may reuse what a slot holds."""
+    """Give free slots to waiting sequences, first come first served. `owners`: who may reuse what a slot holds.
+
+    A sequence keeps its place in the queue, and lets others pass, while a running one of the same owner reads a
+    beginning that both have: several answers to one prompt prefill it once.
+    """
     admitted: list[tuple[Sequence, Taken]] = []
     if not (waiting and slots.free):
         return admitted
     held = [held_by(one, owners[one]) for one in running if one in owners]
+    coming = [prompt_of(one, owners[one]) for one in running if one in owners and reads(one)]
+    later: list[Sequence] = []
     while waiting and slots.free:
         sequence = waiting.popleft()
-        taken = slots.take(sequence.tokens, owners.get(sequence), held)
+        owner = owners.get(sequence)
+        if slots.gains(sequence.tokens, owner, held, coming):
+            later.append(sequence)
+            continue
+        taken = slots.take(sequence.tokens, owner, held)
         sequence.slot, sequence.num_cached = taken.slot, taken.count
         sequence.stats.num_cached_tokens = taken.count
         admitted.append((sequence, taken))
+        if owner is not None and reads(sequence):
+            coming.append(prompt_of(sequence, owner))
+    waiting.extendleft(reversed(later))
     return admitted
+
+
+def reads(sequence: Sequence) -> bool:
+    """Whether more than one token of a running sequence is still to be prefilled."""
+    return len(sequence.tokens) - sequence.num_cached > 1
+
+
+def prompt_of(sequence: Sequence, owner: str) -> Held:
+    """What the slot of a sequence will hold when its prompt has been read."""
+    return Held(sequence.tokens[: sequence.prompt_length], sequence.prompt_length, owner, sequence.slot)
 
 
 def held_by(sequence: Sequence, owner: str) -> Held:

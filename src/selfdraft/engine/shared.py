@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,6 +18,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import EngineError
 
+NO_OWNERS: Mapping[Sequence, str] = {}
 T = TypeVar("T")
 Done = Callable[[], bool]
 
@@ -37,16 +38,19 @@ class SharedEngine:
         self._runs: int | None = None
         """The thread that runs a step now."""
         self._waits: list[Done] = []
-        self._submitted: deque[Sequence] = deque()
+        self._submitted: deque[tuple[Sequence, str | None]] = deque()
         self._aborted: deque[Sequence] = deque()
 
-    def submit(self, sequences: SequenceOf[Sequence]) -> None:
-        """Let requests wait for a slot; they are in the next step. Errors: those of `Engine.check`; then none is."""
+    def submit(self, sequences: SequenceOf[Sequence], owners: Mapping[Sequence, str] = NO_OWNERS) -> None:
+        """Let requests wait for a slot; they are in the next step. Errors: those of `Engine.check`; then none is.
+
+        `owners`: who may reuse what one of them prefilled, where it is not the owner of all.
+        """
         self._not_inside()
         for sequence in sequences:
             self.engine.check(sequence)
         with self._changed:
-            self._submitted += sequences
+            self._submitted += ((sequence, owners.get(sequence, self.owner)) for sequence in sequences)
             self._changed.notify_all()
 
     def abort(self, sequences: SequenceOf[Sequence]) -> None:
@@ -136,7 +140,8 @@ class SharedEngine:
     def _sort(self) -> None:
         """Hand on to the engine what came in during a step."""
         while self._submitted:  # one by one: a stream that is collected as garbage may come in between
-            self.engine.submit(self._submitted.popleft(), owner=self.owner)
+            sequence, owner = self._submitted.popleft()
+            self.engine.submit(sequence, owner=owner)
         while self._aborted:
             sequence = self._aborted.popleft()
             if not sequence.finished:

@@ -12,6 +12,8 @@ from typing import Literal
 Reuse = Literal["all", "chunks"]
 """How much of a slot's tokens may be reused: 'all', where a row has the same bits in a pass of any size; 'chunks', only
 whole chunks of an earlier prompt, which were prefilled in just the shape in which they would be again."""
+ONE_PROMPT = "the answers to one prompt: "
+"""How the owner of all answers to one prompt begins; what they leave is forgotten with the last of them."""
 LEAST = 8
 """Fewer tokens than these are not worth choosing a slot by."""
 
@@ -64,6 +66,16 @@ class Slots:
         slot = next((slot for slot in reversed(self.free) if slot not in self.held), self.free[0])
         return self._taken(slot, best if count else slot, count)
 
+    def gains(
+        self, tokens: SequenceOf[int], owner: str | None, running: SequenceOf[Held], coming: SequenceOf[Held]
+    ) -> bool:
+        """Whether a request finds more of its tokens in a slot when the `coming` prompts have been read than now."""
+        if owner is None or not coming:
+            return False
+        then = max(self._common(held, tokens, owner) for held in coming)
+        now = max((self._common(held, tokens, owner) for held in (*self.held.values(), *running)), default=0)
+        return then - now >= LEAST
+
     def _taken(self, slot: int, source: int, count: int) -> Taken:
         self.free.remove(slot)
         self.held.pop(slot, None)
@@ -74,6 +86,10 @@ class Slots:
         self.free.append(slot)
         if held is not None and held.tokens:
             self.held[slot] = held
+
+    def forget(self, owner: str) -> None:
+        """Nothing that this owner has left is reused any more."""
+        self.held = {slot: held for slot, held in self.held.items() if held.owner != owner}
 
     def _common(self, held: Held, tokens: SequenceOf[int], owner: str | None) -> int:
         """How many first tokens of a request may be taken from there."""
