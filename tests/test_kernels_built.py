@@ -71,6 +71,23 @@ def test_bits_with_fewer_instructions() -> None:
     assert done.stdout.strip() == f"checked {len(FORMATS)}", done.stderr
 
 
+@compiled
+def test_passes_with_fewer_instructions() -> None:
+    """Attention has kernels of its own for AVX2: whole passes, where the processor would run others."""
+    if "avx512f" not in cpu_flags():
+        pytest.skip("this processor has no AVX-512: all tests run the kernels for AVX2, or fewer")
+    there = {**os.environ, "SELFDRAFT_INSTRUCTIONS": "avx2"}
+    files = ["tests/test_attention_rows.py", "tests/test_runner.py::test_the_text_is_that_of_the_plain_path"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        capture_output=True,
+        text=True,
+        env=there,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert not done.returncode, done.stdout
+
+
 def test_the_best_level_of_a_processor() -> None:
     def name(cpu: frozenset[str], asked: str = "native") -> str | None:
         level = levels.best_level(cpu, asked)
