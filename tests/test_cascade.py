@@ -259,8 +259,8 @@ def test_a_tree_under_a_path_is_not_booked_as_the_texts() -> None:
 def test_tree_rows() -> None:
     tree = Draft((5, 6, 7), (-1, -1, 1), ("x",) * 3, 3)
     rows = tree_rows([(2, 10, 4, tree), (0, 3, 9, EMPTY)])
-    assert rows.tokens.tolist() == [4, 5, 6, 7, 9]
-    assert rows.positions.tolist() == [10, 11, 11, 12, 3]
+    assert list(rows.tokens) == [4, 5, 6, 7, 9]
+    assert list(rows.positions) == [10, 11, 11, 12, 3]
     assert rows.logit_rows == (0, 1, 2, 3, 4)
 
 

@@ -213,8 +213,8 @@ def test_pack(data: st.DataObject) -> None:
             assert span.start + span.row(node) == len(tokens)
             tokens.append(draft.tokens[node])
             positions.append(len(sequence.tokens) - 1 + draft.depths[node])
-    assert rows.tokens.tolist() == tokens
-    assert rows.positions.tolist() == positions
+    assert list(rows.tokens) == tokens
+    assert list(rows.positions) == positions
     assert list(rows.logit_rows) == answers
     assert len(rows) == len(tokens)
 

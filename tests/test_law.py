@@ -191,10 +191,10 @@ class TableTarget:
     def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
         (span,) = rows.spans
         assert span.base == len(self.memory)
-        self.rows = rows.tokens.tolist()
+        self.rows = list(rows.tokens)
         known = (*self.memory, *self.rows[: span.pending])
         paths = [known + path_to(span.draft, node) for node in range(ROOT, len(span.draft))]
-        assert rows.positions[list(rows.logit_rows)].tolist() == [len(path) - 1 for path in paths]
+        assert [rows.positions[row] for row in rows.logit_rows] == [len(path) - 1 for path in paths]
         return torch.stack([self.table(path) for path in paths])
 
     def reuse(self, slot: int, source: int, count: int) -> None:

@@ -287,4 +287,4 @@ def test_what_an_earlier_request_drafted_in_a_slot_is_no_state_of_the_next_one()
 
 
 def rows_of(slot: int, base: int, token: int) -> Rows:
-    return Rows(torch.tensor([token]), torch.tensor([base]), (Span(slot, base, 0, 1, EMPTY, 1),), (0,))
+    return Rows((token,), (base,), (Span(slot, base, 0, 1, EMPTY, 1),), (0,))

@@ -110,8 +110,8 @@ class FakeTarget:
             for row in range(span.size):
                 node = row - span.pending
                 parent = row - 1 if node < 0 else span.row(span.draft.parents[node])
-                paths.append((*(before if parent < 0 else paths[parent]), int(rows.tokens[span.start + row])))
-                assert int(rows.positions[span.start + row]) == len(paths[-1]) - 1, "a position is a depth"
+                paths.append((*(before if parent < 0 else paths[parent]), rows.tokens[span.start + row]))
+                assert rows.positions[span.start + row] == len(paths[-1]) - 1, "a position is a depth"
                 assert len(paths[-1]) <= self.max_length, "a row behind the context"
             self.cells[span.slot][span.base :] = [Cell(path, short is not None) for path in paths]
             seen += paths

@@ -280,14 +280,14 @@ BUGS = (
     Bug(
         "fast-rope-by-row",
         "models/runner/runner.py",
-        "rows.tokens, rows.positions\n",
-        "rows.tokens, rows.positions[0] + torch.arange(len(rows))\n",
-        "rotary positions are row numbers",
+        "lines + 8 * count * 4, lines",
+        "lines + 8 * count * 1, lines",
+        "rotary positions are places",
     ),
     Bug(
         "fast-place-for-position",
         "models/runner/runner.py",
-        "seen, extra, rows.positions.tolist()]",
+        "seen, extra, [*rows.positions]]",
         "seen, extra, places]",
         "a row sees as many tokens as lie before it",
     ),

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 
@@ -45,15 +42,18 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """All rows of a step. Shapes: tokens [n] int64, positions [n] int64; answers index the rows with logits."""
+    """All rows of a pass, as plain numbers: nothing here has to be asked of a device.
 
-    tokens: Tensor
-    positions: Tensor
+    `tokens` and `positions` have one entry for each row; `logit_rows` are the rows that are answered with logits.
+    """
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
     spans: tuple[Span, ...]
     logit_rows: tuple[int, ...]
 
     def __len__(self) -> int:
-        return self.tokens.numel()
+        return len(self.tokens)
 
     @property
     def probing(self) -> bool:
@@ -79,22 +79,20 @@ def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
         tokens += draft.tokens
         answers += range(len(tokens) - asked, len(tokens))
         spans.append(span)
-    positions = [position for span in spans for position in span.positions]
-    return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(answers))
+    return _laid_out(tokens, spans, answers)
 
 
 def text_rows(slot: int, base: int, tokens: SequenceOf[int]) -> Rows:
     """A piece of a known text behind the `base` tokens that the slot has: one row for each token, all answered."""
     size = len(tokens)
     span = Span(slot, base, 0, size, EMPTY, size)
-    return Rows(torch.tensor(tokens), torch.arange(base, base + size), (span,), tuple(range(size)))
+    return _laid_out(tokens, (span,), range(size))
 
 
 def chain_rows(items: SequenceOf[tuple[int, int, int]]) -> Rows:
     """One row for each (slot, base, token): how a drafter walks its own chains, one pass per link."""
     spans = tuple(Span(slot, base, i, 1, EMPTY, 1) for i, (slot, base, _) in enumerate(items))
-    tokens = torch.tensor([token for _, _, token in items])
-    return Rows(tokens, torch.tensor([base for _, base, _ in items]), spans, tuple(range(len(items))))
+    return _laid_out([token for _, _, token in items], spans, range(len(items)))
 
 
 def group_rows(items: SequenceOf[tuple[int, int, int, SequenceOf[int]]], source: str) -> Rows:
@@ -113,5 +111,9 @@ def tree_rows(items: SequenceOf[tuple[int, int, int, Draft]]) -> Rows:
     for slot, base, token, draft in items:
         spans.append(Span(slot, base, len(tokens), 1, draft, 1 + len(draft)))
         tokens += [token, *draft.tokens]
-    positions = [position for span in spans for position in span.positions]
-    return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(range(len(tokens))))
+    return _laid_out(tokens, spans, range(len(tokens)))
+
+
+def _laid_out(tokens: SequenceOf[int], spans: SequenceOf[Span], answered: SequenceOf[int]) -> Rows:
+    positions = (position for span in spans for position in span.positions)
+    return Rows(tuple(tokens), tuple(positions), tuple(spans), tuple(answered))

@@ -183,23 +183,31 @@ def link_state(table: Callable[[Tensor], Tensor], before: Tensor, down: Tensor, 
     return F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
 
 
-def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skipped: bool) -> dict[int, slice | Tensor]:
+def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skipped: bool) -> dict[int, list[int]]:
     """For each adapter that acts in this pass, its rows: those with its mask ids (see `whole_spans`)."""
-    tokens = rows.tokens.tolist()
-    found: dict[int, slice | Tensor] = {}
+    found: dict[int, list[int]] = {}
     first = vocab
     for number, adapter in enumerate(adapters):
         stop = first + len(adapter.embeddings)
-        mine = [row for row, token in enumerate(tokens) if first <= token < stop]
+        mine = [row for row, token in enumerate(rows.tokens) if first <= token < stop]
         first = stop
         if skipped and adapter.whole_spans:
             own = set(mine)
             spans = (range(span.start, span.start + span.size) for span in rows.spans)
             mine = [row for span in spans if own.intersection(span) for row in span]
         if mine:
-            dense = mine[-1] - mine[0] + 1 == len(mine)
-            found[number] = slice(mine[0], mine[-1] + 1) if dense else torch.tensor(mine)
+            found[number] = mine
     return found
+
+
+def placed(acting: Mapping[int, SequenceOf[int]], device: torch.device) -> dict[int, slice | Tensor]:
+    """Rows of every adapter as `Gate` takes them: rows in a row as a slice, others where the pass runs."""
+    return {
+        number: slice(mine[0], mine[-1] + 1)
+        if mine[-1] - mine[0] + 1 == len(mine)
+        else torch.tensor(mine, device=device)
+        for number, mine in acting.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

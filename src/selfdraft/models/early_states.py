@@ -38,13 +38,12 @@ class EarlyStates:
         if block != self.block:
             self.trails.clear()
             self.block = block
-        tokens = rows.tokens.tolist()
         for span in rows.spans:
             trail = self.trails.setdefault(span.slot, _Trail(span.base))
             if span.size != 1 or span.base != trail.start + len(trail.tokens):
                 trail = self.trails[span.slot] = _Trail(span.base)
             if span.size == 1:
-                trail.tokens.append(tokens[span.start])
+                trail.tokens.append(rows.tokens[span.start])
                 trail.hidden.append(hidden[span.start])
 
     def forget(self, rows: Rows) -> None:
@@ -62,13 +61,12 @@ class EarlyStates:
         Only chains are resumed: there every row stands where the drafting pass wrote its keys and values.
         """
         known: dict[int, Tensor] = {}
-        tokens = rows.tokens.tolist() if self.trails else []
         for span in rows.spans:
             trail = self.trails.pop(span.slot, None)
             if trail is None or trail.start != span.base or not _is_chain(span):
                 continue
             for i in range(min(len(trail.tokens), span.size)):
-                if trail.tokens[i] != tokens[span.start + i]:
+                if trail.tokens[i] != rows.tokens[span.start + i]:
                     break
                 known[span.start + i] = trail.hidden[i]
         return known
@@ -93,4 +91,7 @@ def unknown_part(rows: Rows, known: dict[int, Tensor]) -> Rows | None:
             spans.append(Span(span.slot, span.base + done, start, left, EMPTY, 0))
         else:
             spans.append(Span(span.slot, span.base, start, span.pending, span.draft, 0))
-    return Rows(rows.tokens[chosen], rows.positions[chosen], tuple(spans), ()) if chosen else None
+    if not chosen:
+        return None
+    tokens, positions = (tuple(all_of[row] for row in chosen) for all_of in (rows.tokens, rows.positions))
+    return Rows(tokens, positions, tuple(spans), ())

@@ -19,7 +19,7 @@ from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import OptionError
 from selfdraft.models import views
-from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, link_state, shift_of
+from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, link_state, placed, shift_of
 from selfdraft.models.attention import Plan, make_plan
 from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
@@ -250,10 +250,10 @@ class HFTarget:
             self._early.forget(rows)
         return logits
 
-    def _run_gated(self, rows: Rows, short: PassVariant | None, acting: dict[int, slice | Tensor]) -> Tensor:
+    def _run_gated(self, rows: Rows, short: PassVariant | None, acting: dict[int, list[int]]) -> Tensor:
         """A pass in which some rows use their adapter. What it leaves in the cache is nothing to build on."""
         self._early.forget(rows)
-        self._gate.rows = acting
+        self._gate.rows = placed(acting, self._device)
         try:
             return self._pass(None if short is None else self._gated_view(short), rows)[0]
         finally:
@@ -288,7 +288,7 @@ class HFTarget:
             whole = self._gated if model is None and self._gate.rows else self._view
             logits, plan = self._run(whole if model is None else model, rows, hidden)
             return logits, None if plan.hidden is None else plan.hidden[0]
-        embeds = self._inputs(rows.tokens[None]).get("inputs_embeds") if rows.probing else None
+        embeds = self._embeds(torch.tensor(rows.tokens)[None]) if self._masked_in(rows) else None
         if model is None:
             traced = self.traced if embeds is None else self.masked
         else:
@@ -309,14 +309,15 @@ class HFTarget:
         """The plain path: one pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
         plan = self.last = make_plan(rows, self.cache, self.shapes, self._device)
         padding = self.shapes.round_rows(len(rows)) - len(rows)
-        tokens = torch.nn.functional.pad(rows.tokens, (0, padding))[None].to(self._device)
-        positions = torch.nn.functional.pad(rows.positions, (0, padding))[None].to(self._device)
+        empty = (0,) * padding
+        tokens = torch.tensor([rows.tokens + empty], device=self._device)
+        positions = torch.tensor([rows.positions + empty], device=self._device)
         if hidden is not None:
             plan.hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))[None]
         asked = list(rows.logit_rows)
         asked += [0] * (self.shapes.round_rows(len(asked)) - len(asked))
         output = model(
-            **self._inputs(tokens),
+            **({"inputs_embeds": self._embeds(tokens)} if self._masked_in(rows) else {"input_ids": tokens}),
             position_ids=positions,
             use_cache=False,
             logits_to_keep=torch.tensor(asked, dtype=torch.int64, device=self._device),
@@ -357,18 +358,21 @@ class HFTarget:
             self._views[part, block] = make(self._view, self.layers, block)
         return self._views[part, block]
 
-    def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Token ids [1, n], or embeddings [1, n, hidden] where mask ids are among them."""
-        if self._masks is None or not bool((tokens >= self.vocab).any()):
-            return {"input_ids": tokens}
+    def _masked_in(self, rows: Rows) -> bool:
+        """Whether mask ids are among the tokens; the host knows, so the device is not asked."""
+        return bool(self.adapters) and rows.probing and max(rows.tokens) >= self.vocab
+
+    def _embeds(self, tokens: Tensor) -> Tensor:
+        """Embeddings [1, n, hidden] of tokens [1, n], mask ids among them."""
+        assert self._masks is not None, "mask ids come with an adapter"
         stock = self.ends.table(tokens.clamp(max=self.vocab - 1))
         learned = self._masks[(tokens - self.vocab).clamp(min=0)].to(stock.dtype)
-        return {"inputs_embeds": torch.where((tokens >= self.vocab)[..., None], learned, stock)}
+        return torch.where((tokens >= self.vocab)[..., None], learned, stock)
 
     def _make_room(self, rows: Rows) -> None:
         last = max(span.base + span.size for span in rows.spans)
         if self.shapes.bucket:
-            last = max(last, self.next_boundary(int(rows.positions.max())))
+            last = max(last, self.next_boundary(max(rows.positions)))
         self.cache.reserve(last)
         for span in rows.spans:
             self.cache.claim(span.slot, span.base, span.size)

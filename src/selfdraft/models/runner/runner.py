@@ -83,7 +83,6 @@ class Runner:
         logits = torch.empty(len(rows.logit_rows), traced.vocab, dtype=self.dtype)
         noted = torch.empty(len(rows), traced.notes, dtype=self.dtype) if traced.notes else None
         slots: list[Tensor | None] = [None] * (Slot.GATES + self._adapters)
-        slots[Slot.TOKENS], slots[Slot.POSITIONS] = rows.tokens, rows.positions
         slots[Slot.LOGITS], slots[Slot.HIDDEN] = logits, noted
         slots[Slot.EMBEDS] = None if embeds is None else embeds.contiguous()
         slots[Slot.ENTERING] = None if hidden is None else hidden.contiguous()
@@ -100,11 +99,12 @@ class Runner:
         paths, extras = _paths(rows)
         # everything that changes from pass to pass on one sheet: one array is quicker to make than many
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in slots]
-        sheet = array("q", [*addresses, *rows.logit_rows, *extras, *chain.from_iterable(paths)])
+        sheet = array("q", [*addresses, *rows.logit_rows, *extras, *chain.from_iterable(paths), *rows.tokens])
         start = sheet.buffer_info()[0]
         addresses_of = start + 8 * len(slots)
         sheet[Slot.ASKED] = addresses_of
         lines = addresses_of + 8 * (len(rows.logit_rows) + len(extras))
+        sheet[Slot.POSITIONS], sheet[Slot.TOKENS] = lines + 8 * count * 4, lines + 8 * count * 5
         told, size = self._pass, tape.arena * max(count, len(rows.logit_rows))
         told.rows, told.answers, told.threads = count, len(rows.logit_rows), threads
         told.arena = self._room(size + threads * tape.scratch + stage_rows(count, threads) * tape.stage)
@@ -191,7 +191,7 @@ def _paths(rows: Rows) -> tuple[list[list[int]], list[int]]:
             row = span.start + span.pending + node
             seen[row], extra[row] = prefix, len(extras)
             extras += trails[node][1]
-    return [slots, places, seen, extra, rows.positions.tolist()], extras
+    return [slots, places, seen, extra, [*rows.positions]], extras
 
 
 def _chained(span: Span) -> int:
