@@ -35,6 +35,13 @@ class Bug:
 
 BUGS = (
     Bug(
+        "gate-rows-elsewhere",
+        "models/adapters.py",
+        "else torch.tensor(mine, device=device)",
+        "else torch.tensor(mine)",
+        "gate rows of a batch are numbers of the host, which a GPU refuses beside its own",
+    ),
+    Bug(
         "depth-by-row",
         "core/tree.py",
         "depths.append(1 if parent == ROOT else depths[parent] + 1)",
@@ -1167,6 +1174,7 @@ KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
 FUSE = "tests/test_fuse.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 QUICK = (
+    "tests/test_far.py::test_gate_rows_that_do_not_lie_together_are_numbers_of_the_device",
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",
     SLOTS + "chunks_of_an_earlier_prompt_alone_where_rows_depend_on_their_pass",
