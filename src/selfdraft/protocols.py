@@ -15,7 +15,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
-from selfdraft.errors import MissingMasks
+from selfdraft.errors import MissingMasks, RunnerUnavailable
 from selfdraft.types import Budget, Clock, JsonObject, PassVariant
 
 
@@ -38,6 +38,13 @@ class DraftExtras:
     """By the method that they were trained for."""
     tuned_options: Mapping[str, JsonObject] = field(default_factory=dict)
     """By method, options found best on this model; they came with the checkpoint."""
+    unrounded: str = ""
+    """Why no copy with rounded weights can be made here; nothing where one can."""
+
+    def check_rounding(self, method: str) -> None:
+        """Errors: RunnerUnavailable where `method` would find no rounded weights."""
+        if self.unrounded:
+            raise RunnerUnavailable(f"{method} drafts with rounded weights, and {self.unrounded}: use another drafter")
 
     def num_masks(self, method: str) -> int:
         """How many mask tokens a method has here."""
@@ -109,6 +116,8 @@ class Needs:
     """It reads `sequence.sampling.prediction`."""
     pass_cost: bool = False
     """It asks for `extras.pass_cost`: a start measures the machine for it."""
+    runners_up: int = 0
+    """Likeliest tokens that it reads of every row: `Result.top` has as many, where asking later would be a wait."""
 
 
 class Drafter(Protocol):

@@ -136,6 +136,19 @@ class SamplingParams:
             or self.frequency_penalty
         )
 
+    @property
+    def local(self) -> bool:
+        """True when the target's choice follows from the raw logits of a row and its position, whatever came before."""
+        return not (
+            self.bad_words
+            or self.bad_words_ids
+            or self.min_tokens
+            or self.logits_processors
+            or self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+        )
+
 
 def bare(value: object) -> object:
     """A number of numpy or torch as Python's own; everything else as it is."""
@@ -247,6 +260,14 @@ def check_dtype(name: str) -> None:
     """Errors: OptionError when `name` is neither 'auto' nor in DTYPES."""
     if name != "auto" and name not in DTYPES:
         raise OptionError(f"dtype {name!r} is unknown; there are auto, {', '.join(DTYPES)}")
+
+
+def check_device(name: str) -> None:
+    """Errors: OptionError for a name of a device that is not offered."""
+    if name in ("auto", "cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdecimal() and len(name) < 9):
+        return
+    way = "; a loaded transformers model may lie elsewhere, such as on 'mps', and runs there on the plain path"
+    raise OptionError(f"device {shown(name)} is unknown; there are auto, cpu, cuda and cuda:NUMBER{way}")
 
 
 def check_quantization(name: str) -> Quantization:

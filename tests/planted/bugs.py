@@ -35,6 +35,20 @@ class Bug:
 
 BUGS = (
     Bug(
+        "told-noise-of-the-root",
+        "core/verify.py",
+        "*(end + depth for depth in span.draft.depths)",
+        "*(end for depth in span.draft.depths)",
+        "rows of a draft, chosen at once, draw the noise of the root's place",
+    ),
+    Bug(
+        "told-one-noise",
+        "core/sampler.py",
+        "gumbel_at(places, ids)",
+        "gumbel_at(places[:1] * len(places), ids)",
+        "all rows that are chosen at once draw the noise of the first",
+    ),
+    Bug(
         "gate-rows-elsewhere",
         "models/adapters.py",
         "else torch.tensor(mine, device=device)",
@@ -148,7 +162,13 @@ BUGS = (
         "written <= sampling.min_tokens",
         "the end is banned one token too long",
     ),
-    Bug("in-place", "core/sampler.py", "copy=True", "copy=False", "a reader of logits changes them for the others"),
+    Bug(
+        "in-place",
+        "core/sampler.py",
+        "copy=True)\n    scores = _constrain",
+        "copy=False)\n    scores = _constrain",
+        "a reader of logits changes them for the others",
+    ),
     Bug(
         "bad-word-in-prompt",
         "core/sampler.py",
@@ -238,8 +258,8 @@ BUGS = (
     Bug(
         "lane-by-row",
         "models/attention.py",
-        "= torch.tensor([span.base + row for row in path])",
-        "= torch.arange(span.base, span.base + len(path))",
+        "for row in (*path, *range(len(path), most))]",
+        "for row in range(most)]",
         "a lane reads the first rows instead of its own path",
     ),
     Bug(
@@ -483,8 +503,8 @@ BUGS = (
     Bug(
         "gate-between",
         "models/adapters.py",
-        "dense = mine[-1] - mine[0] + 1 == len(mine)",
-        "dense = True",
+        "if mine[-1] - mine[0] + 1 == len(mine)",
+        "if mine",
         "an adapter acts on the rows between two groups of masks",
     ),
     Bug(
@@ -511,7 +531,7 @@ BUGS = (
     Bug(
         "early-other-token",
         "models/early_states.py",
-        "if trail.tokens[i] != tokens[span.start + i]:",
+        "if trail.tokens[i] != rows.tokens[span.start + i]:",
         "if trail.tokens[i] < 0:",
         "states of another token are taken",
     ),
@@ -1174,6 +1194,8 @@ KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
 FUSE = "tests/test_fuse.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 QUICK = (
+    "tests/test_told.py::test_every_row_is_chosen_as_alone",
+    "tests/test_told.py::test_the_text_is_that_of_plain_decoding[lookahead]",
     "tests/test_far.py::test_gate_rows_that_do_not_lie_together_are_numbers_of_the_device",
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",

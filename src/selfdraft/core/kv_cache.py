@@ -62,11 +62,11 @@ class KVCache:
         self._used: dict[int, int] = {}
         """Places of a slot that a pass has asked for."""
 
-    def reserve(self, places: int) -> None:
-        """Make room for `places` tokens in every slot; what is remembered stays."""
+    def reserve(self, places: int, *, exactly: bool = False) -> None:
+        """Make room for `places` tokens in every slot, and `exactly` for no more; what is remembered stays."""
         if places <= self.places:
             return
-        self.places = max(places, 2 * self.places)
+        self.places = places if exactly else max(places, 2 * self.places)
         for store in (self.keys, self.values):
             for layer, old in store.items():
                 new = self._zeros(old, old.shape[1], old.shape[3])

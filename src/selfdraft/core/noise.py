@@ -21,7 +21,12 @@ def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
 
 def gumbel_rows(seed: int, positions: Sequence[int], tokens: Tensor) -> Tensor:
     """The same for many positions at once: noise of `tokens` [n, k] at `positions` [n]."""
-    keys = torch.tensor([_signed(_key(seed, position)) for position in positions], device=tokens.device)
+    return gumbel_at([(seed, position) for position in positions], tokens)
+
+
+def gumbel_at(places: Sequence[tuple[int, int]], tokens: Tensor) -> Tensor:
+    """The same where each row has its own (seed, position): noise of `tokens` [n, k] at `places` [n]."""
+    keys = torch.tensor([_signed(_key(seed, position)) for seed, position in places], device=tokens.device)
     return -torch.log(-torch.log(_uniform(keys[:, None], tokens)))
 
 

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selfdraft.core.noise import gumbel
+from selfdraft.core.noise import gumbel, gumbel_at
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob, SamplingParams
 
 BANNED = float("-inf")
+NOTHING = -2
+"""Stands for the choice where every token is banned."""
 NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words_ids, logit_bias or the processors"
 
 
@@ -35,6 +37,35 @@ def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -
         raise EngineError(NOTHING_LEFT)
     noisy = scores[alive].double() + gumbel(seed, position, alive)
     return int(alive[noisy.argmax()])
+
+
+def choose_rows(logits: Tensor, sampling: SamplingParams, places: Sequence[tuple[int, int]]) -> Tensor:
+    """What the target says at every row of raw logits [n, vocab]: ids [n], NOTHING where every token is banned.
+
+    Just what `process` and `choose` say row by row, for a sampling that looks at the row alone
+    (`SamplingParams.local`); nothing here makes the host wait for its device. `places`: (seed, position) of each row.
+    """
+    scores = score_rows(logits, sampling)
+    if not sampling.greedy:
+        ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        noisy = scores.double() + gumbel_at(places, ids)
+        scores = torch.where(torch.isfinite(scores), noisy, BANNED)
+    best = scores.max(-1)  # of equals the first
+    return best.indices.masked_fill(best.values == BANNED, NOTHING)
+
+
+def score_rows(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """What `process` says of rows of raw logits [n, vocab], for a sampling that looks at the row alone: [n, vocab]."""
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if sampling.allowed_token_ids is not None:
+        allowed = torch.tensor(sampling.allowed_token_ids, device=scores.device)
+        scores = torch.full_like(scores, BANNED).index_copy_(1, allowed, scores.index_select(1, allowed))
+    for token, bias in sampling.logit_bias.items():
+        scores[:, token] += bias
+    if sampling.greedy:
+        return scores
+    coolest = max(sampling.temperature, torch.finfo(scores.dtype).tiny)
+    return _truncate((scores - scores.amax(-1, keepdim=True)) / coolest, sampling)
 
 
 def process(
@@ -102,19 +133,19 @@ def _penalise(scores: Tensor, sampling: SamplingParams, path: Sequence[int], pro
 
 
 def _truncate(scores: Tensor, sampling: SamplingParams) -> Tensor:
-    """Top-k, top-p and min-p, in this order; tokens outside score -inf. At least one token always stays."""
-    if 0 < sampling.top_k < scores.numel():
-        kept = scores.topk(sampling.top_k).values[-1]
+    """Top-k, top-p and min-p of scores [..., vocab], in this order; tokens outside score -inf, and one always stays."""
+    if 0 < sampling.top_k < scores.shape[-1]:
+        kept = scores.topk(sampling.top_k).values[..., -1:]
         scores = scores.masked_fill(scores < kept, BANNED)
     if sampling.top_p < 1.0:
         ordered, order = scores.sort(descending=True, stable=True)
         chances = ordered.double().softmax(-1)
         before = chances.cumsum(-1) - chances
         outside = before >= sampling.top_p
-        scores = scores.masked_fill(torch.zeros_like(outside).scatter(0, order, outside), BANNED)
+        scores = scores.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), BANNED)
     if sampling.min_p > 0.0:
         chances = scores.double().softmax(-1)
-        scores = scores.masked_fill(chances < sampling.min_p * chances.max(), BANNED)
+        scores = scores.masked_fill(chances < sampling.min_p * chances.amax(-1, keepdim=True), BANNED)
     return scores
 
 

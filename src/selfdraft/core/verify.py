@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from selfdraft.core import told
 from selfdraft.core.rows import Rows
-from selfdraft.core.sampler import choose, logprob, process
+from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, logprob, process
 from selfdraft.core.sequence import Sequence
+from selfdraft.core.told import NAN, UNSAID, Asked, Told, Top
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob
-
-NAN = -1
-"""Stands for the best id of scores that hold NaN."""
 
 
 @dataclass(slots=True)
@@ -38,6 +37,8 @@ class Result:
     """Argmax of the raw logits at the last known token and at every node of `draft`: what drafters learn from."""
     logits: Tensor | None = None
     """Raw logits of the same rows [1 + len(draft), vocab]; valid until the next forward pass."""
+    top: Top | None = None
+    """The likeliest tokens of the same rows, where they came with the answers: on a device that is waited for."""
     proposed: Draft = EMPTY
     """The drafter's own tree, before it was clipped to the budget."""
     nodes: tuple[int, ...] = ()
@@ -66,22 +67,22 @@ def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]
 
 def argmaxes(logits: Tensor) -> list[int]:
     """The best id of every row of [n, vocab], ties to the lowest id; NAN where a score is NaN."""
-    if logits.device.type != "cpu":
-        best = logits.max(dim=-1)
-        found: list[int] = best.indices.masked_fill(best.values.isnan(), NAN).tolist()
-        return found
+    if told.apart(logits):
+        return told.tell(logits, []).best
     # torch compares number by number here, numpy sixteen at once; for both NaN is more than any number
     scores = (logits.float() if logits.itemsize < 4 else logits).numpy()
     places: list[int] = scores.argmax(axis=-1).tolist()
     return [place if row[place] == row[place] else NAN for row, place in zip(scores, places, strict=True)]
 
 
-def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Result]:
+def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int = 0) -> list[Result]:
     """Walk every sequence's tree. `logits` [len(rows.logit_rows), vocab] are the answers, in the order of the rows.
 
+    `top`: how many likeliest tokens of each row come with the answers, where asking for them later would be a wait.
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
-    answers = argmaxes(logits) if len(logits) else []
+    said = _told(rows, logits, sequences, top)
+    answers = said.best
     results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
         start, stop = stop, stop + span.num_logits
@@ -91,7 +92,11 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[
             results.append(Result(span.draft))
             continue
         try:
-            results.append(_follow(sequence, span.draft, logits[start:stop], answers[start:stop]))
+            chosen = said.chosen[start:stop] if said.chosen else [UNSAID] * (stop - start)
+            result = _follow(sequence, span.draft, logits[start:stop], answers[start:stop], chosen)
+            if said.top is not None:
+                result.top = said.top[0][start:stop], said.top[1][start:stop]
+            results.append(result)
         except EngineError as error:
             error.request = sequence
             raise
@@ -100,7 +105,21 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[
     return results
 
 
-def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int]) -> Result:
+def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int) -> Told:
+    """What the rows say: of a device all of it at once, on a CPU the best ids alone."""
+    if not len(logits):
+        return Told([], [], [], None)
+    if not told.apart(logits):
+        return Told(argmaxes(logits), [], [], None)
+    asked = []
+    for span, sequence in zip(rows.spans, sequences, strict=True):
+        if span.num_logits:
+            end = len(sequence.tokens)
+            asked.append(Asked(sequence.sampling, sequence.seed, [end, *(end + depth for depth in span.draft.depths)]))
+    return told.tell(logits, asked, top)
+
+
+def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int], chosen: list[int]) -> Result:
     sampling = sequence.sampling
     path_tokens = [] if sampling.plain else list(sequence.tokens)
     logprobs: list[Logprob] = []
@@ -110,6 +129,10 @@ def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int]
             path_tokens.append(draft.tokens[node])
         if sampling.plain:
             token = answers[node + 1]
+        elif chosen[node + 1] == NOTHING:
+            raise EngineError(NOTHING_LEFT)
+        elif chosen[node + 1] != UNSAID:
+            token = chosen[node + 1]
         else:
             scores = process(logits[node + 1], sampling, path_tokens, sequence.prompt_length, sequence.stop_ids)
             token = choose(scores, sampling, sequence.seed, len(path_tokens))

@@ -14,6 +14,7 @@ from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
+from selfdraft.drafting.successors import RUNNERS_UP
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
@@ -32,7 +33,7 @@ class Auto:
     """
 
     needs: ClassVar[Needs] = Needs(
-        tokens_only=True, logits_options=("recycling", "masks"), prediction=True, pass_cost=True
+        tokens_only=True, logits_options=("recycling", "masks"), prediction=True, pass_cost=True, runners_up=RUNNERS_UP
     )
 
     def __init__(

@@ -54,6 +54,7 @@ class Cascade:
         recycling: bool = True,
     ) -> None:
         self.target, self.short = target, Rounded(bits)
+        target.extras.check_rounding(SOURCE)
         self.memory = Memory(memory) if memory else None
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.extras.clock, self.memory)
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source, wanted_masks
+from selfdraft.drafting.successors import RUNNERS_UP
 from selfdraft.protocols import Needs, Target
 
 MASKED = "space"
@@ -26,7 +27,9 @@ class Merged(SourceTreeDrafter):
     trained with `selfdraft train --recipe space`, whose rows are hung where they are worth it.
     """
 
-    needs: ClassVar[Needs] = Needs(tokens_only=True, logits_options=("recycling", "masks"), prediction=True)
+    needs: ClassVar[Needs] = Needs(
+        tokens_only=True, logits_options=("recycling", "masks"), prediction=True, runners_up=RUNNERS_UP
+    )
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class Quantised(Chaining):
     ) -> None:
         rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
         self.short = Rounded(bits)
+        target.extras.check_rounding(SOURCE)
         super().__init__(
             lambda rows: target.forward(rows, self.short), SOURCE, num_speculative_tokens, rule, target.extras.clock
         )

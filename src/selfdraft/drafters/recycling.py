@@ -6,12 +6,17 @@ measured acceptance of each rank and depth, and a sampled request's runners-up a
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from selfdraft.drafting.source_tree import Sources, SourceTreeDrafter
-from selfdraft.protocols import Target
+from selfdraft.drafting.successors import RUNNERS_UP
+from selfdraft.protocols import Needs, Target
 
 
 class Recycling(SourceTreeDrafter):
     """Candidates: the eight runners-up behind each token, from every row that the target answered."""
+
+    needs: ClassVar[Needs] = Needs(runners_up=RUNNERS_UP)
 
     def __init__(
         self, target: Target, *, num_speculative_tokens: int = 64, min_probability: float | None = None

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from selfdraft.core import told
 from selfdraft.core.rows import Rows, chain_rows
-from selfdraft.core.sampler import choose, process
+from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, process
 from selfdraft.core.sequence import Sequence
+from selfdraft.core.told import UNSAID, Asked
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.draft_length import ExitThreshold, StepSeconds, ThroughputExit, Verified
-from selfdraft.errors import OptionError
+from selfdraft.errors import EngineError, OptionError
 from selfdraft.types import Budget, Clock, within
 
 Exit = ExitThreshold | ThroughputExit
@@ -61,8 +63,8 @@ class Chaining:
         ]
         while going := [chain for chain in chains if chain.going]:
             rows = chain_rows([(c.sequence.slot, c.sequence.num_cached + len(c.tokens), c.path[-1]) for c in going])
-            for chain, logits in zip(going, self.run(rows), strict=True):
-                chain.extend(logits)
+            for chain, (token, score) in zip(going, said_by(going, self.run(rows)), strict=True):
+                chain.add(token, score)
                 chain.sequence.stats.num_draft_passes += 1
                 chain.going = chain.going and not self.exit.stops(chain.scores)
         self._ended = self.clock()
@@ -104,15 +106,39 @@ class Chain:
 
     def extend(self, logits: Tensor) -> int:
         """Add what a row of the short pass says behind the path. Returns the token."""
+        token, score = self.said(logits)
+        self.add(token, score)
+        return token
+
+    def said(self, logits: Tensor) -> tuple[int, float]:
+        """What a row of the short pass says behind the path, and the chance that it gives to it."""
         sequence, sampling = self.sequence, self.sequence.sampling
         if sampling.plain:
             token = int(logits.argmax())
         else:
             scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.stop_ids)
             token = choose(scores, sampling, sequence.seed, len(self.path))
+        return token, float(logits.float().softmax(-1)[token])
+
+    def add(self, token: int, score: float) -> None:
+        """The chain goes on with this token."""
         self.tokens.append(token)
-        self.scores.append(float(logits.float().softmax(-1)[token]))
+        self.scores.append(score)
         self.path.append(token)
-        ended = token in sequence.stop_ids and not sampling.ignore_eos
+        ended = token in self.sequence.stop_ids and not self.sequence.sampling.ignore_eos
         self.going = len(self.tokens) < self.most and not ended
-        return token
+
+
+def said_by(chains: SequenceOf[Chain], logits: Tensor) -> list[tuple[int, float]]:
+    """What the short pass says behind every chain, and how likely it holds that: of a device all in one wait.
+
+    Errors: EngineError where the options of a request ban every token.
+    """
+    if not told.apart(logits):
+        return [chain.said(row) for chain, row in zip(chains, logits, strict=True)]
+    asked = [Asked(chain.sequence.sampling, chain.sequence.seed, [len(chain.path)]) for chain in chains]
+    found = told.tell(logits, asked, chances=True)
+    if NOTHING in found.chosen:
+        raise EngineError(NOTHING_LEFT)
+    rows = zip(chains, found.chosen, found.chances, logits, strict=True)
+    return [chain.said(row) if token == UNSAID else (max(token, 0), score) for chain, token, score, row in rows]

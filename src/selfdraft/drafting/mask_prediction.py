@@ -15,8 +15,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from selfdraft.core.noise import gumbel
-from selfdraft.core.sampler import process
+from selfdraft.core import told
+from selfdraft.core.noise import gumbel, gumbel_at
+from selfdraft.core.sampler import process, score_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
@@ -64,6 +65,9 @@ class Place:
         shift = link(token, self.ids)
         logits = self.logits if shift is None else self.logits + shift.to(self.logits.dtype) / self.temperature
         best = (logits + self.noise).softmax(-1).topk(min(most, len(self.ids)))
+        if told.apart(logits):  # both in one wait
+            ids, chances = torch.stack([self.ids[best.indices].double(), best.values.double()]).tolist()
+            return Guess(tuple(map(int, ids)), tuple(chances))
         return Guess(tuple(self.ids[best.indices].tolist()), tuple(best.values.tolist()))
 
 
@@ -81,6 +85,8 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         best = wide.topk(min(CANDIDATES, wide.shape[-1]))
         silence = torch.zeros_like(best.values[:1]).squeeze(0)
         return [Place(ids, values, silence, 1.0) for ids, values in zip(best.indices, best.values, strict=True)]
+    if sampling.local and told.apart(logits):
+        return _places_at_once(logits, sequence)
     path, found = list(sequence.tokens), []
     for row in logits:
         scores = process(row, sampling, path, sequence.prompt_length, sequence.stop_ids)
@@ -92,6 +98,20 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         found.append(Place(alive[order], scores[alive[order]], noise[order], sampling.temperature or 1.0))
         path.append(int(alive[order[0]]) if len(order) else path[-1])
     return found
+
+
+def _places_at_once(logits: Tensor, sequence: Sequence) -> list[Place]:
+    """The same for all rows in one call, without a wait; a token that is banned keeps its place, and no chance."""
+    sampling, end = sequence.sampling, len(sequence.tokens)
+    scores = score_rows(logits, sampling)
+    noise = torch.zeros_like(scores)
+    if not sampling.greedy:
+        every = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        places = [(sequence.seed, end + row) for row in range(len(scores))]
+        noise = gumbel_at(places, every).to(scores.dtype)
+    ids = (scores + noise).topk(min(CANDIDATES, scores.shape[1])).indices
+    found = zip(ids, scores.gather(1, ids), noise.gather(1, ids), strict=True)
+    return [Place(row, own, added, sampling.temperature or 1.0) for row, own, added in found]
 
 
 def expand(

@@ -184,13 +184,14 @@ class Successors:
         draft, tokens = result.draft, [last, *result.draft.tokens]
         rows = 1 + draft.num_candidates  # masks, behind them, are no text
         logits = result.logits[:rows]
+        known = None if result.top is None else (result.top[0][:rows], result.top[1][:rows])
         order = [*range(rows - 1, 0, -1), 0, *(node + 1 for node in result.path)]
         if self._greedy:
-            best = topk(logits, SUCCESSORS)[1].tolist()
+            best = (topk(logits, SUCCESSORS)[1] if known is None else known[1][:, :SUCCESSORS]).tolist()
             guesses = [dict(zip(found, range(SUCCESSORS), strict=False)) for found in best]
             for row in order:
                 self._guesses[tokens[row]] = guesses[row]
             return
-        scores, ids = likeliest(logits, self._sequence.sampling)
+        scores, ids = likeliest(logits, self._sequence.sampling, known=known)
         for row in order:
             self._answers.learn(tokens[row], scores[row], ids[row], probe=False)

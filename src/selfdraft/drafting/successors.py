@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfdraft.core.noise import gumbel
 from selfdraft.core.sequence import Sequence
+from selfdraft.core.told import Top
 from selfdraft.types import SamplingParams
 
 RUNNERS_UP = 64
@@ -46,13 +47,19 @@ class Answers:
         return ids[:count].tolist(), probe
 
 
-def likeliest(logits: Tensor, sampling: SamplingParams, most: int = RUNNERS_UP) -> tuple[Tensor, Tensor]:
+def likeliest(
+    logits: Tensor, sampling: SamplingParams, most: int = RUNNERS_UP, *, known: Top | None = None
+) -> tuple[Tensor, Tensor]:
     """Likeliest tokens of rows [n, vocab]: scores after temperature and truncation, and ids, both [n, k] on the CPU.
 
+    `known`: the likeliest tokens of these rows, where they came with the answers; nothing is asked then.
     Penalties and processors are left out, and what top-p keeps is judged by these tokens alone: they are only guesses.
     """
-    values, indices = topk(logits, most)
-    scores, ids = values.double().cpu(), indices.cpu()
+    if known is None:
+        values, indices = topk(logits, most)
+        scores, ids = values.double().cpu(), indices.cpu()
+    else:
+        scores, ids = known[0][:, :most], known[1][:, :most]
     if sampling.greedy:
         return scores, ids
     scores = (scores - scores[:, :1]) / max(sampling.temperature, 1e-300)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.verify import Result
+from selfdraft.core.verify import Result, verify
 from selfdraft.engine import scheduler
 from selfdraft.engine.slots import ONE_PROMPT, Reuse, Slots
 from selfdraft.engine.step import step
 from selfdraft.errors import EngineError, PromptTooLong, RequestError
-from selfdraft.protocols import Drafter, Target
+from selfdraft.protocols import Drafter, Needs, Target
 from selfdraft.types import within
 
 
@@ -102,7 +103,8 @@ class Engine:
             return []
         self._last = self._drafters[work[0][0]]
         try:
-            results = step(self.target, self._last, work, self.nodes)
+            top = _runners_up(self._last)
+            results = step(self.target, self._last, work, self.nodes, partial(verify, top=top))
         finally:
             self._release()
         return [(sequence, result) for (sequence, _), result in zip(work, results, strict=True)]
@@ -162,3 +164,9 @@ class Engine:
 
     def _has(self, owner: str) -> bool:
         return any(self._owners.get(one) == owner for one in (*self.running, *self.waiting))
+
+
+def _runners_up(drafter: Drafter) -> int:
+    """How many likeliest tokens of every row a drafter reads."""
+    needs = getattr(drafter, "needs", None)
+    return needs.runners_up if isinstance(needs, Needs) else 0

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
@@ -22,6 +24,8 @@ from selfdraft.models.exactness import Shapes
 from selfdraft.models.runner.trace_ops import Recorder
 
 NAME = "selfdraft"
+UNPLANNED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Ways of torch to attend on a GPU that take a mask of any shape at once; cuDNN makes a plan for every new shape."""
 
 
 def additive_mask(
@@ -92,6 +96,12 @@ class Plan:
     """Hidden states entering a block, for views that leave or resume there (`views.py`)."""
 
 
+def sent_at_once(lists: SequenceOf[SequenceOf[int]], device: torch.device) -> list[Tensor]:
+    """Whole numbers on the device, each list as a tensor [its length] of int64: all of them are sent in one piece."""
+    whole, stop = torch.tensor([*chain.from_iterable(lists)], dtype=torch.int64, device=device), 0
+    return [whole[stop : (stop := stop + len(one))] for one in lists]
+
+
 def make_plan(rows: Rows, cache: KVCache, shapes: Shapes, device: torch.device) -> Plan:
     """Group the rows for attention; `rows` will be padded to `shapes.round_rows(len(rows))`."""
     groups: list[Group] = []
@@ -119,57 +129,50 @@ def _lane_group(span: Span, shapes: Shapes, device: torch.device) -> Group:
     length = shapes.round_length(max(positions[path[-1]] for path in paths) + 1)
     width = shapes.round_width(max(len(path) for path in paths))
     in_place = all(row == i for path in paths for i, row in enumerate(path))
-    keys = None
-    if not in_place:
-        keys = torch.arange(length).repeat(len(paths), 1)
-        for lane, path in enumerate(paths):
-            keys[lane, span.base : span.base + len(path)] = torch.tensor([span.base + row for row in path])
+    most = max(len(path) for path in paths)
+    own = [] if in_place else [span.base + row for path in paths for row in (*path, *range(len(path), most))]
     done: set[int] = set()
     rows, write, target, queries = [], [], [], []
     for lane, path in enumerate(paths):
         padded = path + [path[0]] * (width - len(path))
         rows += [span.start + row for row in padded]
-        queries.append([positions[row] for row in padded])
+        queries += [positions[row] for row in padded]
         for place, row in enumerate(path):
             if row not in done:
                 done.add(row)
                 write.append(lane * width + place)
                 target.append(span.start + row)
-    at = torch.tensor(queries, device=device)
-    places = torch.arange(length, device=device).expand(len(paths), length)
+    picked, wrote, aims, at, mine = sent_at_once((rows, write, target, queries, own), device)
+    at, places = at.view(len(paths), width), torch.arange(length, device=device).expand(len(paths), length)
+    keys = None
+    if not in_place:
+        keys = places.clone()
+        keys[:, span.base : span.base + most] = mine.view(len(paths), most)
     sees = places[:, None, :] <= at[:, :, None]
-    return Group(
-        span.slot,
-        torch.tensor(rows, device=device),
-        torch.tensor(write, device=device),
-        torch.tensor(target, device=device),
-        keys.to(device) if keys is not None else None,
-        sees,
-        places,
-        at,
-    )
+    return Group(span.slot, picked, wrote, aims, keys, sees, places, at)
 
 
 def _tree_group(span: Span, chosen: SequenceOf[int], multiple: int, device: torch.device) -> Group:
-    """Rows as they lie, all of the span's rows as keys; a row sees the prefix and its own ancestors."""
+    """Rows as they lie, all of the span's rows as keys; a row sees the prefix and its own ancestors.
+
+    What is made and sent here does not grow with the prefix.
+    """
     positions = span.positions
-    sees = torch.zeros(len(chosen), span.base + span.size, dtype=torch.bool)
-    sees[:, : span.base] = True
     ancestors = torch.zeros(span.size, span.size, dtype=torch.bool)
     for row in range(span.size):
         parent = row - 1 if row < span.pending else span.row(span.draft.parents[row - span.pending])
         if parent >= 0:
             ancestors[row] = ancestors[parent]
         ancestors[row, row] = True
-    sees[:, span.base :] = ancestors[chosen[0] : chosen[-1] + 1]
-    padding = -len(chosen) % multiple
-    padded = [*chosen, *([chosen[0]] * padding)]
-    sees = torch.cat([sees, sees[:1].expand(padding, -1)])
-    rows = torch.tensor([span.start + row for row in padded], device=device)
-    places = torch.tensor([*range(span.base), *positions], device=device)[None]
-    queries = torch.tensor([positions[row] for row in padded], device=device)[None]
+    padded = [*chosen, *([chosen[0]] * (-len(chosen) % multiple))]
+    wide = len(padded)
+    told = ([span.start + row for row in padded], [positions[row] for row in padded], positions)
+    rows, queries, own = sent_at_once(told, device)
+    places = torch.cat([torch.arange(span.base, device=device), own])[None]
+    prefix = torch.ones(wide, span.base, dtype=torch.bool, device=device)
+    sees = torch.cat([prefix, ancestors[padded].to(device)], 1)[None]
     write = torch.arange(len(chosen), device=device)
-    return Group(span.slot, rows, write, rows[: len(chosen)], None, sees[None].to(device), places, queries)
+    return Group(span.slot, rows, write, rows[: len(chosen)], None, sees, places, queries[None])
 
 
 @cache
@@ -267,7 +270,10 @@ def kernel(
     `mask` [lanes, 1, rows, length] is added to the scores; `sinks` hold one logit per query head.
     """
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+        if query.device.type != "cuda":
+            return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+        with sdpa_kernel(UNPLANNED):
+            return F.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
     scores = query @ keys.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
-from selfdraft.core.rows import Rows
+from selfdraft.core.rows import Rows, text_rows
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import OptionError
 from selfdraft.models import views
 from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, link_state, placed, shift_of
-from selfdraft.models.attention import Plan, make_plan
+from selfdraft.models.attention import Plan, make_plan, sent_at_once
 from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.facts import Facts, Stock
@@ -188,7 +188,12 @@ class HFTarget:
     @property
     def extras(self) -> DraftExtras:
         """See `selfdraft.protocols.DraftExtras`."""
-        return DraftExtras(self.clock, self.profile, self.layers, self._mask_tokens(), self.tuned)
+        return DraftExtras(self.clock, self.profile, self.layers, self._mask_tokens(), self.tuned, self._unrounded)
+
+    @property
+    def _unrounded(self) -> str:
+        here = self._device
+        return f"these have kernels for CPUs alone, while the model is on {here}" if here.type == "cuda" else ""
 
     def _mask_tokens(self) -> dict[str, MaskTokens]:
         found, first = dict[str, MaskTokens](), self.vocab
@@ -218,6 +223,18 @@ class HFTarget:
     @property
     def max_length(self) -> int:
         return self._context
+
+    def token_bytes(self) -> int:
+        """Bytes of keys and values that one more token of a slot takes, in all layers; one token is run for it."""
+        if not self.cache.keys:
+            self.forward(text_rows(0, 0, [0]))
+        return self.cache.bytes // (self.cache.slots * self.cache.places)
+
+    def hold(self, places: int, behind: int) -> None:
+        """Make room for `places` tokens in every slot at once, and for `behind` more rows; take no longer text."""
+        self._context = min(places, self._context)
+        with torch.inference_mode():
+            self.cache.reserve(self.shapes.round_length(self._context) + behind, exactly=True)
 
     def next_boundary(self, position: int) -> int:
         bucket = self.shapes.bucket
@@ -309,18 +326,18 @@ class HFTarget:
         """The plain path: one pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
         plan = self.last = make_plan(rows, self.cache, self.shapes, self._device)
         padding = self.shapes.round_rows(len(rows)) - len(rows)
-        empty = (0,) * padding
-        tokens = torch.tensor([rows.tokens + empty], device=self._device)
-        positions = torch.tensor([rows.positions + empty], device=self._device)
         if hidden is not None:
             plan.hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))[None]
         asked = list(rows.logit_rows)
         asked += [0] * (self.shapes.round_rows(len(asked)) - len(asked))
+        empty = (0,) * padding
+        tokens, positions, wanted = sent_at_once((rows.tokens + empty, rows.positions + empty, asked), self._device)
+        tokens = tokens[None]
         output = model(
             **({"inputs_embeds": self._embeds(tokens)} if self._masked_in(rows) else {"input_ids": tokens}),
-            position_ids=positions,
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(asked, dtype=torch.int64, device=self._device),
+            logits_to_keep=wanted,
             selfdraft=plan,
         )
         return output.logits[0, : len(rows.logit_rows)], plan

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -27,10 +28,10 @@ from selfdraft.drafters.lookahead.guesses import Guess, Node, cut, trie
 from selfdraft.drafters.lookahead.pool import ANSWERS, TEXT, WINDOW, Pool
 from selfdraft.drafters.lookahead.statistics import Counts, PoolStatistics
 from selfdraft.drafters.lookahead.window import Window, window_parents
-from selfdraft.drafting.successors import Answers, likeliest
+from selfdraft.drafting.successors import RUNNERS_UP, Answers, likeliest
 from selfdraft.drafting.trials import Trials
 from selfdraft.errors import OptionError
-from selfdraft.protocols import Target
+from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget, within
 
 SOURCE = "lookahead"
@@ -61,6 +62,8 @@ class Lookahead:
     alone, with a window, sizes as given) is the one that took the least time per token. Otherwise W, N and G stay as
     given, as in the paper. What is learned about machine and text outlives a request; pools and windows do not.
     """
+
+    needs: ClassVar[Needs] = Needs(runners_up=RUNNERS_UP)
 
     def __init__(
         self,
@@ -219,7 +222,7 @@ class Lookahead:
         top = None
         reads = self._way in (GUESSES, WINDOWED)
         if result.logits is not None and (reads or (note.ran and not sequence.sampling.greedy)):
-            top = likeliest(result.logits, sequence.sampling)
+            top = likeliest(result.logits, sequence.sampling, known=result.top)
         if reads and top is not None and window.base >= 1:
             self._recall(note.answers, sequence.tokens[window.base - 1], result, *top)
         probes = len(result.proposed) - result.proposed.num_candidates

@@ -1,0 +1,110 @@
+"""All that a step wants to know of its logits, as one table of numbers: the host waits for its device once.
+
+On a CPU nothing waits, and only the rows of the walk are looked at (`verify.py`); on any other device all rows are
+chosen at once, for a wait costs more than all of it. Both choose alike, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from selfdraft.core.sampler import choose_rows
+from selfdraft.types import SamplingParams
+
+NAN = -1
+"""Stands for the best id of scores that hold NaN."""
+UNSAID = -3
+"""Stands for the choice where the sampling looks at more than the row."""
+Top: TypeAlias = tuple[Tensor, Tensor]
+"""The likeliest tokens of rows: logits float64 and ids int64, both [n, k], best first, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Rows of one request that lie together: how it chooses, and the positions where the chosen tokens will stand."""
+
+    sampling: SamplingParams
+    seed: int
+    positions: SequenceOf[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What every row says."""
+
+    best: list[int]
+    """Likeliest id, ties to the lowest; NAN where a logit is NaN."""
+    chosen: list[int]
+    """What the target says; NOTHING where every token is banned, UNSAID where only `process` can tell."""
+    chances: list[float]
+    """The chance of the chosen (else the best) token under the raw logits; empty unless asked for."""
+    top: Top | None
+    """The likeliest tokens, if some were asked for."""
+
+
+def apart(logits: Tensor) -> bool:
+    """Whether looking at them makes the host wait."""
+    return logits.device.type != "cpu"
+
+
+def tell(logits: Tensor, asked: SequenceOf[Asked], top: int = 0, *, chances: bool = False) -> Told:
+    """What rows of logits [n, vocab] say, fetched at once; `asked` covers the rows in their order.
+
+    `top`: how many likeliest tokens of each row are wanted; `chances`: those of the chosen tokens are wanted, too. Rows
+    are chosen in one call for each way of sampling.
+    """
+    best = logits.max(-1)
+    ids = best.indices.masked_fill(best.values.isnan(), NAN)
+    chosen = _choices(logits, asked, ids)
+    columns = [ids[:, None], chosen[:, None]]
+    count = min(top, logits.shape[1])
+    if count:
+        likely = logits.topk(count)
+        columns += [likely.indices, likely.values.double().view(torch.int64)]
+    if chances:
+        named = torch.where(chosen >= 0, chosen, best.indices)
+        columns.append(logits.float().softmax(-1).gather(1, named[:, None]).double().view(torch.int64))
+    table = torch.cat(columns, 1).cpu()  # floats travel as their bits: the one wait
+    numbers: list[list[int]] = table[:, :2].T.tolist()
+    found: list[float] = table[:, -1].contiguous().view(torch.float64).tolist() if chances else []
+    likeliest = None
+    if count:
+        likeliest = table[:, 2 + count : 2 + 2 * count].contiguous().view(torch.float64), table[:, 2 : 2 + count]
+    return Told(numbers[0], numbers[1], found, likeliest)
+
+
+def _choices(logits: Tensor, asked: SequenceOf[Asked], best: Tensor) -> Tensor:
+    """The choice [n] of every row: ids, NOTHING or UNSAID."""
+    if not asked:
+        return torch.full_like(best, UNSAID)
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    starts, stop = [], 0
+    for number, one in enumerate(asked):
+        starts.append(stop)
+        stop += len(one.positions)
+        if not one.sampling.plain and one.sampling.local:
+            kinds.setdefault(_kind(one.sampling), []).append(number)
+    spans = [slice(start, start + len(one.positions)) for start, one in zip(starts, asked, strict=True)]
+    parts = [best[span] if one.sampling.plain else None for span, one in zip(spans, asked, strict=True)]
+    for numbers in kinds.values():
+        rows = [logits[spans[number]] for number in numbers]
+        places = [(asked[number].seed, position) for number in numbers for position in asked[number].positions]
+        said = choose_rows(rows[0] if len(rows) == 1 else torch.cat(rows), asked[numbers[0]].sampling, places)
+        first = 0
+        for number in numbers:
+            parts[number] = said[first : (first := first + len(asked[number].positions))]
+    filled = [
+        torch.full_like(best[span], UNSAID) if part is None else part for part, span in zip(parts, spans, strict=True)
+    ]
+    return torch.cat(filled) if len(filled) != 1 else filled[0]
+
+
+def _kind(sampling: SamplingParams) -> tuple[object, ...]:
+    """What requests have alike whose rows are chosen in one call."""
+    cut = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+    return *cut, sampling.allowed_token_ids, tuple(sampling.logit_bias.items())
