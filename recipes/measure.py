@@ -46,7 +46,16 @@ def speed(
     """Pocket model: plain against transformers' greedy, then each drafter against plain."""
     level: Literal["bitwise", "token"] = "token" if exactness == "token" else "bitwise"
     llm = LLM("pocket", drafter="none", dtype=dtype, exactness=level, max_num_seqs=1)
-    print(json.dumps({**machine(), "dtype": dtype, "exactness": llm.exactness.level, "shapes": str(llm.target.shapes)}))
+    print(
+        json.dumps(
+            {
+                **machine(torch.device("cpu")),
+                "dtype": dtype,
+                "exactness": llm.exactness.level,
+                "shapes": str(llm.target.shapes),
+            }
+        )
+    )
     against_transformers(llm, tokens, runs)
     copying = [llm.render([{"role": "user", "content": f"Repeat the following text exactly.\n{t}"}]) for t in COPY]
     for kind, prompts in (("copy", copying), ("open", [llm.encode(text) for text in OPEN])):

@@ -63,7 +63,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     peer = edition("llama.cpp", llama) if llama else None
-    print(json.dumps({**machine(), "dtype": dtype, "tokens": tokens, "runs": runs, "peer": peer}))
+    print(json.dumps({**machine(torch.device("cpu")), "dtype": dtype, "tokens": tokens, "runs": runs, "peer": peer}))
     speed = bandwidth()
     print(f"memory: {speed:.1f} GB/s read by {threads} threads")
     for name in shape:

@@ -38,7 +38,7 @@ def main(
     rounds: int = 15,
 ) -> None:
     torch.set_num_threads(threads)
-    print(json.dumps({**machine(), "dtype": dtype, "rounds": rounds}))
+    print(json.dumps({**machine(torch.device("cpu")), "dtype": dtype, "rounds": rounds}))
     for name in shape:
         model = load_model(POCKET, dtype=DTYPES[dtype]) if name == "pocket" else random_model(name, DTYPES[dtype])
         target = HFTarget(model, fast=True)

@@ -35,9 +35,9 @@ from selfdraft.files.token_log import entry
 from selfdraft.methods import drafter_of
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.checkpoint.end_ids import ends_of
-from selfdraft.models.machine import bfloat16_units
+from selfdraft.models.checkpoint.places import find_gguf
+from selfdraft.models.device import chunk_on, dtype_on, file_bytes, pick_device
 from selfdraft.models.reference import Model, Tokenizer
-from selfdraft.models.runner import kernel_build
 from selfdraft.models.start.opening import Wanted, open_model
 from selfdraft.outputs import CompletionOutput as CompletionOutput
 from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
@@ -58,7 +58,7 @@ from selfdraft.sampling import bad_word_ids, generation_defaults, read_generatio
 from selfdraft.tune.machine import profile_of
 from selfdraft.types import Clock, Quantization, SamplingParams, Stats, check_dtype, check_quantization, within
 
-__all__ = ["LLM", "CompletionOutput", "Job", "Message", "Piece", "Prompt", "RequestOutput", "naming", "pick_dtype"]
+__all__ = ["LLM", "CompletionOutput", "Job", "Message", "Piece", "Prompt", "RequestOutput", "naming"]
 _log = logging.getLogger("selfdraft")
 SKIP_FILE = "selfdraft_skip.json"
 """The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
@@ -79,6 +79,10 @@ class LLM:
     name it by `method`, as in vLLM. `exactness`: 'bitwise' computes in canonical shapes, so that drafted and plain
     decoding have the same bits where the machine allows it (`llm.exactness` says what was reached); 'token' takes
     natural shapes.
+    `device`: where a checkpoint is loaded to: 'cpu', 'cuda', 'cuda:1', or 'auto': the first GPU with bfloat16 units
+    that has room for it, else the CPU. Weights in blocks (GGUF, int8, int4) have kernels for CPUs alone: 'auto'
+    keeps them there. A loaded model stays where it is. On a GPU the memory of `max_num_seqs` x `max_model_len` tokens
+    is taken at the start (docs/gpu.md).
     `runner`: 'auto' runs passes on the fast runner where it works for this model and machine, 'plain' never, 'fast'
     or not at all; `llm.target.runs` says what was taken, and why.
     `quantization`: 'auto' runs a GGUF file's own blocks where the fast runner can, and anything else as it is; 'none'
@@ -90,7 +94,8 @@ class LLM:
     `adapters`: folders that `selfdraft train` wrote, or what `load_adapters` made of them, for the drafters s3d and
     space; those in the checkpoint's own folder (selfdraft_*) are found without being named.
     `lora`: the folder of a LoRA adapter of peft, merged into the weights when they are loaded.
-    `max_num_seqs`: requests that run at the same time; `prefill_chunk`: tokens of one piece of a prompt;
+    `max_num_seqs`: requests that run at the same time; `prefill_chunk`: tokens of one piece of a prompt, by default
+    256 on a CPU and 2,048 on a GPU;
     `max_num_batched_tokens`: about how many rows one pass may have.
     `enable_prefix_caching`: a prompt that begins as an earlier request did (the next turn of a chat) prefills only what
     is new. The text stays the same. Slots that were used keep their memory.
@@ -110,6 +115,7 @@ class LLM:
         drafter: str | None = None,
         speculative_config: Mapping[str, object] | None = None,
         dtype: str = "auto",
+        device: str = "auto",
         tokenizer: Tokenizer | None = None,
         adapters: SequenceOf[str | Path | MaskAdapter] = (),
         lora: str | Path | None = None,
@@ -119,7 +125,7 @@ class LLM:
         kv_cache_dtype: KVCacheDtype = "auto",
         max_num_seqs: int = 16,
         max_model_len: int | None = None,
-        prefill_chunk: int = 256,
+        prefill_chunk: int | None = None,
         max_num_batched_tokens: int = 1024,
         enable_prefix_caching: bool = False,
         trust_remote_code: bool = False,
@@ -127,27 +133,30 @@ class LLM:
         generation_config: str | Path = "none",
         clock: Clock = time.perf_counter,
     ) -> None:
-        _check_sizes(max_num_seqs, prefill_chunk, max_num_batched_tokens)
-        wanted, settings = pick_dtype(dtype, runner), read_generation_config(generation_config)
+        check_dtype(dtype)
+        _check_sizes(max_num_seqs, 1 if prefill_chunk is None else prefill_chunk, max_num_batched_tokens)
+        settings = read_generation_config(generation_config)
         name, options = drafter_of(drafter, speculative_config)
         find(name, options)
+        place = where_of(model, device, check_quantization(quantization))
         opening = Wanted(
-            dtype=wanted,
+            dtype=dtype_on(dtype, place, runner),
             tokenizer=tokenizer,
             adapters=adapters,
             lora=lora,
             exactness=exactness,
             runner=runner,
-            quantization=check_quantization(quantization),
+            quantization=quantization,
             slots=max_num_seqs,
             context=max_model_len,
             trust_remote_code=trust_remote_code,
             clock=clock,
             kv_cache_dtype=kv_cache_dtype,
+            device=place if isinstance(model, str | Path) else None,
         )
         self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
         self._take_facts(folder, settings)
-        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk, "rows": max_num_batched_tokens}
+        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk or chunk_on(place), "rows": max_num_batched_tokens}
         self._owner = "llm" if enable_prefix_caching else None
         self.stats = Stats()  # over all requests so far
         # guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once
@@ -487,16 +496,14 @@ class LLM:
         return self.tokenizer
 
 
-def pick_dtype(name: str, runner: str = "auto") -> torch.dtype | None:
-    """The dtype to load in; None is the checkpoint's own.
-
-    'auto' is the checkpoint's own too, but float32 where bfloat16 products are emulated, so that every further row
-    costs as much as the first: on a CPU without bfloat16 units, where the fast runner is not there either. Its kernels
-    widen bfloat16 as they read it, half the memory of float32.
-    """
-    if name == "auto":
-        quick = torch.cuda.is_available() or bfloat16_units() or (runner != "plain" and kernel_build.vectors())
-        return None if quick else torch.float32
-    check_dtype(name)
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def where_of(model: str | Path | Model, device: str, quantization: str) -> torch.device:
+    """Where the model of these options runs. Errors: OptionError for a device that is not there."""
+    if not isinstance(model, str | Path):
+        here: torch.device = next(model.parameters()).device
+        if device != "auto" and here != pick_device(device):
+            raise OptionError(f"device={device!r}: the model is loaded already, on {here}; move it with model.to()")
+        return here
+    blocks = quantization in ("int8", "int4") or (quantization == "auto" and find_gguf(model) is not None)
+    if device == "auto" and blocks:
+        return torch.device("cpu")
+    return pick_device(device, file_bytes(Path(model).expanduser()))

@@ -49,6 +49,13 @@ BUGS = (
         "all rows that are chosen at once draw the noise of the first",
     ),
     Bug(
+        "room-of-one-slot",
+        "models/device.py",
+        "(self.token_bytes * self.slots)",
+        "self.token_bytes",
+        "memory is shared out as if there were one request",
+    ),
+    Bug(
         "gate-rows-elsewhere",
         "models/adapters.py",
         "else torch.tensor(mine, device=device)",
@@ -1196,6 +1203,7 @@ MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::t
 QUICK = (
     "tests/test_told.py::test_every_row_is_chosen_as_alone",
     "tests/test_told.py::test_the_text_is_that_of_plain_decoding[lookahead]",
+    "tests/test_device.py::test_room_is_arithmetic",
     "tests/test_far.py::test_gate_rows_that_do_not_lie_together_are_numbers_of_the_device",
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",

@@ -17,6 +17,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
     AsJson,
+    Device,
     Dtype,
     Exact,
     KvCacheDtype,
@@ -120,6 +121,7 @@ class BenchOptions:
     turns: Turns = "first"
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False
     dtype: Dtype = "auto"
+    device: Device = "auto"
     exactness: Exact = "bitwise"
     kv_cache_dtype: KvCacheDtype = "auto"
     output: Output = None
@@ -169,6 +171,7 @@ def bench(given: BenchOptions) -> None:
     items, draw = gather_items(source, plan), drawing_to(given.pictures)
     loading = partial(
         open_llm,
+        device=given.device,
         no_cache=given.no_cache,
         lora=given.lora,
         quantization=given.quantization,

@@ -15,6 +15,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
     Config,
+    Device,
     Dtype,
     EngineSizes,
     KvCacheDtype,
@@ -70,6 +71,7 @@ class ChatOptions:
     top_p: TopP = 1.0
     seed: Seed = None
     dtype: Dtype = "auto"
+    device: Device = "auto"
     kv_cache_dtype: KvCacheDtype = "auto"
     threads: Threads = None
     no_cache: NoCache = False
@@ -100,6 +102,7 @@ def chat(given: ChatOptions) -> None:
         lora=given.lora,
         quantization=given.quantization,
         kv_cache_dtype=given.kv_cache_dtype,
+        device=given.device,
         engine=EngineSizes(prefix_caching=True),
     )
     converse(ask, lambda messages: reply(llm, messages, sampling), opening)

@@ -14,6 +14,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     SAMPLE_PROMPTS,
     AsJson,
+    Device,
     KvCacheDtype,
     Lora,
     MaxNew,
@@ -26,6 +27,8 @@ from selfdraft.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from selfdraft.core.kv_cache import KVCache
     from selfdraft.llm import LLM
     from selfdraft.prove.doctor import Trial
@@ -36,6 +39,7 @@ def doctor(
     lora: Lora = None,
     quantization: Quantized = "auto",
     max_new_tokens: MaxNew = 48,
+    device: Device = "auto",
     threads: Threads = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     prove: Annotated[bool, typer.Option("--prove", help="Do the proof at load again, kept or not.")] = False,
@@ -47,13 +51,14 @@ def doctor(
 
     watch = Watch()
     opening = partial(open_llm, no_cache=prove, quantization=quantization, kv_cache_dtype=kv_cache_dtype, lora=lora)
+    opening = partial(opening, device=device)
     findings = [*examine(opening, model, max_new_tokens, threads)]
-    state = watch.span()
+    state, around = watch.span(), machine(findings[0].device)
     if as_json:
         trials = [finding.as_dict() for finding in findings]
-        terminal.print_json({"machine": machine(), "machine_state": state.as_dict(), "model": model, "trials": trials})
+        terminal.print_json({"machine": around, "machine_state": state.as_dict(), "model": model, "trials": trials})
     else:
-        show_findings(machine(), str(state), findings)
+        show_findings(around, str(state), findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class Finding:
     why: str
     weights: str
     """In words, with the formats of block weights."""
+    device: torch.device
     cache_bytes: int
     """Bytes of keys and values that a token of a request takes."""
 
@@ -95,7 +101,7 @@ def examine(opening: Callable[..., LLM], model: str, max_new_tokens: int, thread
             cached = bytes_per_token(llm.target.cache)
             level, why = llm.exactness.level, llm.exactness.why
             weights = weights_in_words(llm.target.facts.formats, dtype)
-            yield Finding(llm.target.runs, exactness, found, level, why, weights, cached)
+            yield Finding(llm.target.runs, exactness, found, level, why, weights, llm.target.facts.device, cached)
 
 
 def bytes_per_token(cache: KVCache) -> int:

@@ -18,6 +18,7 @@ from selfdraft.cli.options import (
     Adapters,
     AsJson,
     Config,
+    Device,
     Dtype,
     Exact,
     InTemplate,
@@ -87,6 +88,7 @@ class GenerateOptions:
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False
     seed: Seed = None
     dtype: Dtype = "auto"
+    device: Device = "auto"
     exactness: Exact = "bitwise"
     kv_cache_dtype: KvCacheDtype = "auto"
     compare: Comparing = False
@@ -115,7 +117,7 @@ def generate(given: GenerateOptions) -> None:
     loading = partial(
         open_llm, no_cache=given.no_cache, quantization=given.quantization, kv_cache_dtype=given.kv_cache_dtype
     )
-    loading = partial(loading, memory=given.memory, lora=given.lora)
+    loading = partial(loading, memory=given.memory, lora=given.lora, device=given.device)
     llm = loading(
         given.model, given.drafter, given.speculative_config, given.dtype, given.exactness, given.threads, given.adapter
     )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_type_hints
 import typer
 
 from selfdraft.cli import terminal
-from selfdraft.errors import LoadError, MissingMasks, OptionError, RequestError
+from selfdraft.errors import LoadError, MissingMasks, OptionError, RequestError, RunnerUnavailable
 from selfdraft.methods import ALIASES, OPTIONS, check_early, drafter_of, offered
-from selfdraft.types import Quantization, check_dtype
+from selfdraft.types import Quantization, check_device, check_dtype
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
@@ -36,6 +36,10 @@ DEFAULT_MODEL = "smollm2"
 """SmolLM2-135M-Instruct: small, real, and from the Python package index (`models/checkpoint/embedded.py`)."""
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, but float32 where bfloat16 is slow.")
+]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, cuda:1, or auto: the first NVIDIA GPU that has room for the model, else the CPU."),
 ]
 MaxNew = Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)]
 Exact = Annotated[
@@ -98,7 +102,7 @@ class EngineSizes:
     slots: int = 1
     prefix_caching: bool = False
     max_model_len: int | None = None
-    prefill_chunk: int = 256
+    prefill_chunk: int | None = None
     batched_tokens: int = 1024
 
 
@@ -119,11 +123,13 @@ def open_llm(
     quantization: Quantization = "auto",
     pin: bool = False,
     kv_cache_dtype: Literal["auto", "int8"] = "auto",
+    device: str = "auto",
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
     `memory`: a file of earlier outputs to draft from; `remember`: draft from earlier outputs of this run.
     """
+    check_device(device)
     options = check_options(model, drafter, config, dtype, lora)
     if memory is not None or remember:
         drafter, options = _with_memory(drafter, options, memory)
@@ -137,6 +143,7 @@ def open_llm(
             drafter=drafter,
             speculative_config=options,
             dtype=dtype,
+            device=device,
             exactness="bitwise" if exactness == "bitwise" else "token",
             adapters=adapters or (),
             lora=lora,
@@ -369,7 +376,8 @@ def conditions(llm: LLM, model: str, lora: Path | None = None) -> Conditions:
     dtype = str(llm.target.facts.dtype).removeprefix("torch.")
     target = llm.target
     cached = target.cache.dtype
-    return Conditions(model, lora, dtype, target.facts.formats, llm.exactness, target.runs, cached, machine())
+    around = machine(target.facts.device)
+    return Conditions(model, lora, dtype, target.facts.formats, llm.exactness, target.runs, cached, around)
 
 
 def named(wanted: str) -> list[str]:
@@ -400,13 +408,13 @@ def drafter_names(wanted: str, against: str) -> list[str]:
 
 
 def runnable(llm: LLM, method: str, options: Mapping[str, object] | None = None, *, named: bool) -> Engine | None:
-    """The engine of a drafter. Without masks for this model one of 'all' is left out, and said so.
+    """The engine of a drafter. One of 'all' that lacks masks or kernels for this model is left out, and said so.
 
-    Errors: MissingMasks when the user named it; OptionError.
+    Errors: MissingMasks, RunnerUnavailable when the user named it; OptionError.
     """
     try:
         return llm.engine_for(method, options)
-    except MissingMasks as error:
+    except (MissingMasks, RunnerUnavailable) as error:
         if named:
             raise
         terminal.note(f"left out: {error}")

@@ -15,6 +15,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     AsJson,
     Conditions,
+    Device,
     Dtype,
     Lora,
     Model,
@@ -64,6 +65,7 @@ class PerplexityOptions:
     tokens: Annotated[int, typer.Option(help="Predict at most this many tokens.", min=1)] = 20_000
     window: Annotated[int, typer.Option(help="Tokens that are read together; each window begins anew.")] = 512
     dtype: Dtype = "auto"
+    device: Device = "auto"
     threads: Threads = None
     no_cache: NoCache = False
     as_json: AsJson = False
@@ -77,7 +79,7 @@ def perplexity(given: PerplexityOptions) -> None:
     read, name = text_of(given.text)
     subjects = subjects_of(given)
     check_subjects(subjects)
-    opened = [subject.open(given.threads, no_cache=given.no_cache) for subject in subjects]
+    opened = [subject.open(given.threads, no_cache=given.no_cache, device=given.device) for subject in subjects]
     found = measured(opened, subjects, read, given.window, given.tokens, quiet=given.as_json)
     facts = [conditions(llm, subject.model, subject.lora) for llm, subject in zip(opened, subjects, strict=True)]
     if given.as_json:
@@ -106,9 +108,9 @@ class Subject:
     lora: Path | None
     quantization: Quantization = "auto"
 
-    def open(self, threads: int | None, *, no_cache: bool) -> LLM:
+    def open(self, threads: int | None, *, no_cache: bool, device: str) -> LLM:
         """The model behind it. Errors: LoadError, OptionError."""
-        loading = partial(open_llm, no_cache=no_cache, lora=self.lora, quantization=self.quantization)
+        loading = partial(open_llm, no_cache=no_cache, lora=self.lora, quantization=self.quantization, device=device)
         return loading(self.model, "none", None, self.dtype, "bitwise", threads)
 
 

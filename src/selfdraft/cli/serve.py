@@ -16,6 +16,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
     Config,
+    Device,
     Dtype,
     EngineSizes,
     KvCacheDtype,
@@ -112,6 +113,7 @@ class ServeOptions:
     cors_origin: Cors = None
     page: Page = True
     dtype: Dtype = "auto"
+    device: Device = "auto"
     kv_cache_dtype: KvCacheDtype = "auto"
     threads: Threads = None
     pin_threads: Pin = False
@@ -140,6 +142,7 @@ def serve(given: ServeOptions) -> None:
         lora=given.lora,
         quantization=given.quantization,
         kv_cache_dtype=given.kv_cache_dtype,
+        device=given.device,
         remember=given.shared_memory,
         pin=given.pin_threads,
         # one piece of a prompt a step: whoever decodes waits for no more than that

@@ -82,7 +82,7 @@ def train(
     check_output(output)
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
-    loading = partial(open_llm, lora=lora, quantization="none")  # gradients go through float weights
+    loading = partial(open_llm, lora=lora, quantization="none", device="cpu")  # gradients go through float weights
     sizes = EngineSizes(batch_size if distill else 1)
     llm = loading(model, "none", None, dtype, "token", threads, engine=sizes)
     if card is not None:

@@ -14,6 +14,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
     AsJson,
+    Device,
     Dtype,
     Exact,
     InTemplate,
@@ -61,6 +62,7 @@ def verify(
     chat_template: InTemplate = False,
     against: Annotated[Against, typer.Option(help="Our own plain decoding, or transformers' greedy.")] = "plain",
     dtype: Dtype = "auto",
+    device: Device = "auto",
     exactness: Exact = "bitwise",
     kv_cache_dtype: KvCacheDtype = "auto",
     threads: Threads = None,
@@ -77,6 +79,7 @@ def verify(
         raise OptionError(f"--against hf is for greedy decoding, not for temperature {temperature}")
     check_options(model, None, None, dtype)
     loading = partial(open_llm, no_cache=no_cache, lora=lora, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    loading = partial(loading, device=device)
     llm = loading(model, "none", None, dtype, exactness, threads, adapter)
     ids = encode_all(llm, texts, chat_template, sampling)
     requests = [repeatable(llm, sampling, seed + i, prompt) for i, prompt in enumerate(ids)]

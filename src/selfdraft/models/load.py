@@ -42,6 +42,7 @@ from selfdraft.models.checkpoint.load_errors import blaming
 from selfdraft.models.checkpoint.lora import base_of, is_lora, merged
 from selfdraft.models.checkpoint.places import find_gguf, place
 from selfdraft.models.checkpoint.weights import check_weights
+from selfdraft.models.device import check_placement
 from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
 from selfdraft.models.facts import GROWING, context_of, ropes_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
@@ -238,6 +239,7 @@ def open_target(
     `proofs`, and not proved again; None keeps nothing. `clock` is what drafters and measurements read, in seconds.
     Errors: UnsupportedModel; OptionError when `context` is longer than the model's; RunnerUnavailable for 'fast'.
     """
+    check_placement(model)
     check_supported(model)
     most = context_of(model)
     if context is not None and not 1 <= context <= most:

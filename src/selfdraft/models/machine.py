@@ -46,10 +46,13 @@ def machine_of(dtype: torch.dtype | None, device: torch.device) -> dict[str, obj
     """What else a figure or a bit depends on where a model lies: its dtype, the device, threads, versions."""
     import torch
 
+    from selfdraft.models.device import gpu_facts
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "device": f"{device.type} {name or platform.machine()} {cpu_name()}".strip(),
+        **gpu_facts(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "selfdraft": version("selfdraft"),

@@ -15,6 +15,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.device import gpu_facts
 from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.runner import kernel_build
 from selfdraft.protocols import Drafter, Target
@@ -89,15 +90,16 @@ def _instructions() -> str | None:
         return None
 
 
-def machine() -> dict[str, object]:
-    """The conditions that can change bits or speed."""
+def machine(device: torch.device) -> dict[str, object]:
+    """The conditions that can change bits or speed of a model on `device`."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_units": bfloat16_units(),
         "kernels": _instructions(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": None,
+        **gpu_facts(device),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from selfdraft.cli import terminal
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     AsJson,
+    Device,
     Dtype,
     Exact,
     Lora,
@@ -90,6 +92,7 @@ def tune_layer_skip(
     lora: Lora = None,
     quantization: Quantized = "auto",
     dtype: Dtype = "auto",
+    device: Device = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -109,7 +112,8 @@ def tune_layer_skip(
     options = replace(options, max_new_tokens=max_new_tokens, temperature=temperature, confirm=confirm, runs=runs)
     options = replace(options, num_speculative_tokens=num_speculative_tokens, max_cost=max_cost)
     lengths, texts = lengths_of(draft_lengths), read_prompts(prompts, limit)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora, quantization=quantization)
+    opening = partial(open_llm, lora=lora, quantization=quantization, device=device)
+    llm = opening(model, "none", None, dtype, exactness, threads, None)
     ids = encode_all(llm, texts, chat, options.sampling)
     subject = Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model, lora).as_dict())
     if check:

@@ -14,6 +14,7 @@ from selfdraft.cli import terminal
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     AsJson,
+    Device,
     Dtype,
     Exact,
     Lora,
@@ -55,6 +56,7 @@ def tune_lookahead(
     lora: Lora = None,
     quantization: Quantized = "auto",
     dtype: Dtype = "auto",
+    device: Device = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -65,7 +67,8 @@ def tune_lookahead(
     """
     sampling = sampling_of(max_new_tokens, temperature, seed)
     output, texts = output_of(output, "lookahead", model), read_prompts(prompts, limit)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora, quantization=quantization)
+    opening = partial(open_llm, lora=lora, quantization=quantization, device=device)
+    llm = opening(model, "none", None, dtype, exactness, threads, None)
     requests = requests_of(llm, texts, chat, sampling)
     from selfdraft.files.skip_sets import check_writable, write_json
     from selfdraft.tune import lookahead

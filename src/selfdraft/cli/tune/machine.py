@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     AsJson,
     Conditions,
+    Device,
     Dtype,
     Exact,
     Lora,
@@ -36,6 +38,7 @@ def tune_machine(
     lora: Lora = None,
     quantization: Quantized = "auto",
     dtype: Dtype = "auto",
+    device: Device = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -45,7 +48,8 @@ def tune_machine(
     A pass is timed by its rows. The result is kept in the user's cache folder, where the drafter auto finds it. Under
     a minute.
     """
-    llm = open_llm(model, "none", None, dtype, exactness, threads, None, lora=lora, quantization=quantization)
+    opening = partial(open_llm, lora=lora, quantization=quantization, device=device)
+    llm = opening(model, "none", None, dtype, exactness, threads, None)
     from selfdraft.models.machine_state import Watch
     from selfdraft.tune import machine as profiles
     from selfdraft.tune.advice import explain, paragraph

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
     AsJson,
+    Device,
     Dtype,
     Exact,
     Lora,
@@ -62,6 +64,7 @@ def tune_s3d(
     lora: Lora = None,
     quantization: Quantized = "auto",
     dtype: Dtype = "auto",
+    device: Device = "auto",
     exactness: Exact = "bitwise",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -74,7 +77,8 @@ def tune_s3d(
     sampling = sampling_of(max_new_tokens, temperature, seed)
     within("runs", runs, 1, 100)
     output, texts = output_of(output, "s3d", model), read_prompts(prompts, limit)
-    llm = open_llm(model, "none", None, dtype, exactness, threads, adapter, lora=lora, quantization=quantization)
+    opening = partial(open_llm, lora=lora, quantization=quantization, device=device)
+    llm = opening(model, "none", None, dtype, exactness, threads, adapter)
     requests = requests_of(llm, texts, chat, sampling)
     from selfdraft.files.skip_sets import check_writable, write_json
 

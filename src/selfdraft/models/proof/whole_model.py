@@ -27,6 +27,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.errors import UnsupportedModel
 from selfdraft.models import views
+from selfdraft.models.device import uses_tf32
 from selfdraft.models.facts import context_of
 from selfdraft.models.kinds import first_line, has_experts, is_quantised
 from selfdraft.models.packed.layers import has_blocks
@@ -114,7 +115,7 @@ def prove(target: HFTarget, model: PreTrainedModel) -> Report:
     said = _tried(name, lambda: case.run(unrounded.forward, unrounded.keep))
     _check_calls(unrounded, name)
     stock = views.clone(model, _own_attention(model)).eval()
-    report = Report(name)
+    report = Report(name, coarse=target.facts.device.type == "cuda" and uses_tf32())
     own = _stock(stock, case, nullcontext())
     if not bool(own.isfinite().all()):
         kind = str(own.dtype).removeprefix("torch.")
@@ -177,6 +178,12 @@ def wide_of(model: PreTrainedModel) -> torch.dtype | None:
     return torch.float32 if device == "mps" or has_experts(model) else torch.float64
 
 
+TF32 = (
+    ". TF32 is on, which alone may do this: torch.set_float32_matmul_precision('highest') turns it off, and the model "
+    "is loaded again"
+)
+
+
 @dataclass(slots=True)
 class Report:
     """What was measured, for `recipes/proof.py`: the error of each part in units of the largest that passes."""
@@ -186,6 +193,8 @@ class Report:
     rounding: float = 0.0
     blocks: float | None = None
     codes: float | None = None
+    coarse: bool = False
+    """Products of float32 are rounded to TF32."""
 
     def compare(self, where: str, error: float, usual: float, noise: Callable[[], float]) -> None:
         """Errors: UnsupportedModel, when an error is larger than usual and than what the model's own rounding does."""
@@ -200,6 +209,7 @@ class Report:
             raise UnsupportedModel(
                 f"{self.name} answers differently on tree rows: in {where} its logits differ by {error:.2g} of their "
                 f"spread, and only {limit:.2g} would be rounding; it keeps state elsewhere or sees other tokens"
+                f"{TF32 if self.coarse else ''}"
             )
 
 

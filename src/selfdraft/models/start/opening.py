@@ -28,6 +28,7 @@ from selfdraft.models.adapters import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.checkpoint.embedded import checkpoint
 from selfdraft.models.checkpoint.folder import check_tokenizer_files, check_vocabulary
 from selfdraft.models.checkpoint.lora import unwrapped
+from selfdraft.models.device import BEHIND, Room, free_bytes, moved
 from selfdraft.models.facts import Stock
 from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
@@ -63,6 +64,8 @@ class Wanted:
     trust_remote_code: bool
     clock: Clock
     kv_cache_dtype: KVCacheDtype = "auto"
+    device: torch.device | None = None
+    """Where a checkpoint is loaded to; None for a loaded model, which stays where it is."""
 
     @property
     def options(self) -> dict[str, str | int | None]:
@@ -120,7 +123,7 @@ def _emulated(target: HFTarget) -> bool:
 
 def _start_file(folder: Path, wanted: Wanted) -> tuple[StartFile | None, JsonObject]:
     """The file of this start and its identity now; None where none is kept."""
-    plain = wanted.runner == "plain" or wanted.lora is not None or wanted.trust_remote_code
+    plain = wanted.runner == "plain" or wanted.lora is not None or wanted.trust_remote_code or _on_gpu(wanted)
     if plain or wanted.quantization in ("int8", "int4") or not keepable(folder):
         return None, {}
     file = StartFile(folder, wanted.options)
@@ -130,19 +133,33 @@ def _start_file(folder: Path, wanted: Wanted) -> tuple[StartFile | None, JsonObj
         return None, {}
 
 
+def _on_gpu(wanted: Wanted) -> bool:
+    return wanted.device is not None and wanted.device.type != "cpu"
+
+
 def _loaded(path: str | Path, folder: Path, wanted: Wanted, proofs: ProofStore | None) -> Opened:
     """The model through transformers."""
     from selfdraft.models import load
 
+    quantization = wanted.quantization
+    if _on_gpu(wanted):
+        if quantization in ("int8", "int4"):
+            raise OptionError(
+                f"quantization={quantization!r} has kernels for CPUs alone: leave it out on {wanted.device}, or use "
+                "device 'cpu'"
+            )
+        quantization = "none"  # blocks of a GGUF file, too
     stock = load.load_quantised(
         path,
-        wanted.quantization,
+        quantization,
         dtype=wanted.dtype,
         trust_remote_code=wanted.trust_remote_code,
         lora=wanted.lora,
         compiled=wanted.runner != "plain",
         cache=proofs is not None,
     )
+    if wanted.device is not None:
+        stock = moved(stock, wanted.device)
     tokenizer = wanted.tokenizer or load.load_tokenizer(
         path, trust_remote_code=wanted.trust_remote_code, cache=proofs is not None
     )
@@ -152,7 +169,7 @@ def _loaded(path: str | Path, folder: Path, wanted: Wanted, proofs: ProofStore |
 def _target(stock: Model, wanted: Wanted, folder: Path | None, proofs: ProofStore | None) -> HFTarget:
     from selfdraft.models import load
 
-    return load.open_target(
+    target = load.open_target(
         stock,
         slots=wanted.slots,
         exactness=wanted.exactness,
@@ -163,6 +180,23 @@ def _target(stock: Model, wanted: Wanted, folder: Path | None, proofs: ProofStor
         proofs=proofs,
         clock=wanted.clock,
     )
+    if target.facts.device.type == "cuda":
+        _take_room(target, wanted.context)
+    return target
+
+
+def _take_room(target: HFTarget, context: int | None) -> None:
+    """Take the memory of all slots of a GPU at once: so it does not run out in the middle of a text.
+
+    Errors: OptionError with the numbers when `context` tokens of every slot do not fit.
+    """
+    device = target.facts.device
+    room = Room(free_bytes(device), target.token_bytes(), target.slots, target.max_length)
+    places = room.take(context)
+    if places < target.max_length:
+        what = "%s has room for %d requests of %d tokens each; a lower max_num_seqs leaves room for longer ones"
+        _log.warning(what, device, target.slots, places)
+    target.hold(places, BEHIND)
 
 
 def _adapters(wanted: Wanted, folder: Path | None) -> list[str | Path | MaskAdapter]:
