@@ -291,6 +291,7 @@ def test_every_room_has_a_floor_and_every_floor_a_room() -> None:
         "async_llm",
         "cli",
         "hf",
+        "integrations",
         "llm",
         "outputs",
         "prompts",

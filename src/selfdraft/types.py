@@ -354,6 +354,8 @@ class Budget:
     """Deepest candidate (1 = directly under the last token); deeper ones could not be accepted."""
     max_probe_depth: int
     """Deepest probe: positions the model has."""
+    chain: bool = False
+    """Only one path can be run: of siblings the first one stays."""
 
 
 @dataclass(frozen=True, slots=True)

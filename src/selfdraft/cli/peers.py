@@ -50,7 +50,7 @@ class FoundPeer:
     """As the worker calls it."""
     python: str
     mode: str | None = None
-    """llama.cpp's own name of its method."""
+    """The engine's own name of its method, where it has several."""
     file: Path | None = None
     """A GGUF file that the user gave."""
 
@@ -203,9 +203,9 @@ Wanted = dict[str, tuple[str, dict[str, int], bool]]
 
 def _with_modes(wanted: Wanted) -> Wanted:
     """The n-gram methods of llama.cpp's server behind its plain decoding."""
-    from selfdraft.bench.peers import PEERS
+    from selfdraft.bench.peers import PEERS, SERVER
 
-    modes: Wanted = {name: (name, kind.options, True) for name, kind in PEERS.items() if kind.mode is not None}
+    modes: Wanted = {name: (name, kind.options, True) for name, kind in PEERS.items() if kind.workers == (SERVER,)}
     made: Wanted = {}
     for label, entry in wanted.items():
         made[label] = entry

@@ -111,9 +111,11 @@ class Draft:
         """The part of the tree that can be run: within the budget, with token ids that exist.
 
         Candidates need 0 <= token < vocab, probes may also be mask ids up to vocab + masks. A node goes with its
-        parent. Returns the smaller draft and the old index of each of its nodes.
+        parent; where only a chain can be run, so do a candidate's later siblings. Returns the smaller draft and the
+        old index of each of its nodes.
         """
         place: dict[int, int] = {ROOT: ROOT}
+        continued = set[int]()  # parents in a chain
         kept: list[int] = []
         candidates = 0
         for node, (token, parent, depth) in enumerate(zip(self.tokens, self.parents, self.depths, strict=True)):
@@ -122,6 +124,9 @@ class Draft:
             full = not probe and candidates >= budget.max_nodes
             if parent not in place or full or depth > deepest or not 0 <= token < ids:
                 continue
+            if budget.chain and not probe and parent in continued:
+                continue
+            continued.add(parent)
             place[node] = len(kept)
             kept.append(node)
             candidates += not probe

@@ -218,7 +218,7 @@ class Merger:
     def tree(self, budget: Budget, prices: SequenceOf[float], path: SequenceOf[int] = ()) -> Draft:
         """The tree whose i-th node is at least as likely as `prices[i]`, within the budget, the likeliest first.
 
-        Prices never fall, and there is one for each node of the budget. The scores of the draft are chances.
+        Prices never fall, one for each node of the budget. Scores are chances. A chain has likeliest children alone.
         `path`: tokens that are thought to come first; the tree hangs under the last of them.
         """
         self._places, self._draft = {}, EMPTY
@@ -253,7 +253,7 @@ class Merger:
             sources.append(names(places[parent].keys[token]))
             if len(tokens) == most:
                 break
-            rank += 1
+            rank = len(pairs) if budget.chain else rank + 1
             if rank < len(pairs) and (likely := min(above, before * pairs[rank][1] * ratios[level])) >= floor:
                 heapreplace(heap, (-likely, parent, rank, depth, above, before, pairs))
             else:

