@@ -22,6 +22,7 @@ KINDS = {
     "OptionError": "An option is unknown, out of range, or belongs to another method",
     "PeerError": "Another engine, run for comparison, failed",
     "ServerError": "A server that is asked over HTTP cannot be reached, refuses, or breaks off its answer",
+    "RankError": "Processes that decode together cannot meet, differ, or one of them has ended; the others end, too",
     "RunnerUnavailable": "The fast runner cannot be used; the plain one can",
     "EngineError": "A step failed; the engine stays usable",
 }

@@ -28,6 +28,7 @@ FLOORS = {
     "engine": 6,
     "prove": 7,
     "replay": 7,
+    "parallel": 7,
     "bench": 8,
     "tune": 8,
     "train": 8,

@@ -9,6 +9,7 @@ SelfdraftError
 ├── OptionError           an option is unknown, out of range, or belongs to another method
 ├── PeerError             another engine, run for comparison, failed or cannot take this checkpoint
 ├── ServerError           a server that is asked over HTTP cannot be reached, refuses, or breaks off its answer
+├── RankError             processes that decode together cannot meet, differ, or one of them has ended
 ├── RunnerUnavailable     the fast runner cannot be used here for this model; the plain one can
 └── EngineError           a fault inside a step (NaN logits, no room); the engine stays usable
 """
@@ -78,6 +79,10 @@ class ServerError(SelfdraftError):
     ) -> None:
         super().__init__(message)
         self.status, self.wait, self.gone, self.code = status, wait, gone, code
+
+
+class RankError(SelfdraftError):
+    """Processes that decode together cannot meet, differ in model or options, or one of them has ended."""
 
 
 class RunnerUnavailable(SelfdraftError):

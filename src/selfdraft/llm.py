@@ -25,6 +25,7 @@ from selfdraft.core.detokenizer import TextStream
 from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build, find, memory_of, needs_of, table
+from selfdraft.drafters.lookahead import Lookahead
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.shared import SharedEngine
 from selfdraft.engine.slots import Reuse
@@ -32,7 +33,7 @@ from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestErr
 from selfdraft.files.memory_file import fingerprint, load_memory, save_memory
 from selfdraft.files.skip_sets import read_skip
 from selfdraft.files.token_log import entry
-from selfdraft.methods import drafter_of
+from selfdraft.methods import drafter_of, splittable
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.checkpoint.end_ids import ends_of
 from selfdraft.models.checkpoint.places import find_gguf
@@ -41,6 +42,9 @@ from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.models.start.opening import Wanted, open_model
 from selfdraft.outputs import CompletionOutput as CompletionOutput
 from selfdraft.outputs import Job, Piece, PieceReader, RequestOutput, completion
+from selfdraft.parallel.lookahead import LookaheadRanks
+from selfdraft.parallel.ranks import Ranks
+from selfdraft.parallel.same import facts_of
 from selfdraft.prompts import (
     ChatOptions,
     Message,
@@ -105,7 +109,9 @@ class LLM:
     takes temperature, top_k, top_p, min_p and repetition_penalty of the checkpoint, as vLLM does; a folder, those of
     its generation_config.json. `default_sampling_params()` says them.
     `clock`: seconds that drafters and measurements read; one that is handed in makes a run repeatable.
-    Errors: LoadError, OptionError, RunnerUnavailable.
+    `ranks`: processes that decode together (`selfdraft.parallel.join`): each has the whole model and runs its share of
+    the rows of `lookahead`, the default drafter then. All make the same calls in the same order (docs/scaling.md).
+    Errors: LoadError, OptionError, RunnerUnavailable; RankError when ranks differ in model or options.
     """
 
     def __init__(
@@ -132,11 +138,13 @@ class LLM:
         cache: bool = True,
         generation_config: str | Path = "none",
         clock: Clock = time.perf_counter,
+        ranks: Ranks | None = None,
     ) -> None:
         check_dtype(dtype)
         _check_sizes(max_num_seqs, 1 if prefill_chunk is None else prefill_chunk, max_num_batched_tokens)
         settings = read_generation_config(generation_config)
-        name, options = drafter_of(drafter, speculative_config)
+        self.ranks = ranks
+        name, options = self._drafter(drafter, speculative_config)
         find(name, options)
         place = where_of(model, device, check_quantization(quantization))
         opening = Wanted(
@@ -162,6 +170,14 @@ class LLM:
         # guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once
         self._lock = threading.RLock()
         self._take(name, options)
+        if ranks is not None:
+            ranks.agree(facts_of(self.target, self.fingerprint, self._sizes, self._owner, self.drafter_name, options))
+
+    def _drafter(self, drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
+        """Name and options of a drafter; with ranks it is one whose rows they can share. Errors: OptionError."""
+        if self.ranks is None:
+            return drafter_of(drafter, config)
+        return splittable(drafter, config)
 
     def _take_facts(self, folder: Path | None, settings: Mapping[str, object] | None) -> None:
         """What the checkpoint says of ends and sampling, and the skip set beside it, which `layer_skip` leaves out.
@@ -188,7 +204,14 @@ class LLM:
         if needs_of(find(drafter, options)).pass_cost and self.target.profile is None:
             self._measure()
         reuse: Reuse = "all" if self.target.rows_independent else "chunks"
-        return Engine(self.target, build(drafter, self.target, options), **self._sizes, reuse=reuse)
+        made = build(drafter, self.target, options)
+        if self.ranks is None or not isinstance(made, Lookahead):
+            return Engine(self.target, made, **self._sizes, reuse=reuse)
+        window = made.sizes
+        shared = LookaheadRanks(self.target, self.target.cache, self.ranks, width=window.width, size=window.size)
+        engine = Engine(shared, made, **self._sizes, reuse=reuse)
+        engine.choose = shared.choose
+        return engine
 
     def _measure(self) -> None:
         """What passes cost: what `selfdraft tune` kept in the user's cache folder, or a coarse measurement now."""
@@ -203,11 +226,11 @@ class LLM:
         Errors: EngineError while requests run: two engines would write into the same slots.
         """
         with self.shared.idle("another engine cannot be made"):
-            return self._engine(*drafter_of(drafter, speculative_config))
+            return self._engine(*self._drafter(drafter, speculative_config))
 
     def use(self, drafter: str | None = None, speculative_config: Mapping[str, object] | None = None) -> None:
         """Change the drafter; model, cache and exactness stay. Errors: EngineError while requests run."""
-        name, options = drafter_of(drafter, speculative_config)
+        name, options = self._drafter(drafter, speculative_config)
         with self.shared.idle("the drafter cannot be changed"):
             self._take(name, options)
 
@@ -406,7 +429,8 @@ class LLM:
             )
         sampling, stops = self._readied(sampling, drafter or self.engine.drafter)
         decode = partial(self.decode, skip_special_tokens=sampling.skip_special_tokens)
-        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        fresh = secrets.randbits(62) if self.ranks is None else self.ranks.seed()
+        seed = fresh if sampling.seed is None else sampling.seed
         return [
             open_sequence(
                 tokens,
@@ -423,6 +447,8 @@ class LLM:
     def _readied(self, sampling: SamplingParams, drafter: Drafter) -> tuple[SamplingParams, dict[int, str]]:
         """The options in token ids of this model, and stop strings that are special tokens. Errors: RequestError."""
         stops: dict[int, str] = {}
+        if self.ranks is not None and sampling.logprobs is not None:
+            raise RequestError("logprobs are not known to all ranks of lookahead parallelism: leave logprobs out")
         if sampling.stop:
             if self.tokenizer is None:
                 raise RequestError("stop strings need a tokenizer; use stop_token_ids")

@@ -15,6 +15,8 @@ from selfdraft.errors import OptionError
 
 GROUP = "selfdraft.drafters"
 """The entry points under which installed packages offer drafters."""
+SPLITS = "lookahead"
+"""The drafter whose rows several processes can share."""
 ALIASES = {"ngram": "lookup", "prompt_lookup": "lookup", "plain": "none"}
 """Names users know from other engines."""
 TREE = ("num_speculative_tokens", "min_probability")
@@ -49,6 +51,24 @@ def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tupl
     if options and not (method or drafter):
         raise OptionError(f'the speculative config gives {", ".join(options)} but no "method"; name the drafter there')
     return drafter or method or "auto", options
+
+
+def splittable(drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
+    """Name and options of a drafter whose rows ranks can share, so that all draft alike; plain decoding needs none.
+
+    Errors: OptionError for another drafter, or an option that follows each rank's own clock.
+    """
+    name, options = drafter_of(drafter or (None if (config or {}).get("method") else SPLITS), config)
+    if ALIASES.get(name, name) == "none":
+        return name, options
+    if name != SPLITS:
+        raise OptionError(f"lookahead parallelism splits the window of {SPLITS!r}; drafter {name!r} has none to split")
+    if options.get("adaptive"):
+        raise OptionError(
+            "adaptive=true follows the clock of each rank, and ranks would draft differently: leave it out; the sizes "
+            "stay as they are given"
+        )
+    return name, {**options, "adaptive": False}
 
 
 def check(name: str, options: Mapping[str, object], known: Mapping[str, SequenceOf[str]]) -> str:

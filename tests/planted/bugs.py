@@ -1213,6 +1213,39 @@ BUGS = (
         "if budget.chain and not probe and parent in continued:",
         "if False:",
         "an engine that runs chains gets a tree",
+        "ranks-lose-columns",
+        "parallel/shares.py",
+        "run = -(-len(leaves) // size)",
+        "run = len(leaves) // size",
+        "columns that do not divide evenly among the ranks are run by nobody",
+    ),
+    Bug(
+        "ranks-shortest-walk",
+        "parallel/lookahead.py",
+        "key=lambda rank: (told[rank][2], -rank)",
+        "key=lambda rank: (-told[rank][2], -rank)",
+        "of the walks of all ranks the shortest is taken: texts are right, and steps are many",
+    ),
+    Bug(
+        "ranks-keys-misplaced",
+        "parallel/lookahead.py",
+        "self.cache.unpack(slot, base + pending, data)",
+        "self.cache.unpack(slot, base, data)",
+        "keys and values of another rank are put over those of the pending token",
+    ),
+    Bug(
+        "ranks-noise-elsewhere",
+        "parallel/lookahead.py",
+        "places = [last + 1 + piece",
+        "places = [last + piece",
+        "columns of a sampled request are answered with the noise of another place",
+    ),
+    Bug(
+        "ranks-never-dead",
+        "parallel/ranks.py",
+        "elif now - since > self.patience:",
+        "elif since - now > self.patience:",
+        "a rank that hangs is waited for without end",
     ),
 )
 
@@ -1229,6 +1262,7 @@ KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
 FUSE = "tests/test_fuse.py::test_"
 ROWS_OF_VLLM = "tests/test_vllm_requests.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
+RANKS = "tests/test_ranks.py::test_"
 QUICK = (
     "tests/test_told.py::test_every_row_is_chosen_as_alone",
     "tests/test_told.py::test_the_text_is_that_of_plain_decoding[lookahead]",
@@ -1239,6 +1273,9 @@ QUICK = (
     ROWS_OF_VLLM + "a_row_of_another_text_is_another_request",
     ROWS_OF_VLLM + "what_was_cut_off_a_draft_is_not_accepted",
     ROWS_OF_VLLM + "a_tree_is_cut_to_the_first_path",
+    RANKS + "the_shares_cover_a_draft_and_hold_their_ancestors[3]",
+    RANKS + "any_number_of_ranks_says_what_plain_decoding_says[2-sampled]",
+    RANKS + "a_rank_without_signs_of_life_is_found_by_the_clock_and_one_that_gives_some_is_not",
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",
     SLOTS + "chunks_of_an_earlier_prompt_alone_where_rows_depend_on_their_pass",

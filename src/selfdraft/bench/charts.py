@@ -405,6 +405,35 @@ def load(records: SequenceOf[JsonObject], foot: SequenceOf[str]) -> Figure:
     return figure
 
 
+def steps_by_rows(records: SequenceOf[JsonObject], path: Path) -> None:
+    """Tokens per step by the width of the window and by the rows of the busiest rank. Errors: RequestError.
+
+    `records` are those of `recipes/ranks.py steps`: ranks, window, tokens_per_step, rows_of_a_rank, model, prompts.
+    """
+    figure, panels = _canvas(2, 10.0, 4.4, "Lookahead parallelism: tokens a step")
+    labels = [str(ranks) for ranks in sorted({record["ranks"] for record in records})]
+    for number, label in enumerate(labels):
+        found = sorted((one for one in records if str(one["ranks"]) == label), key=lambda one: int(one["window"]))
+        style: JsonObject = {"color": _colour(labels, label), "marker": "osD^vPX*"[number % 8], "markersize": 5}
+        style |= {"label": f"{label} rank{'s' if label != '1' else ''}", "linewidth": 1.5, "alpha": 0.85}
+        speeds = [one["tokens_per_step"] for one in found]
+        panels[0].plot([one["window"] for one in found], speeds, **style)
+        panels[1].plot([max(one["rows_of_a_rank"]) for one in found], speeds, **style)
+    for axes, words in zip(panels, ("columns W of the whole window", "rows of the busiest rank"), strict=True):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"{words} (logarithmic)")
+        axes.grid(color="#E3E3E3", linewidth=0.7)
+    panels[0].set_ylabel("tokens a step")
+    _legend(figure, panels)
+    first = records[0]
+    foot = (
+        f"{first['model']}, greedy, N = {first['ngram']}, G = W, {first['prompts']} prompts, {first['tokens']} tokens"
+    )
+    figure.text(0.02, 0.16 / figure.get_size_inches()[1], foot, fontsize=7.5, color=FAINT, va="center")
+    _save(figure, path)
+
+
 def _height(value: float | None) -> float:
     """A figure on an axis; a gap where there is none."""
     return float("nan") if value is None else value

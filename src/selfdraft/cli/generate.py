@@ -38,12 +38,15 @@ from selfdraft.cli.options import (
     open_llm,
     prompts_of,
 )
+from selfdraft.cli.ranks import LookaheadParallel, joined, show_ranks
 from selfdraft.errors import RequestError
+from selfdraft.methods import splittable
 from selfdraft.types import SamplingParams
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
     from selfdraft.llm import LLM, CompletionOutput
+    from selfdraft.parallel import Ranks
     from selfdraft.prove.compare import Comparison
 
 Prompts = Annotated[Path | None, typer.Option(help="A jsonl file with prompt, turns, question or text in each line.")]
@@ -97,6 +100,7 @@ class GenerateOptions:
     log: Log = None
     threads: Threads = None
     no_cache: NoCache = False
+    lookahead_parallel: LookaheadParallel = False
     as_json: AsJson = False
 
 
@@ -111,22 +115,37 @@ def generate(given: GenerateOptions) -> None:
     )
     sampling = replace(sampling, min_tokens=given.min_tokens, max_tokens=given.max_new_tokens)
     sampling = replace(sampling, prediction=read_prediction(given.prediction))
-    check_options(given.model, given.drafter, given.speculative_config, given.dtype)
+    config = check_options(given.model, given.drafter, given.speculative_config, given.dtype)
+    if given.lookahead_parallel:
+        splittable(given.drafter, config)
     sampling = replace(sampling, seed=0 if given.compare and given.seed is None else given.seed)
     texts = read_texts(given.prompt, given.prompt_file, given.prompts, given.limit, given.log)
+    with joined(given.lookahead_parallel) as ranks:
+        answered(given, sampling, texts, ranks)
+
+
+def answered(given: GenerateOptions, sampling: SamplingParams, texts: Sequence[str], ranks: Ranks | None) -> None:
+    """Open the model and answer all prompts. Of several ranks the first shows and keeps the answers."""
+    leads = ranks is None or ranks.leads
+    log, memory = (given.log, given.memory) if leads else (None, None)
     loading = partial(
         open_llm, no_cache=given.no_cache, quantization=given.quantization, kv_cache_dtype=given.kv_cache_dtype
     )
-    loading = partial(loading, memory=given.memory, lora=given.lora, device=given.device)
+    loading = partial(loading, memory=given.memory, lora=given.lora, device=given.device, ranks=ranks)
     llm = loading(
         given.model, given.drafter, given.speculative_config, given.dtype, given.exactness, given.threads, given.adapter
     )
     requests = open_all(llm, texts, given.chat_template, sampling, given.system)
     answers = [
-        *answer_all(llm, texts, requests, sampling, given.log, given.memory, compare=given.compare, quiet=given.as_json)
+        *answer_all(
+            llm, texts, requests, sampling, log, memory, compare=given.compare, quiet=given.as_json or not leads
+        )
     ]
-    if given.as_json:
+    if ranks is not None and leads and not given.as_json:
+        show_ranks(llm, ranks)
+    if given.as_json and leads:
         facts = {**conditions(llm, given.model, given.lora).as_dict(), "drafter": llm.drafter_name}
+        facts |= {"ranks": ranks.as_dict()} if ranks is not None else {}
         terminal.print_json({**facts, "results": [answer.as_dict() for answer in answers]})
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from selfdraft.engine.engine import Engine
     from selfdraft.llm import LLM
     from selfdraft.models.target import Exactness
+    from selfdraft.parallel import Ranks
     from selfdraft.types import SamplingParams
 
 T = TypeVar("T")
@@ -124,6 +125,7 @@ def open_llm(
     pin: bool = False,
     kv_cache_dtype: Literal["auto", "int8"] = "auto",
     device: str = "auto",
+    ranks: Ranks | None = None,
 ) -> LLM:
     """The model behind the options. Broken options are named before anything is loaded.
 
@@ -156,6 +158,7 @@ def open_llm(
             max_model_len=engine.max_model_len,
             prefill_chunk=engine.prefill_chunk,
             max_num_batched_tokens=engine.batched_tokens,
+            ranks=ranks,
         )
     return _prepared(llm, memory, pin)
 

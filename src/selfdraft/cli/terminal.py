@@ -23,6 +23,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=
 def silence_libraries() -> None:
     """Keep the libraries' own progress bars and notices away from the text."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' reader of GGUF files has no other switch
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank whose store has gone would show a stack of C++
     warnings.filterwarnings("ignore")
     for name in ("transformers", "torchao", "torch.utils._pytree", "bitsandbytes", "optuna"):
         logging.getLogger(name).setLevel(logging.ERROR)

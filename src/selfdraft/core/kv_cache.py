@@ -171,6 +171,36 @@ class KVCache:
                     1, wanted.to(tensor.device)
                 )
 
+    def packed(self, slot: int, start: int, count: int) -> Tensor:
+        """`count` places of a slot as bytes [n] uint8, layer by layer, keys before values; `unpack` reads them."""
+        self.reserve(start + count)
+        parts = [
+            store[layer][slot].narrow(1, start, count).contiguous().view(torch.uint8).flatten()
+            for layer in sorted(self.keys)
+            for store in (self.keys, self.values)
+        ]
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def unpack(self, slot: int, start: int, data: Tensor) -> None:
+        """Put what `packed` made, of the same model, at places of a slot."""
+        count, done = self._places_in(data), 0
+        self.reserve(start + count)
+        self.claim(slot, start, count)
+        for layer in sorted(self.keys):
+            for store in (self.keys, self.values):
+                heads, _, width = store[layer].shape[1:]
+                size = heads * count * width * store[layer].itemsize
+                part = data[done : done + size].view(store[layer].dtype).view(heads, count, width)
+                store[layer][slot].narrow(1, start, count).copy_(part)
+                done += size
+            self._written[layer, slot] = max(self._written.get((layer, slot), 0), start + count)
+
+    def _places_in(self, data: Tensor) -> int:
+        """How many places `packed` bytes are of."""
+        place = sum(t.shape[1] * t.shape[3] * t.itemsize for store in (self.keys, self.values) for t in store.values())
+        return data.numel() // place
+
     @property
     def bytes(self) -> int:
         """Memory in bytes."""

@@ -5,12 +5,14 @@ Source: Token Recycling (arXiv 2408.08696), section 3; the noise of a sampled re
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from selfdraft.core.noise import gumbel
+from selfdraft.core.noise import gumbel, gumbel_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.told import Top
 from selfdraft.types import SamplingParams
@@ -68,6 +70,17 @@ def likeliest(
     if sampling.top_k:
         outside[:, sampling.top_k :] = True
     return scores.masked_fill(outside, float("-inf")), ids
+
+
+def said_after(sequence: Sequence, logits: Tensor, places: SequenceOf[int]) -> list[int]:
+    """What a sampled request would say after rows [n, vocab]: the likeliest there, with the noise of `places` [n]."""
+    return choose_likeliest(sequence, *likeliest(logits, sequence.sampling), places)
+
+
+def choose_likeliest(sequence: Sequence, scores: Tensor, ids: Tensor, places: SequenceOf[int]) -> list[int]:
+    """Of each row of what `likeliest` found the token that the noise of its place chooses."""
+    chosen = (scores + gumbel_rows(sequence.seed, places, ids)).argmax(-1, keepdim=True)
+    return [int(token) for token in ids.gather(1, chosen).squeeze(1)]
 
 
 def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

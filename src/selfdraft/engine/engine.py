@@ -12,7 +12,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result, verify
 from selfdraft.engine import scheduler
 from selfdraft.engine.slots import ONE_PROMPT, Reuse, Slots
-from selfdraft.engine.step import step
+from selfdraft.engine.step import Choose, step
 from selfdraft.errors import EngineError, PromptTooLong, RequestError
 from selfdraft.protocols import Drafter, Needs, Target
 from selfdraft.types import within
@@ -42,6 +42,8 @@ class Engine:
         within("nodes", nodes, 0, 2**16)
         self.target, self.drafter = target, drafter
         self.chunk, self.rows, self.nodes = chunk, rows, nodes
+        self.choose: Choose | None = None
+        """Says what the target chooses along each tree, where ranks share the rows of a pass; else `verify` does."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.slots = Slots(slots, chunk, reuse)
@@ -103,8 +105,8 @@ class Engine:
             return []
         self._last = self._drafters[work[0][0]]
         try:
-            top = _runners_up(self._last)
-            results = step(self.target, self._last, work, self.nodes, partial(verify, top=top))
+            choose = self.choose or partial(verify, top=_runners_up(self._last))
+            results = step(self.target, self._last, work, self.nodes, choose)
         finally:
             self._release()
         return [(sequence, result) for (sequence, _), result in zip(work, results, strict=True)]

@@ -18,6 +18,11 @@ def is_quantised(model: PreTrainedModel) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
+def is_spread(model: PreTrainedModel) -> bool:
+    """True when weights are spread over several processes, as `tp_plan` of transformers does."""
+    return any(type(weight).__name__ == "DTensor" for weight in model.parameters())
+
+
 def mixes_rows(model: PreTrainedModel) -> bool:
     """True when a layer of bitsandbytes treats columns apart in which any row of the pass has an outlier.
 

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from selfdraft.core.noise import gumbel_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
@@ -28,7 +27,7 @@ from selfdraft.drafters.lookahead.guesses import Guess, Node, cut, trie
 from selfdraft.drafters.lookahead.pool import ANSWERS, TEXT, WINDOW, Pool
 from selfdraft.drafters.lookahead.statistics import Counts, PoolStatistics
 from selfdraft.drafters.lookahead.window import Window, window_parents
-from selfdraft.drafting.successors import RUNNERS_UP, Answers, likeliest
+from selfdraft.drafting.successors import RUNNERS_UP, Answers, choose_likeliest, likeliest
 from selfdraft.drafting.trials import Trials
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Needs, Target
@@ -265,7 +264,5 @@ class Lookahead:
         rows = [1 + place[node] for node in takewhile(place.__contains__, range(first, first + window.width))]
         if top is None or sequence.sampling.greedy:
             return [result.argmax[row] for row in rows]
-        scores, ids = top[0][rows], top[1][rows]
-        noise = gumbel_rows(sequence.seed, [window.base + window.height - 1 + i for i in range(len(rows))], ids)
-        chosen = (scores + noise).argmax(-1, keepdim=True)
-        return [int(token) for token in ids.gather(1, chosen).squeeze(1)]
+        places = [window.base + window.height - 1 + i for i in range(len(rows))]
+        return choose_likeliest(sequence, top[0][rows], top[1][rows], places)
