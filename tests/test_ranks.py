@@ -98,9 +98,9 @@ def test_the_rows_of_a_share_keep_positions_and_pending_tokens() -> None:
     rows = pack([(sequence, 2, windowed(3, 2, [[7, 8]]))])
     share = split(rows.spans[0].draft, 2)[1]
     own = rows_of_share(rows, [share])
-    assert own.tokens.tolist() == [1, 5, *(rows.spans[0].draft.tokens[node] for node in share.nodes)]
+    assert [*own.tokens] == [1, 5, *(rows.spans[0].draft.tokens[node] for node in share.nodes)]
     wanted = [3, 4, *(rows.spans[0].positions[2 + node] for node in share.nodes)]
-    assert own.positions.tolist() == wanted
+    assert [*own.positions] == wanted
     assert own.logit_rows == tuple(range(1, len(own)))
 
 

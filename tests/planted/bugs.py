@@ -1213,6 +1213,8 @@ BUGS = (
         "if budget.chain and not probe and parent in continued:",
         "if False:",
         "an engine that runs chains gets a tree",
+    ),
+    Bug(
         "ranks-lose-columns",
         "parallel/shares.py",
         "run = -(-len(leaves) // size)",
@@ -1247,6 +1249,27 @@ BUGS = (
         "elif since - now > self.patience:",
         "a rank that hangs is waited for without end",
     ),
+    Bug(
+        "conversation-by-turn",
+        "integrations/ray/conversation.py",
+        'message.get("role") == "user"',
+        'message.get("role") == "nobody"',
+        "each turn of a chat goes to another replica",
+    ),
+    Bug(
+        "conversation-of-anybody",
+        "integrations/ray/conversation.py",
+        "[authorization, path, key]",
+        "[path, key]",
+        "conversations of two callers have one name",
+    ),
+    Bug(
+        "full-replica-first",
+        "integrations/ray/conversation.py",
+        "if loads[name] < slots)",
+        "if loads[name] <= slots)",
+        "a conversation waits at a replica without a free slot",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
@@ -1276,6 +1299,8 @@ QUICK = (
     RANKS + "the_shares_cover_a_draft_and_hold_their_ancestors[3]",
     RANKS + "any_number_of_ranks_says_what_plain_decoding_says[2-sampled]",
     RANKS + "a_rank_without_signs_of_life_is_found_by_the_clock_and_one_that_gives_some_is_not",
+    "tests/test_ray_parts.py::test_all_turns_have_the_name_of_their_conversation_and_no_other_has_it",
+    "tests/test_ray_parts.py::test_a_conversation_stays_where_it_is_when_replicas_come_and_go",
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",
     SLOTS + "chunks_of_an_earlier_prompt_alone_where_rows_depend_on_their_pass",

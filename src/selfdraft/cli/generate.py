@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +19,7 @@ from selfdraft.cli.options import (
     Config,
     Device,
     Dtype,
+    EngineSizes,
     Exact,
     InTemplate,
     KvCacheDtype,
@@ -39,7 +39,7 @@ from selfdraft.cli.options import (
     prompts_of,
 )
 from selfdraft.cli.ranks import LookaheadParallel, joined, show_ranks
-from selfdraft.errors import RequestError
+from selfdraft.errors import OptionError, RequestError
 from selfdraft.methods import splittable
 from selfdraft.types import SamplingParams
 
@@ -59,6 +59,20 @@ Predicted = Annotated[
 ]
 Comparing = Annotated[
     bool, typer.Option("--compare", help="Also decode plainly here and say how much faster drafting was.")
+]
+OnRay = Annotated[
+    Path | None,
+    typer.Option(
+        "--ray", help="Answer all rows of a jsonl or parquet file on Ray Data (the extra 'ray').", metavar="FILE"
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="With --ray: the folder for the answers; a run that was ended goes on.", metavar="DIR"),
+]
+Workers = Annotated[int, typer.Option(help="With --ray: processes that answer, each with its own model.", min=1)]
+BlockRows = Annotated[
+    int, typer.Option(help="With --ray: rows that are answered together, and kept in one file.", min=1, max=1024)
 ]
 
 
@@ -102,23 +116,29 @@ class GenerateOptions:
     no_cache: NoCache = False
     lookahead_parallel: LookaheadParallel = False
     as_json: AsJson = False
+    ray: OnRay = None
+    output: Output = None
+    workers: Workers = 1
+    block_rows: BlockRows = 16
 
 
 def generate(given: GenerateOptions) -> None:
     """Answer a prompt, or all prompts of a file. Accepted draft tokens are coloured by their source."""
-    sampling = SamplingParams(
-        temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p, seed=given.seed
-    )
-    sampling = replace(sampling, presence_penalty=given.presence_penalty, frequency_penalty=given.frequency_penalty)
-    sampling = replace(
-        sampling, repetition_penalty=given.repetition_penalty, stop=tuple(given.stop or ()), ignore_eos=given.ignore_eos
-    )
-    sampling = replace(sampling, min_tokens=given.min_tokens, max_tokens=given.max_new_tokens)
-    sampling = replace(sampling, prediction=read_prediction(given.prediction))
+    sampling = sampling_of(given)
     config = check_options(given.model, given.drafter, given.speculative_config, given.dtype)
+    if given.ray is not None:
+        from selfdraft.integrations.ray.required import DATA_PARTS, check_ray
+
+        check_ray(DATA_PARTS)
+        from selfdraft.integrations.ray.batch_command import answer_on_ray
+
+        answer_on_ray(given)
+        return
+    if given.output is not None:
+        raise OptionError("--output is for --ray FILE: give it, too")
+    sampling = replace(sampling, seed=0 if given.compare and given.seed is None else given.seed)
     if given.lookahead_parallel:
         splittable(given.drafter, config)
-    sampling = replace(sampling, seed=0 if given.compare and given.seed is None else given.seed)
     texts = read_texts(given.prompt, given.prompt_file, given.prompts, given.limit, given.log)
     with joined(given.lookahead_parallel) as ranks:
         answered(given, sampling, texts, ranks)
@@ -128,13 +148,7 @@ def answered(given: GenerateOptions, sampling: SamplingParams, texts: Sequence[s
     """Open the model and answer all prompts. Of several ranks the first shows and keeps the answers."""
     leads = ranks is None or ranks.leads
     log, memory = (given.log, given.memory) if leads else (None, None)
-    loading = partial(
-        open_llm, no_cache=given.no_cache, quantization=given.quantization, kv_cache_dtype=given.kv_cache_dtype
-    )
-    loading = partial(loading, memory=given.memory, lora=given.lora, device=given.device, ranks=ranks)
-    llm = loading(
-        given.model, given.drafter, given.speculative_config, given.dtype, given.exactness, given.threads, given.adapter
-    )
+    llm = llm_of(given, ranks=ranks)
     requests = open_all(llm, texts, given.chat_template, sampling, given.system)
     answers = [
         *answer_all(
@@ -147,6 +161,40 @@ def answered(given: GenerateOptions, sampling: SamplingParams, texts: Sequence[s
         facts = {**conditions(llm, given.model, given.lora).as_dict(), "drafter": llm.drafter_name}
         facts |= {"ranks": ranks.as_dict()} if ranks is not None else {}
         terminal.print_json({**facts, "results": [answer.as_dict() for answer in answers]})
+
+
+def sampling_of(given: GenerateOptions) -> SamplingParams:
+    """The sampling options. Errors: OptionError, RequestError."""
+    sampling = SamplingParams(
+        temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p, seed=given.seed
+    )
+    sampling = replace(sampling, presence_penalty=given.presence_penalty, frequency_penalty=given.frequency_penalty)
+    sampling = replace(
+        sampling, repetition_penalty=given.repetition_penalty, stop=tuple(given.stop or ()), ignore_eos=given.ignore_eos
+    )
+    sampling = replace(sampling, min_tokens=given.min_tokens, max_tokens=given.max_new_tokens)
+    return replace(sampling, prediction=read_prediction(given.prediction))
+
+
+def llm_of(given: GenerateOptions, sizes: EngineSizes | None = None, ranks: Ranks | None = None) -> LLM:
+    """The model behind the options. Errors: LoadError, OptionError, RequestError."""
+    return open_llm(
+        given.model,
+        given.drafter,
+        given.speculative_config,
+        given.dtype,
+        given.exactness,
+        given.threads,
+        given.adapter,
+        memory=given.memory,
+        no_cache=given.no_cache,
+        lora=given.lora,
+        quantization=given.quantization,
+        kv_cache_dtype=given.kv_cache_dtype,
+        device=given.device,
+        engine=sizes or EngineSizes(),
+        ranks=ranks,
+    )
 
 
 def read_texts(

@@ -34,6 +34,7 @@ from selfdraft.cli.options import (
 from selfdraft.errors import OptionError
 
 if TYPE_CHECKING:
+    from selfdraft.llm import LLM
     from selfdraft.serve.settings import Settings
 
 Option = typer.Option
@@ -75,6 +76,28 @@ VllmMetrics = Annotated[bool, Option("--vllm-metrics", help="Export the counters
 AllowedHost = Annotated[list[str] | None, Option(help="A further Host header to take. May be repeated.")]
 Cors = Annotated[list[str] | None, Option(help="A web origin whose pages may call. May be repeated.")]
 Page = Annotated[bool, Option("--page/--no-page", help="The page at /.")]
+OnRay = Annotated[
+    bool, Option("--ray", help="Serve from replicas on Ray Serve (the extra 'ray'); SIGHUP restarts them.")
+]
+Replicas = Annotated[int, Option(help="With --ray: processes that serve, each with its own model.", min=1, max=4096)]
+MaxReplicas = Annotated[
+    int | None, Option(help="With --ray: scale up to so many under load, and down to --replicas without.", min=1)
+]
+TargetRequests = Annotated[
+    float | None, Option(help="With --max-replicas: requests per replica to scale for; --max-batch when not given.")
+]
+TargetTokens = Annotated[
+    float | None,
+    Option(help="With --max-replicas: tokens in flight per replica to scale for; 1024 for each of --max-batch."),
+]
+ScaleDelay = Annotated[
+    float,
+    Option(help="With --max-replicas: seconds of load before scaling up; 20 times as many without before down.", min=0),
+]
+ReplicaCpus = Annotated[
+    float | None, Option(help="With --ray: processors that Ray keeps for a replica; --threads, or 1, when not given.")
+]
+ReplicaGpus = Annotated[float, Option(help="With --ray: GPUs that Ray keeps for a replica.", min=0.0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +141,21 @@ class ServeOptions:
     threads: Threads = None
     pin_threads: Pin = False
     no_cache: NoCache = False
+    ray: OnRay = False
+    replicas: Replicas = 1
+    max_replicas: MaxReplicas = None
+    target_requests: TargetRequests = None
+    target_tokens: TargetTokens = None
+    scale_delay: ScaleDelay = 30.0
+    replica_cpus: ReplicaCpus = None
+    replica_gpus: ReplicaGpus = 0.0
+
+
+RAY_OPTIONS = (
+    *("replicas", "max_replicas", "target_requests", "target_tokens", "scale_delay"),
+    *("replica_cpus", "replica_gpus"),
+)
+"""Options that mean nothing without --ray."""
 
 
 def serve(given: ServeOptions) -> None:
@@ -129,8 +167,33 @@ def serve(given: ServeOptions) -> None:
     except ImportError as error:
         raise OptionError(f"serve needs {error.name}: pip install 'selfdraft[serve]'") from error
     settings = settings_of(given)
+    if given.ray:
+        from selfdraft.integrations.ray.required import check_ray
+
+        check_ray()
+        from selfdraft.integrations.ray.command import run_on_ray
+
+        raise SystemExit(run_on_ray(given))
+    check_no_ray_options(given)
     sock = bind(given.host, given.port)  # a port that is taken is said before anything heavy is loaded
-    llm = open_llm(
+    llm = llm_of(given)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    address = f"http://{given.host}:{sock.getsockname()[1]}"
+    page = f"; the page: {address}/" if given.page else ""
+    terminal.note(f"{settings.model_name} at {address}/v1 with drafter {llm.drafter_name}{page}; Ctrl-C ends")
+    raise SystemExit(run(Server(llm, settings), sock))
+
+
+def check_no_ray_options(given: ServeOptions) -> None:
+    """Errors: OptionError for an option of --ray without it."""
+    for field in fields(given):
+        if field.name in RAY_OPTIONS and getattr(given, field.name) != field.default:
+            raise OptionError(f"--{field.name.replace('_', '-')} is for replicas on Ray Serve: give --ray, too")
+
+
+def llm_of(given: ServeOptions) -> LLM:
+    """The model behind the options, with an engine for a server. Errors: LoadError, OptionError."""
+    return open_llm(
         given.model,
         given.drafter,
         given.speculative_config,
@@ -148,11 +211,6 @@ def serve(given: ServeOptions) -> None:
         # one piece of a prompt a step: whoever decodes waits for no more than that
         engine=EngineSizes(given.max_batch, False, given.max_model_len, given.prefill_chunk, given.prefill_chunk),
     )
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    address = f"http://{given.host}:{sock.getsockname()[1]}"
-    page = f"; the page: {address}/" if given.page else ""
-    terminal.note(f"{settings.model_name} at {address}/v1 with drafter {llm.drafter_name}{page}; Ctrl-C ends")
-    raise SystemExit(run(Server(llm, settings), sock))
 
 
 def settings_of(given: ServeOptions) -> Settings:

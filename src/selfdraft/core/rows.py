@@ -79,20 +79,20 @@ def pack(work: SequenceOf[tuple[Sequence, int, Draft]]) -> Rows:
         tokens += draft.tokens
         answers += range(len(tokens) - asked, len(tokens))
         spans.append(span)
-    return _laid_out(tokens, spans, answers)
+    return laid_out(tokens, spans, answers)
 
 
 def text_rows(slot: int, base: int, tokens: SequenceOf[int]) -> Rows:
     """A piece of a known text behind the `base` tokens that the slot has: one row for each token, all answered."""
     size = len(tokens)
     span = Span(slot, base, 0, size, EMPTY, size)
-    return _laid_out(tokens, (span,), range(size))
+    return laid_out(tokens, (span,), range(size))
 
 
 def chain_rows(items: SequenceOf[tuple[int, int, int]]) -> Rows:
     """One row for each (slot, base, token): how a drafter walks its own chains, one pass per link."""
     spans = tuple(Span(slot, base, i, 1, EMPTY, 1) for i, (slot, base, _) in enumerate(items))
-    return _laid_out([token for _, _, token in items], spans, range(len(items)))
+    return laid_out([token for _, _, token in items], spans, range(len(items)))
 
 
 def group_rows(items: SequenceOf[tuple[int, int, int, SequenceOf[int]]], source: str) -> Rows:
@@ -111,9 +111,10 @@ def tree_rows(items: SequenceOf[tuple[int, int, int, Draft]]) -> Rows:
     for slot, base, token, draft in items:
         spans.append(Span(slot, base, len(tokens), 1, draft, 1 + len(draft)))
         tokens += [token, *draft.tokens]
-    return _laid_out(tokens, spans, range(len(tokens)))
+    return laid_out(tokens, spans, range(len(tokens)))
 
 
-def _laid_out(tokens: SequenceOf[int], spans: SequenceOf[Span], answered: SequenceOf[int]) -> Rows:
+def laid_out(tokens: SequenceOf[int], spans: SequenceOf[Span], answered: SequenceOf[int]) -> Rows:
+    """Rows of these tokens, each at the position that its span says."""
     positions = (position for span in spans for position in span.positions)
     return Rows(tuple(tokens), tuple(positions), tuple(spans), tuple(answered))

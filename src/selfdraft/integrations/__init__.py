@@ -1,1 +1,1 @@
-"""Our drafters inside other engines, through the interfaces that these engines offer."""
+"""Adapters to engines and clusters of others, each with an extra of its own."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-import torch
-
-from selfdraft.core.rows import Rows, Span
+from selfdraft.core.rows import Rows, Span, laid_out
 from selfdraft.core.tree import ROOT, Draft
 
 
@@ -73,13 +71,11 @@ def rows_of_share(rows: Rows, shares: SequenceOf[Share]) -> Rows:
     spans: list[Span] = []
     tokens: list[int] = []
     asked: list[int] = []
-    given = rows.tokens.tolist()
     for span, share in zip(rows.spans, shares, strict=True):
         draft = share.of(span.draft)
         answers = 1 + len(draft) if span.num_logits else 0
         spans.append(Span(span.slot, span.base, len(tokens), span.pending, draft, answers))
-        tokens += given[span.start : span.start + span.pending]
+        tokens += rows.tokens[span.start : span.start + span.pending]
         tokens += draft.tokens
         asked += range(len(tokens) - answers, len(tokens))
-    positions = [position for span in spans for position in span.positions]
-    return Rows(torch.tensor(tokens), torch.tensor(positions), tuple(spans), tuple(asked))
+    return laid_out(tokens, spans, asked)

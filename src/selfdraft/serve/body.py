@@ -29,6 +29,14 @@ async def read_body(request: Request, model: type[Body], settings: Settings) -> 
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
+    raw = await read_bytes(request, settings)
+    if len(raw) > 100_000:
+        return await run_in_threadpool(parse, raw, model)
+    return parse(raw, model)
+
+
+async def read_bytes(request: Request, settings: Settings) -> bytes:
+    """The body as it came. Errors: ApiError 400, 408, 413."""
     raw = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout):
@@ -40,9 +48,7 @@ async def read_body(request: Request, model: type[Body], settings: Settings) -> 
         raise ApiError(400, "the client has gone before the body was whole") from error
     except TimeoutError as error:
         raise ApiError(408, f"the body did not come within {settings.body_timeout:g} seconds") from error
-    if len(raw) > 100_000:
-        return await run_in_threadpool(parse, bytes(raw), model)
-    return parse(bytes(raw), model)
+    return bytes(raw)
 
 
 def parse(raw: bytes, model: type[Body]) -> Body:

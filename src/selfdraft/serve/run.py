@@ -91,6 +91,7 @@ def config_of(server: Server) -> uvicorn.Config:
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=HEADERS,
         http="h11",
+        loop="asyncio",  # and not uvloop where some other package brings it: what is tested is what runs
     )
 
 

@@ -163,6 +163,13 @@ class EngineWorker:
         return self._count
 
     @property
+    def tokens(self) -> int:
+        """Most tokens, prompt and answer together, that the calls which have not ended can come to hold."""
+        with self._changed:
+            calls = [*self._incoming, *self._waiting, *self._active]
+        return sum(call.tokens for call in calls)
+
+    @property
     def waiting(self) -> int:
         """Calls that have no slot yet."""
         return len(self._incoming) + len(self._waiting)

@@ -66,7 +66,7 @@ class ShortPasses:
         table = runner.input_batch.block_table[0]
         places = torch.tensor([span.slot for span in rows.spans], device=device)
         blocks = table.block_table.gpu[places]
-        positions, tokens = rows.positions.to(device), rows.tokens.to(device)
+        positions, tokens = torch.tensor([rows.positions, rows.tokens], device=device)
         column = (positions // table.block_size).unsqueeze(1)
         slots = blocks.gather(1, column).squeeze(1).long() * table.block_size + positions % table.block_size
         starts = torch.arange(len(rows) + 1, dtype=torch.int32)
@@ -77,7 +77,7 @@ class ShortPasses:
             num_reqs=len(rows),
             num_actual_tokens=len(rows),
             max_query_len=1,
-            max_seq_len=int(rows.positions.max()) + 1,
+            max_seq_len=max(rows.positions) + 1,
             block_table_tensor=blocks,
             slot_mapping=slots,
             positions=positions,
