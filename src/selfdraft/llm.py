@@ -60,7 +60,7 @@ from selfdraft.prompts import (
 from selfdraft.protocols import Drafter
 from selfdraft.sampling import bad_word_ids, generation_defaults, read_generation_config, spread, stop_tokens
 from selfdraft.tune.machine import profile_of
-from selfdraft.types import Clock, Quantization, SamplingParams, Stats, check_dtype, check_quantization, within
+from selfdraft.types import Clock, Quantization, SamplingParams, Stats, check_quantization, within
 
 __all__ = ["LLM", "CompletionOutput", "Job", "Message", "Piece", "Prompt", "RequestOutput", "naming"]
 _log = logging.getLogger("selfdraft")
@@ -140,7 +140,6 @@ class LLM:
         clock: Clock = time.perf_counter,
         ranks: Ranks | None = None,
     ) -> None:
-        check_dtype(dtype)
         _check_sizes(max_num_seqs, 1 if prefill_chunk is None else prefill_chunk, max_num_batched_tokens)
         settings = read_generation_config(generation_config)
         self.ranks = ranks
@@ -166,9 +165,6 @@ class LLM:
         self._take_facts(folder, settings)
         self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk or chunk_on(place), "rows": max_num_batched_tokens}
         self._owner = "llm" if enable_prefix_caching else None
-        self.stats = Stats()  # over all requests so far
-        # guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once
-        self._lock = threading.RLock()
         self._take(name, options)
         if ranks is not None:
             ranks.agree(facts_of(self.target, self.fingerprint, self._sizes, self._owner, self.drafter_name, options))
@@ -184,6 +180,9 @@ class LLM:
 
         Errors: OptionError.
         """
+        self.stats = Stats()  # over all requests so far
+        # guards `stats`, and the tokenizer: one of the Rust library raises when two threads use it at once
+        self._lock = threading.RLock()
         self.exactness, facts = self.target.exactness, self.target.facts
         self.eos = ends_of(facts.ends, facts.vocab, self.tokenizer)
         self._defaults = generation_defaults(facts.generation if settings is None else settings)

@@ -127,14 +127,10 @@ def open_llm(
     device: str = "auto",
     ranks: Ranks | None = None,
 ) -> LLM:
-    """The model behind the options. Broken options are named before anything is loaded.
-
-    `memory`: a file of earlier outputs to draft from; `remember`: draft from earlier outputs of this run.
-    """
+    """The model behind the options; broken ones are named before anything is loaded. See `_with_memory`."""
     check_device(device)
     options = check_options(model, drafter, config, dtype, lora)
-    if memory is not None or remember:
-        drafter, options = _with_memory(drafter, options, memory)
+    drafter, options = _with_memory(drafter, options, memory, remember)
     ensure_installed(model)
     with terminal.waiting(f"loading {model}"), without_collection():
         from selfdraft.llm import LLM
@@ -181,9 +177,15 @@ def keep_on_cores(llm: LLM) -> None:
 
 
 def _with_memory(
-    drafter: str | None, options: dict[str, object] | None, file: Path | None
-) -> tuple[str, dict[str, object]]:
-    """The drafter and its options with a memory of earlier outputs. Errors: OptionError, RequestError of the file."""
+    drafter: str | None, options: dict[str, object] | None, file: Path | None, remember: bool
+) -> tuple[str | None, dict[str, object] | None]:
+    """The drafter and its options with a memory of earlier outputs, if one is wanted.
+
+    `file`: earlier outputs to draft from; `remember`: draft from earlier outputs of this run. Errors: OptionError,
+    RequestError of the file.
+    """
+    if file is None and not remember:
+        return drafter, options
     from selfdraft.drafters import with_memory
     from selfdraft.files.memory_file import check_memory
 

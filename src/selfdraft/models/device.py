@@ -12,7 +12,7 @@ import torch
 from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.runner import kernel_build
-from selfdraft.types import check_device
+from selfdraft.types import check_device, check_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,12 +84,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def dtype_on(name: str, device: torch.device, runner: str = "auto") -> torch.dtype | None:
-    """The dtype to load in on a device, for the option `dtype`, which is known; None is the checkpoint's own.
+    """The dtype to load in on a device, for the option `dtype`; None is the checkpoint's own.
 
     'auto' is the checkpoint's own, but float16 on a GPU without bfloat16 units, and float32 on a CPU where products of
     bfloat16 are emulated, so that every further row costs as much as the first: without units, and without the fast
-    runner, whose kernels widen bfloat16 as they read it. Errors: OptionError for bfloat16 on such a GPU.
+    runner, whose kernels widen bfloat16 as they read it. Errors: OptionError for bfloat16 on such a GPU, and
+    for an unknown name.
     """
+    check_dtype(name)
     able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)

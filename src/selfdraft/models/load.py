@@ -250,13 +250,7 @@ def open_target(
     if runner not in ("auto", "plain", "fast"):
         raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
     check_kv_cache_dtype(kv_cache_dtype)
-    sizes: Sizes = {
-        "slots": slots,
-        "context": context,
-        "adapters": adapters,
-        "kv_cache_dtype": kv_cache_dtype,
-        "clock": clock,
-    }
+    sizes = Sizes(slots=slots, context=context, adapters=adapters, kv_cache_dtype=kv_cache_dtype, clock=clock)
     if proofs is None:
         return _proven(model, exactness, runner, sizes)
     told = {"exactness": exactness, "runner": runner, "context": context, "kv_cache_dtype": kv_cache_dtype}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,8 +111,7 @@ def tune_layer_skip(
     options = replace(options, max_new_tokens=max_new_tokens, temperature=temperature, confirm=confirm, runs=runs)
     options = replace(options, num_speculative_tokens=num_speculative_tokens, max_cost=max_cost)
     lengths, texts = lengths_of(draft_lengths), read_prompts(prompts, limit)
-    opening = partial(open_llm, lora=lora, quantization=quantization, device=device)
-    llm = opening(model, "none", None, dtype, exactness, threads, None)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, lora=lora, quantization=quantization, device=device)
     ids = encode_all(llm, texts, chat, options.sampling)
     subject = Subject(llm.model, llm.target, ids, llm.eos, conditions(llm, model, lora).as_dict())
     if check:

@@ -67,8 +67,7 @@ def tune_lookahead(
     """
     sampling = sampling_of(max_new_tokens, temperature, seed)
     output, texts = output_of(output, "lookahead", model), read_prompts(prompts, limit)
-    opening = partial(open_llm, lora=lora, quantization=quantization, device=device)
-    llm = opening(model, "none", None, dtype, exactness, threads, None)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, lora=lora, quantization=quantization, device=device)
     requests = requests_of(llm, texts, chat, sampling)
     from selfdraft.files.skip_sets import check_writable, write_json
     from selfdraft.tune import lookahead

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +47,7 @@ def tune_machine(
     A pass is timed by its rows. The result is kept in the user's cache folder, where the drafter auto finds it. Under
     a minute.
     """
-    opening = partial(open_llm, lora=lora, quantization=quantization, device=device)
-    llm = opening(model, "none", None, dtype, exactness, threads, None)
+    llm = open_llm(model, "none", None, dtype, exactness, threads, lora=lora, quantization=quantization, device=device)
     from selfdraft.models.machine_state import Watch
     from selfdraft.tune import machine as profiles
     from selfdraft.tune.advice import explain, paragraph
