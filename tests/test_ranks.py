@@ -139,6 +139,7 @@ class ThreadRank:
     def __init__(self, all_ranks: Threads, rank: int) -> None:
         self.threads, self.rank, self.size = all_ranks, rank, all_ranks.size
         self.cache_bytes = self.messages = 0
+        self.target: HFTarget | None = None
 
     def gather(self, message: Tensor) -> Tensor:
         self.messages += 1
@@ -166,14 +167,14 @@ class ThreadRank:
 def decoded(
     size: int, sampling: SamplingParams, *, slots: int = 1, shapes: Shapes | None = None, width: int = 5
 ) -> tuple[list[list[Sequence]], list[ThreadRank]]:
-    """What each of `size` ranks makes of the prompts."""
+    """What each of `size` ranks makes of the prompts; a rank has its target."""
     threads = Threads(size)
     ranks = [ThreadRank(threads, rank) for rank in range(size)]
     found: list[list[Sequence]] = [[] for _ in ranks]
 
     def decode(rank: ThreadRank) -> None:
         try:
-            target = tiny_target(slots=slots, shapes=shapes)
+            target = rank.target = tiny_target(slots=slots, shapes=shapes)
             drafter = build("lookahead", target, {**SIZES, "window_size": width})
             shared = LookaheadRanks(target, target.cache, cast(Ranks, rank), width=width, size=4)
             engine = Engine(shared, drafter, slots=slots)
@@ -215,6 +216,19 @@ def test_any_number_of_ranks_says_what_plain_decoding_says(size: int, sampling: 
         assert [one.stats.num_steps for one in sequences] == [one.stats.num_steps for one in alone], "as one rank"
     assert (size > 1) == (ranks[0].cache_bytes > 0)
     assert any(one.stats.num_accepted_draft_tokens for one in found[0])
+
+
+def test_all_ranks_remember_the_keys_and_values_of_plain_decoding() -> None:
+    plain = tiny_target()
+    last = run(plain, "none", PROMPTS, GREEDY)[-1]
+    found, ranks = decoded(3, GREEDY)
+    assert ranks[0].cache_bytes > 0
+    for rank, sequences in zip(ranks, found, strict=True):
+        assert rank.target is not None
+        known = min(last.num_cached, sequences[-1].num_cached)
+        for layer in range(4):
+            pairs = zip(plain.cache.view(layer, 0, known), rank.target.cache.view(layer, 0, known), strict=True)
+            assert all(torch.allclose(wanted, got, rtol=0, atol=1e-9) for wanted, got in pairs)
 
 
 def test_batches_in_canonical_shapes() -> None:

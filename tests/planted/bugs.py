@@ -1298,6 +1298,7 @@ QUICK = (
     ROWS_OF_VLLM + "a_tree_is_cut_to_the_first_path",
     RANKS + "the_shares_cover_a_draft_and_hold_their_ancestors[3]",
     RANKS + "any_number_of_ranks_says_what_plain_decoding_says[2-sampled]",
+    RANKS + "all_ranks_remember_the_keys_and_values_of_plain_decoding",
     RANKS + "a_rank_without_signs_of_life_is_found_by_the_clock_and_one_that_gives_some_is_not",
     "tests/test_ray_parts.py::test_all_turns_have_the_name_of_their_conversation_and_no_other_has_it",
     "tests/test_ray_parts.py::test_a_conversation_stays_where_it_is_when_replicas_come_and_go",

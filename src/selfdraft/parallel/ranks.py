@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -117,8 +117,9 @@ class Ranks:
     def agree(self, facts: Mapping[str, object]) -> None:
         """Compare what all ranks say of themselves. Errors: RankError names the first fact that differs."""
         mine = {name: json.dumps(fact, sort_keys=True, default=str) for name, fact in facts.items()}
-        self._store.set(f"selfdraft/facts/{self.rank}", json.dumps(mine))
-        told = [json.loads(self._store.get(f"selfdraft/facts/{rank}")) for rank in range(self.size)]
+        with self._collective():
+            self._store.set(f"selfdraft/facts/{self.rank}", json.dumps(mine))
+            told = [json.loads(self._store.get(f"selfdraft/facts/{rank}")) for rank in range(self.size)]
         for name in dict.fromkeys(name for one in told for name in one):
             said = [one.get(name, "nothing") for one in told]
             other = next((rank for rank, one in enumerate(said) if one != said[0]), None)
@@ -171,10 +172,10 @@ class Ranks:
 
     def _wait_for_all(self, name: str) -> None:
         """Return when all ranks are here, so that each can say the same before the first one ends."""
-        self._store.set(f"selfdraft/{name}/at/{self.rank}", "")
-        for rank in range(self.size):
-            self._store.get(f"selfdraft/{name}/at/{rank}")
         self._watch.stop()
+        with suppress(RuntimeError):  # rank 0 has seen all of them, and the store has gone with it
+            self._store.set(f"selfdraft/{name}/at/{self.rank}", "")
+            self._store.wait([f"selfdraft/{name}/at/{rank}" for rank in range(self.size)], timedelta(seconds=5))
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
