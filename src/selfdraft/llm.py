@@ -68,10 +68,11 @@ SKIP_FILE = "selfdraft_skip.json"
 """The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
 
 
-def _check_sizes(slots: int, chunk: int, rows: int) -> None:
-    """Errors: OptionError for a size of the engine that is none."""
+def _sizes(slots: int, chunk: int, rows: int) -> dict[str, int]:
+    """The sizes of an engine, by its own names. Errors: OptionError for one that is none."""
     for name, size in (("max_num_seqs", slots), ("prefill_chunk", chunk), ("max_num_batched_tokens", rows)):
         within(name, size, 1, 2**20)
+    return {"slots": slots, "chunk": chunk, "rows": rows}
 
 
 class LLM:
@@ -140,12 +141,12 @@ class LLM:
         clock: Clock = time.perf_counter,
         ranks: Ranks | None = None,
     ) -> None:
-        _check_sizes(max_num_seqs, 1 if prefill_chunk is None else prefill_chunk, max_num_batched_tokens)
         settings = read_generation_config(generation_config)
-        self.ranks = ranks
+        self.ranks, self._owner = ranks, "llm" if enable_prefix_caching else None
         name, options = self._drafter(drafter, speculative_config)
-        find(name, options)
         place = where_of(model, device, check_quantization(quantization))
+        chunk = chunk_on(place) if prefill_chunk is None else prefill_chunk
+        self._sizes = _sizes(max_num_seqs, chunk, max_num_batched_tokens)
         opening = Wanted(
             dtype=dtype_on(dtype, place, runner),
             tokenizer=tokenizer,
@@ -163,17 +164,15 @@ class LLM:
         )
         self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
         self._take_facts(folder, settings)
-        self._sizes = {"slots": max_num_seqs, "chunk": prefill_chunk or chunk_on(place), "rows": max_num_batched_tokens}
-        self._owner = "llm" if enable_prefix_caching else None
         self._take(name, options)
         if ranks is not None:
             ranks.agree(facts_of(self.target, self.fingerprint, self._sizes, self._owner, self.drafter_name, options))
 
     def _drafter(self, drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
         """Name and options of a drafter; with ranks it is one whose rows they can share. Errors: OptionError."""
-        if self.ranks is None:
-            return drafter_of(drafter, config)
-        return splittable(drafter, config)
+        name, options = drafter_of(drafter, config) if self.ranks is None else splittable(drafter, config)
+        find(name, options)
+        return name, options
 
     def _take_facts(self, folder: Path | None, settings: Mapping[str, object] | None) -> None:
         """What the checkpoint says of ends and sampling, and the skip set beside it, which `layer_skip` leaves out.
