@@ -104,12 +104,16 @@ def test_no_step_waits_or_sends_more_often_than_before(drafter: str) -> None:
             mixed = sum((one.mixes for one in steps), start=steps[0].mixes)
             assert not mixed, f"{drafter}: operations that a GPU refuses: {mixed}"
     lines = "; ".join(f"{line} {times}" for line, times in steps[-1].waits.most_common(8))
-    assert tuple(found) == ALLOWED.get(drafter), f"{drafter}: {tuple(found)}; the last step waited at {lines}"
+    allowed = ALLOWED[drafter]
+    kept = all(
+        one <= high for pair, bound in zip(found, allowed, strict=True) for one, high in zip(pair, bound, strict=True)
+    )
+    assert kept, f"{drafter}: {tuple(found)} after {allowed}; the last step waited at {lines}"
 
 
 def test_plain_decoding_asks_for_nothing_but_the_answers() -> None:
     (noted, *_) = noted_steps("none", GREEDY, 1)
-    assert [*noted.waits] == [line for line in noted.waits if line.startswith("core/verify.py:")]
+    assert [*noted.waits] == [line for line in noted.waits if line.startswith("core/told.py:")]
 
 
 def test_gate_rows_that_do_not_lie_together_are_numbers_of_the_device() -> None:
