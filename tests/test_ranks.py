@@ -271,7 +271,7 @@ def test_weights_that_are_spread_over_processes_are_refused() -> None:
         mesh = init_device_mesh("cpu", (1,))
         layer = model.model.layers[0].mlp.down_proj
         layer.weight = torch.nn.Parameter(DTensor.from_local(layer.weight.detach(), mesh, [Shard(1)]))
-        with pytest.raises(UnsupportedModel, match="spread over processes \\(tensor parallel\\)"):
+        with pytest.raises(UnsupportedModel, match="split over several processes \\(tp_plan\\)"):
             open_target(model, slots=1)
     finally:
         dist.destroy_process_group()

@@ -164,9 +164,14 @@ class LLM:
         )
         self._stock, self.tokenizer, self.target, folder = open_model(model, opening, cache=cache)
         self._take_facts(folder, settings)
+        self._start(name, options)
+
+    def _start(self, name: str, options: Mapping[str, object]) -> None:
+        """Take the first drafter; all ranks have the same model and options. Errors: RankError."""
         self._take(name, options)
-        if ranks is not None:
-            ranks.agree(facts_of(self.target, self.fingerprint, self._sizes, self._owner, self.drafter_name, options))
+        if self.ranks is not None:
+            told = facts_of(self.target, self.fingerprint, self._sizes, self._owner, self.drafter_name, options)
+            self.ranks.agree(told)
 
     def _drafter(self, drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
         """Name and options of a drafter; with ranks it is one whose rows they can share. Errors: OptionError."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from selfdraft.errors import LoadError, OptionError, UnsupportedModel
+from selfdraft.models.kinds import is_spread
 from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.runner import kernel_build
 from selfdraft.types import check_device, check_dtype
@@ -161,8 +162,11 @@ def check_placement(model: PreTrainedModel) -> None:
     """Refuse a model whose passes would not run, or not be ours. Errors: UnsupportedModel says why."""
     name = type(model).__name__
     tensors = [*model.parameters(), *model.buffers()]
-    if any(type(tensor.data).__name__ == "DTensor" or type(tensor).__name__ == "DTensor" for tensor in tensors):
-        raise UnsupportedModel(f"{name} is split over several processes (tp_plan); load it without tp_plan, on one GPU")
+    if is_spread(model):
+        raise UnsupportedModel(
+            f"{name} is split over several processes (tp_plan), which is not supported: each would draft by its own "
+            "clock, and all would wait for one another for ever; load it without tp_plan, on one device"
+        )
     kinds = {tensor.device.type for tensor in tensors}
     if "meta" in kinds:
         raise UnsupportedModel(

@@ -20,7 +20,8 @@ def is_quantised(model: PreTrainedModel) -> bool:
 
 def is_spread(model: PreTrainedModel) -> bool:
     """True when weights are spread over several processes, as `tp_plan` of transformers does."""
-    return any(type(weight).__name__ == "DTensor" for weight in model.parameters())
+    tensors = (*model.parameters(), *model.buffers())
+    return any("DTensor" in (type(tensor).__name__, type(tensor.data).__name__) for tensor in tensors)
 
 
 def mixes_rows(model: PreTrainedModel) -> bool:

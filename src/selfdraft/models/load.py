@@ -45,7 +45,7 @@ from selfdraft.models.checkpoint.weights import check_weights
 from selfdraft.models.device import check_placement
 from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
 from selfdraft.models.facts import GROWING, context_of, ropes_of
-from selfdraft.models.kinds import first_line, has_experts, is_quantised, is_spread, mixes_rows
+from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
 from selfdraft.models.packed.quantise import quantise_model
 from selfdraft.models.proof.kept import ProofStore, Record, identity_of
 from selfdraft.models.proof.shapes import probe_fast, probe_shapes
@@ -327,11 +327,6 @@ def check_supported(model: PreTrainedModel) -> None:
     """Refuse what cannot be decoded exactly, for what it says of itself. Errors: UnsupportedModel names the cause."""
     check_config(model.config)
     name = type(model).__name__
-    if is_spread(model):
-        raise UnsupportedModel(
-            f"{name} has its weights spread over processes (tensor parallel), which is not supported: each process "
-            "would draft by its own clock, and all would wait for one another for ever; load it without tp_plan"
-        )
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(f"{name} keeps a recurrent state, which cannot be rewound to an earlier token")
     text = model.config.get_text_config()
