@@ -20,6 +20,7 @@ from selfdraft.integrations import vllm
 from selfdraft.integrations.chains import Chains
 from selfdraft.integrations.vllm import settings
 from selfdraft.integrations.vllm.requests import PATIENCE, READING, Facts, Requests, verified
+from selfdraft.integrations.vllm.worker import RunnerRequests
 from selfdraft.replay.replay import LogTarget, open_drafter, replay
 from selfdraft.types import Budget, JsonObject, SamplingParams
 
@@ -406,3 +407,19 @@ def test_the_worker_is_needed_where_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     vllm.Merged(given).load_model()
     with pytest.raises(OptionError, match="Prediction needs our worker: give worker_cls="):
         vllm.Prediction(given).load_model()
+
+
+def test_a_prediction_that_cannot_be_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def facts(given: object) -> Facts:
+        sampling = SimpleNamespace(max_tokens=7, extra_args={"selfdraft_prediction": given})
+        state = SimpleNamespace(sampling_params=sampling, num_prompt_tokens=3)
+        model = SimpleNamespace(skip_tokenizer_init=True)
+        runner = SimpleNamespace(requests={"a": state}, max_model_len=CONTEXT, model_config=model)
+        return RunnerRequests(runner).facts("a")
+
+    assert facts([5, 6]) == Facts(3, 10, (5, 6))
+    assert facts(None) == Facts(3, 10)
+    assert not caplog.records
+    for wrong in ([5, -1], [5, "x"], 7, {"a": 1}, "a text, and no tokenizer"):
+        assert facts(wrong) == Facts(3, 10)
+    assert len(caplog.records) == 5

@@ -45,14 +45,14 @@ class RunnerRequests:
         """Token ids of a prediction. One that cannot be read is left out: it must not end the other requests."""
         if given is None:
             return ()
-        if isinstance(given, str):
+        if isinstance(given, str) and not self.runner.model_config.skip_tokenizer_init:
             from vllm.tokenizers import cached_tokenizer_from_config
 
             tokenizer = cached_tokenizer_from_config(self.runner.model_config)
             return tuple(tokenizer.encode(given, add_special_tokens=False))
         if isinstance(given, list | tuple) and all(type(token) is int and token >= 0 for token in given):
             return tuple(given)
-        log.warning("%s of a request is neither a text nor a list of token ids: it is left out", ARGUMENT)
+        log.warning("%s of a request cannot be read as a text or a list of token ids: it is left out", ARGUMENT)
         return ()
 
 
