@@ -203,8 +203,8 @@ class Replicas:
         self, asked: Iterable[Asked], until: Callable[[], bool], clients: int = 4
     ) -> list[tuple[Asked, Outcome]]:
         """Requests again and again, until a condition holds; each with its outcome."""
-        over, found = threading.Event(), []
-        waiting = list(asked)
+        over, waiting = threading.Event(), list(asked)
+        found: list[tuple[Asked, Outcome]] = []
 
         def one(number: int) -> None:
             for place in range(number, 10**9, clients):

@@ -62,19 +62,19 @@ def test_a_run_goes_on_where_an_earlier_one_was_killed_with_the_tokens_of_one_pr
         temperature=0.8,
         seed=3,
         ray=rows,
-        block_rows=2,
         output=folder,
+        block_rows=2,
     )
     read = batches.read_rows(rows)
     folder.mkdir()
     batches.claim(folder, batches.identity(given, read))
-    answerer, kept = batches.Answerer(given), {}
+    answerer = batches.Answerer(given)
     for number in (0, 5):
         block = [{"id": row.id, "prompt": row.prompt} for row in read[2 * number : 2 * number + 2]]
         (lines,) = answerer({"block": [number], "rows": [json.dumps(block)]})["lines"]
         # marked: a block that is there is never answered again
-        kept[number] = str(lines).replace('"finish_reason"', '"kept": true, "finish_reason"')
-        batches.place_of(folder, number).write_text(kept[number])
+        left = str(lines).replace('"finish_reason"', '"kept": true, "finish_reason"')
+        batches.place_of(folder, number).write_text(left)
     assert start(rows, folder, "--block-rows", "2").wait(600) == 0, folder.with_suffix(".log").read_text()
     found = answers(folder)
     plain = pocket("none").generate(prompts, SamplingParams(max_tokens=8, temperature=0.8, seed=3))

@@ -67,7 +67,9 @@ def application(given: ServeOptions, *, restart: str = "", gateways: int = 1) ->
     _check(given)
     # without --threads torch takes as many as Ray keeps: Ray sets OMP_NUM_THREADS
     actor = {"num_cpus": cpus_of(given), "num_gpus": given.replica_gpus}
-    sized = {"num_replicas": given.replicas} if given.max_replicas is None else {"autoscaling_config": _scaling(given)}
+    sized: dict[str, object] = {"num_replicas": given.replicas}
+    if given.max_replicas is not None:
+        sized = {"autoscaling_config": _scaling(given)}
     replicas = serve.deployment(
         Replica,
         name=REPLICAS,

@@ -28,4 +28,4 @@ def merged(texts: Iterable[tuple[str, str]]) -> str:
             for sample in family.samples:
                 labels = {**sample.labels, "replica": replica}
                 whole.samples.append(sample._replace(labels=labels))
-    return generate_latest(_Found(families.values())).decode()  # type: ignore[arg-type]  # it wants `collect` only
+    return generate_latest(_Found(families.values())).decode()

@@ -10,13 +10,13 @@ import asyncio
 import ipaddress
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Protocol
 
 from prometheus_client import Counter
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
@@ -69,9 +69,9 @@ class Gateway:
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/{path:path}", self.forward, methods=METHODS),
         ]
-        door = partial(Guard, settings=self.settings, keys=Keys.of(self.settings.keys), metrics=self.exported)
+        keys = Keys.of(self.settings.keys)
         handlers = {ApiError: _told, HTTPException: _told_by_framework, Exception: _told}
-        layers = [Middleware(door)]
+        layers = [Middleware(Guard, settings=self.settings, keys=keys, metrics=self.exported)]
         if self.settings.local and not self.settings.keys:
             layers.insert(0, Middleware(OwnMachineOnly))
         return Starlette(routes=routes, middleware=layers, exception_handlers=handlers)
@@ -91,12 +91,15 @@ class Gateway:
         if head.more:
             response = StreamingResponse(self._streamed(head, parts), head.status)
         else:
+            with suppress(RayActorError):  # the answer is whole: what becomes of its replica now is all the same
+                async for _ in parts:
+                    pass
             response = Response(head.body, head.status)
             kept.append((b"content-length", str(len(head.body)).encode()))
         response.raw_headers = kept
         return response
 
-    async def _begun(self, key: str, request: ForwardedRequest) -> tuple[AnswerPart, AsyncGenerator[AnswerPart]]:
+    async def _begun(self, key: str, request: ForwardedRequest) -> tuple[AnswerPart, AsyncGenerator[AnswerPart, None]]:
         """The first part of an answer, of whichever replica gave it, and the others. Errors: ApiError."""
         calls = self.replicas.options(stream=True)
         limit = self.settings.queue_timeout + self.settings.request_timeout
@@ -115,7 +118,7 @@ class Gateway:
                 raise _refused("there is no replica now; ask again later", "no_replica") from error
         raise _refused(f"{TRIES} replicas died one after the other under this request; ask again later", "replica_lost")
 
-    async def _streamed(self, head: AnswerPart, parts: AsyncGenerator[AnswerPart]) -> AsyncGenerator[bytes]:
+    async def _streamed(self, head: AnswerPart, parts: AsyncGenerator[AnswerPart, None]) -> AsyncGenerator[bytes, None]:
         """The bytes of a stream. When its replica dies, the last events are an error and [DONE]."""
         size = FRAME if self.settings.stream_pace else 0
         async with aclosing(parts):
@@ -123,7 +126,7 @@ class Gateway:
             try:
                 async for part in parts:
                     yield part.body
-            except RayActorError:
+            except RayError:
                 self.lost.labels("ended").inc()
                 words = "the replica died in the midst of this answer, of which a part has been sent: ask again"
                 yield padded(event(ApiError(503, words, code="replica_lost").document()), size)
@@ -183,7 +186,7 @@ class Calling(Protocol):
     def cancel(self) -> None: ...
 
 
-async def _parts(calling: Calling) -> AsyncGenerator[AnswerPart]:
+async def _parts(calling: Calling) -> AsyncGenerator[AnswerPart, None]:
     """The parts that come over a handle; left early, the call is cancelled."""
     try:
         async for part in calling:

@@ -65,7 +65,7 @@ class Replica:
         self.name = str(serve.get_replica_context().replica_id.unique_id)
         self.server.worker.start()
 
-    async def answer(self, conversation: str, request: ForwardedRequest) -> AsyncGenerator[AnswerPart]:
+    async def answer(self, conversation: str, request: ForwardedRequest) -> AsyncGenerator[AnswerPart, None]:
         """The server's answer, in parts. `conversation` is for the router. Left early, the request is aborted.
 
         Errors: ReplicaFailed before the first part.
