@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfdraft.core.sequence import open_sequence
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
+from selfdraft.models.attention import Plan
 from selfdraft.models.exactness import Shapes
 from selfdraft.models.reference import greedy
 from selfdraft.models.target import HFTarget
@@ -36,7 +37,7 @@ def test_8k_tokens_are_prefilled_in_chunks() -> None:
 
     sequence = open_sequence(prompt, SamplingParams(max_tokens=MOST), seed=0, eos=frozenset(), context=LENGTH + 64)
     for _ in Engine(target, build("lookup", target), chunk=CHUNK).generate([sequence]):
-        assert target.last is not None
+        assert isinstance(target.last, Plan)
         sizes.append(sum(group.sees.numel() for group in target.last.groups))
     steps = -(-LENGTH // CHUNK)
     assert len(sizes) >= steps

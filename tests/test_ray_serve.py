@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -11,10 +14,11 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'selfdraft[ray]'")
 
-from tests.replicas import Replicas, mixed, plain
+from tests.replicas import KEY, Replicas, mixed, plain
 from tests.serving import wait_until
 
 CHAT = "/v1/chat/completions"
+AUTHORIZED = f"Authorization: Bearer {KEY}\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +101,14 @@ def test_a_rolling_restart_under_load_is_seen_by_no_client(replicas: Replicas) -
 
 def test_a_client_that_goes_frees_its_slot(replicas: Replicas) -> None:
     body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True}
-    base, headers = replicas.client.base_url, replicas.client.headers
-    with httpx.Client(base_url=base, headers=headers, timeout=60) as client:
-        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-            next(response.iter_lines())
-        wait_until(lambda: running(replicas) == 0)
-    with httpx.Client(base_url=base, headers=headers, timeout=2) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json=body)
+    with replicas.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        next(response.iter_lines())
+    wait_until(lambda: running(replicas) == 0)
+    request = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{AUTHORIZED}Content-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", replicas.port), timeout=600) as sock:
+        sock.sendall(f"{head}Content-Length: {len(request)}\r\n\r\n".encode() + request)
+        wait_until(lambda: running(replicas) == 1 or bool(select.select([sock], [], [], 0)[0]))
     wait_until(lambda: running(replicas) == 0)
 
 

@@ -1270,6 +1270,83 @@ BUGS = (
         "if loads[name] <= slots)",
         "a conversation waits at a replica without a free slot",
     ),
+    Bug(
+        "graph-no-blank",
+        "models/graph/graph_runner.py",
+        "graph.sheet.blank(self.cache.trash)",
+        "pass",
+        "the runs before a capture repeat the last pass's moves and writes",
+    ),
+    Bug(
+        "graph-move-lost",
+        "models/graph/graph_runner.py",
+        "            self._moves[slot] = moves",
+        "            self._moves[slot] = moves[1:]",
+        "a row that is kept stays where it was",
+    ),
+    Bug(
+        "graph-moves-wait-too-long",
+        "models/graph/graph_runner.py",
+        "                self.flush()\n                said.append",
+        "                said.append",
+        "a prefill is written over rows that were still to be moved",
+    ),
+    Bug(
+        "graph-answers-in-place",
+        "models/graph/graph_runner.py",
+        "logits[first:stop].clone()",
+        "logits[first:stop]",
+        "answers lie in the memory that the next pass writes",
+    ),
+    Bug(
+        "graph-edge-ignored",
+        "models/graph/graph_runner.py",
+        "return self.settings.piece if self.settings.one_class else 0",
+        "return 0",
+        "drafts cross the edge of a piece, where plain decoding reads keys otherwise",
+    ),
+    Bug(
+        "graph-growth-unseen",
+        "models/graph/graph_runner.py",
+        "return (self._weight.data_ptr(), self.cache.places, *(stack.data_ptr() for stack in self.cache.stacks))",
+        "return ()",
+        "graphs of a cache that has grown read the old one",
+    ),
+    Bug(
+        "graph-seen-off-by-one",
+        "models/graph/sheet.py",
+        "seen.append(span.base + len(paths[-1]))",
+        "seen.append(span.base + len(paths[-1]) - 1)",
+        "a row does not see itself",
+    ),
+    Bug(
+        "graph-path-of-a-sibling",
+        "models/graph/sheet.py",
+        "above = i - 1 if i < span.pending else span.row(parents[i - span.pending])",
+        "above = i - 1",
+        "a row of a tree sees the row before it instead of its parent",
+    ),
+    Bug(
+        "graph-gate-of-a-part",
+        "models/graph/sheet.py",
+        "for row in range(part.first, part.stop)] if on",
+        "for row in range(count)] if on",
+        "the rows that use an adapter are counted from the start of a part",
+    ),
+    Bug(
+        "graph-trash-in-a-text",
+        "models/graph/stacked_cache.py",
+        "return self.places - 1",
+        "return 9",
+        "padding is written over a token",
+    ),
+    Bug(
+        "graph-gate-open",
+        "models/adapters.py",
+        "y = torch.where(on, y + (x @ down @ up).to(y.dtype), y)",
+        "y = y + (x @ down @ up).to(y.dtype)",
+        "in a pass of fixed shape every row uses the adapter",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
@@ -1282,7 +1359,7 @@ SLOTS, WORKER = "tests/test_slots.py::test_", "tests/test_serve_worker.py::test_
 GRAMMAR, SECURITY = "tests/test_serve_grammar.py::test_", "tests/test_serve_security.py::test_"
 INPUTS = "tests/test_serve_inputs.py::test_"
 KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
-FUSE = "tests/test_fuse.py::test_"
+FUSE, GRAPHS = "tests/test_fuse.py::test_", "tests/test_graphs.py::test_"
 ROWS_OF_VLLM = "tests/test_vllm_requests.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 RANKS = "tests/test_ranks.py::test_"
@@ -1345,6 +1422,15 @@ QUICK = (
     "tests/test_masks.py::test_adapters_that_come_with_the_package_are_found",
     "tests/test_masks.py::test_the_link_of_a_token_is_the_same_whenever_it_is_asked",
     "tests/test_second_start.py::test_bits_are_equal[pocket]",
+    GRAPHS + "a_sheet_by_hand",
+    GRAPHS + "a_wide_pass_is_cut_and_later_rows_see_earlier_ones",
+    GRAPHS + "drafts_end_at_the_edge_of_a_piece_where_bits_are_promised",
+    GRAPHS + "answers_outlive_the_next_pass",
+    GRAPHS + "rows_that_are_kept_stand_in_their_places",
+    GRAPHS + "the_next_request_of_a_slot_does_not_get_the_moves_of_the_last_one",
+    GRAPHS + "the_cache_grows",
+    GRAPHS + "adversaries[hidden-many]",
+    GRAPHS + "adversaries[mask_probes-one]",
     "tests/test_guess.py::test_the_price_of_a_row",
     "tests/test_guess.py::test_only_steps_that_were_drafted_for_are_timed",
     MASK_SOURCE + "a_mask_row_has_to_bring_its_price",

@@ -93,7 +93,7 @@ def examine(opening: Callable[..., LLM], model: str, max_new_tokens: int, thread
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
             llm = opening(model, "none", None, dtype, exactness, threads, runner=runner)
-            if runner == "auto" and llm.target.runner is None:
+            if runner == "auto" and llm.target.runner is None and llm.target.graphs is None:
                 continue  # the plain path comes next anyway
             requests = [repeatable(llm, sampling, 0, llm.encode(text)) for text in SAMPLE_PROMPTS]
             shapes = str(llm.target.shapes) if runner == "plain" else "any, fast runner"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
     from selfdraft.engine.engine import Engine
     from selfdraft.llm import LLM
+    from selfdraft.models.graph.graph_runner import GraphRunner
     from selfdraft.models.target import Exactness
     from selfdraft.parallel import Ranks
     from selfdraft.types import SamplingParams
@@ -164,7 +165,16 @@ def _prepared(llm: LLM, memory: Path | None, pin: bool) -> LLM:
         llm.load_memory(memory)
     if pin:
         keep_on_cores(llm)
+    if llm.target.graphs is not None:
+        _warm_up(llm.target.graphs)
     return llm
+
+
+def _warm_up(graphs: GraphRunner) -> None:
+    """Capture the graphs of plain passes before the first answer, with a bar of progress."""
+    with terminal.progress(len(graphs.settings.classes), quiet=False, what="capturing passes") as advance:
+        for _ in graphs.warm_up():
+            advance()
 
 
 def keep_on_cores(llm: LLM) -> None:

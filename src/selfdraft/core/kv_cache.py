@@ -69,7 +69,7 @@ class KVCache:
         self.places = places if exactly else max(places, 2 * self.places)
         for store in (self.keys, self.values):
             for layer, old in store.items():
-                new = self._zeros(old, old.shape[1], old.shape[3])
+                new = self._zeros(old, self.slots, old.shape[1], self.places, old.shape[3])
                 for slot, used in self._used.items():
                     kept = min(used, old.shape[2])
                     new[slot, :, :kept] = old[slot, :, :kept]
@@ -88,15 +88,15 @@ class KVCache:
             self._likes[layer] = wide, deep, like.dtype
             wide, deep, like = row_bytes(wide), row_bytes(deep), like.new_empty(0, dtype=torch.int8)
         # zeros, not empty: places behind the mask are read, and 0 * NaN would poison the sum
-        self.keys[layer] = self._zeros(like, heads, wide)
-        self.values[layer] = self._zeros(like, heads, deep)
+        self.keys[layer] = self._zeros(like, self.slots, heads, self.places, wide)
+        self.values[layer] = self._zeros(like, self.slots, heads, self.places, deep)
 
-    def _zeros(self, like: Tensor, heads: int, wide: int) -> Tensor:
-        """Strips [slots, heads, places, wide] of zeros, of which nothing takes memory yet where that can be had.
+    def _zeros(self, like: Tensor, *shape: int) -> Tensor:
+        """Strips [..., slots, heads, places, wide] of zeros that take no memory yet where that can be had.
 
         Errors: EngineError when the system has no room for them.
         """
-        shape = (self.slots, heads, self.places, wide)
+        layer = 2 * prod(shape[-4:]) * like.itemsize
         try:
             if like.device.type != "cpu":
                 return like.new_zeros(shape)
@@ -105,7 +105,7 @@ class KVCache:
             layers = max(len(self.keys), 1)
             raise EngineError(
                 f"no memory for the keys and values of {self.slots} requests with {self.places} tokens each (a layer "
-                f"takes {2 * prod(shape) * like.itemsize / 2**20:.0f} MiB, {layers} were made): lower max_num_seqs or "
+                f"takes {layer / 2**20:.0f} MiB, {layers} were made): lower max_num_seqs or "
                 "max_model_len"
             ) from error
 

@@ -106,6 +106,8 @@ class Gate:
     rows: dict[int, slice | Tensor] = field(default_factory=dict)
     traced: bool = False
     """The pass is being written down (`trace.py`): any row may use any adapter then."""
+    columns: SequenceOf[Tensor] | None = None
+    """In a pass of fixed shape, for each adapter which of all rows [n] use it (not 0); they lie on the device."""
 
 
 class Gated(nn.Module):
@@ -120,6 +122,10 @@ class Gated(nn.Module):
         for number, down, up in self.parts:
             if self.gate.traced:
                 y = gate(y, x, down, up, number)
+                continue
+            if self.gate.columns is not None:
+                on = self.gate.columns[number].view(*[1] * (y.dim() - 2), -1, 1) != 0
+                y = torch.where(on, y + (x @ down @ up).to(y.dtype), y)
                 continue
             rows = self.gate.rows.get(number)
             if rows is None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,6 @@ from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import UnsupportedModel
 from selfdraft.models.exactness import Shapes
-from selfdraft.models.runner.trace_ops import Recorder
 
 NAME = "selfdraft"
 UNPLANNED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -94,6 +94,23 @@ class Plan:
     """(layer, window) of every attention call: how the adapter proves that all layers came through here."""
     hidden: Tensor | None = None
     """Hidden states entering a block, for views that leave or resume there (`views.py`)."""
+
+
+class Attending(Protocol):
+    """What may travel to the attention function instead of a `Plan`: it does by itself what has to be done."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float,
+        cap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Queries [1, heads, n, dim] -> [1, n, heads, dim of values]."""
 
 
 def sent_at_once(lists: SequenceOf[SequenceOf[int]], device: torch.device) -> list[Tensor]:
@@ -194,7 +211,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    selfdraft: Plan | Recorder | None = None,
+    selfdraft: Plan | Attending | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Registered with transformers under NAME. Queries [1, heads, n, dim] -> ([1, n, heads, dim], None).
@@ -206,7 +223,7 @@ def attend(
     layer = module.layer_idx
     assert isinstance(layer, int)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(selfdraft, Recorder):
+    if not isinstance(selfdraft, Plan):
         return selfdraft.attend(layer, query, key, value, sliding_window, scale, softcap, s_aux), None
     plan = selfdraft
     plan.calls.append((layer, sliding_window))

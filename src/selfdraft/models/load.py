@@ -45,9 +45,11 @@ from selfdraft.models.checkpoint.weights import check_weights
 from selfdraft.models.device import check_placement
 from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
 from selfdraft.models.facts import GROWING, context_of, ropes_of
+from selfdraft.models.graph.cuda import cuda_settings, one_class
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
 from selfdraft.models.packed.quantise import quantise_model
 from selfdraft.models.proof.kept import ProofStore, Record, identity_of
+from selfdraft.models.proof.one_class import equal_rows
 from selfdraft.models.proof.shapes import probe_fast, probe_shapes
 from selfdraft.models.proof.whole_model import prove
 from selfdraft.models.runner import kernel_build
@@ -251,7 +253,7 @@ def open_target(
         raise OptionError(f"runner={runner!r} is unknown; there are 'auto', 'plain' and 'fast'")
     check_kv_cache_dtype(kv_cache_dtype)
     sizes = Sizes(slots=slots, context=context, adapters=adapters, kv_cache_dtype=kv_cache_dtype, clock=clock)
-    if proofs is None:
+    if proofs is None or next(model.parameters()).device.type == "cuda":  # the proof is of graphs, made now
         return _proven(model, exactness, runner, sizes)
     told = {"exactness": exactness, "runner": runner, "context": context, "kv_cache_dtype": kv_cache_dtype}
     identity = identity_of(model, adapters, told)
@@ -270,8 +272,9 @@ def _proven(model: PreTrainedModel, exactness: Literal["bitwise", "token"], runn
     """The target of `open_target`, tried and proved now."""
     why = "asked for"
     if runner != "plain":
+        opening = _open_graphs if next(model.parameters()).device.type == "cuda" else _open_fast
         try:
-            return _open_fast(model, exactness, **sizes)
+            return opening(model, exactness, **sizes)
         except (RunnerUnavailable, UnsupportedModel) as error:
             if runner == "fast":
                 raise
@@ -296,6 +299,32 @@ def _open_fast(model: PreTrainedModel, exactness: Literal["bitwise", "token"], *
     else:
         raise OptionError(f"exactness={exactness!r} is unknown; there are 'bitwise' and 'token'")
     target = HFTarget(model, exactness=level, fast=True, **sizes)
+    prove(target, model)
+    return target
+
+
+def _open_graphs(model: PreTrainedModel, exactness: Literal["bitwise", "token"], **sizes: Unpack[Sizes]) -> HFTarget:
+    """A target whose decoding passes are CUDA graphs. Equal bits are tried, too, before they are promised.
+
+    Errors: RunnerUnavailable.
+    """
+    if is_quantised(model) or sizes["kv_cache_dtype"] != "auto":
+        raise RunnerUnavailable("graphs have no quantised weights, and store keys and values as they are")
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    settings, level = cuda_settings(weight.device, weight.dtype), Exactness("token", "asked for")
+    if exactness not in ("bitwise", "token"):
+        raise OptionError(f"exactness={exactness!r} is unknown; there are 'bitwise' and 'token'")
+    if exactness == "bitwise" and has_experts(model):
+        level = Exactness("token", "each expert sees as many rows as are sent to it, and that number varies")
+    elif exactness == "bitwise":
+        one = cuda_settings(weight.device, weight.dtype, one_class(sizes["slots"]))
+        equal, rows = equal_rows(model, one)
+        if equal == rows:
+            settings = one
+            level = Exactness("bitwise", f"{rows} rows of two blocks had the same bits plain and drafted, in one graph")
+        else:
+            level = Exactness("token", f"{equal} of {rows} rows of two blocks had the same bits plain and drafted")
+    target = HFTarget(model, exactness=level, graphs=settings, **sizes)
     prove(target, model)
     return target
 

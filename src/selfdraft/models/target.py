@@ -17,13 +17,16 @@ from selfdraft.core.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
 from selfdraft.core.rows import Rows, text_rows
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
-from selfdraft.errors import OptionError
+from selfdraft.errors import OptionError, RunnerUnavailable
 from selfdraft.models import views
 from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, link_state, placed, shift_of
 from selfdraft.models.attention import Plan, make_plan, sent_at_once
 from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.facts import Facts, Stock
+from selfdraft.models.graph.graph_runner import SPARE, GraphRunner, GraphSettings
+from selfdraft.models.graph.static_pass import StaticPlan
+from selfdraft.models.kinds import has_experts
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.runner import Runner
@@ -60,7 +63,8 @@ class HFTarget:
     `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass,
     `masked` that of one with masks, and `packer` has their weights, where they are known already; `ends` too are given
     where the model is not loaded yet. `kv_cache_dtype` is how keys and values are stored
-    (`core/kv_cache.py`). `clock` is what drafters and measurements read, in seconds.
+    (`core/kv_cache.py`). `clock` is what drafters and measurements read, in seconds. `graphs` makes decoding passes
+    graphs of fixed shape (`graph/`): what a GPU replays, and what tests run on a CPU, where it brings nothing.
     Errors: RunnerUnavailable when that cannot be done; OptionError for another `kv_cache_dtype`.
     """
 
@@ -79,6 +83,7 @@ class HFTarget:
         ends: Ends | None = None,
         packer: Packer | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
+        graphs: GraphSettings | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         check_kv_cache_dtype(kv_cache_dtype)
@@ -88,16 +93,17 @@ class HFTarget:
         self.slots = slots
         self.clock = clock
         self.exactness = exactness
-        self.last: Plan | None = None
+        self.last: Plan | StaticPlan | None = None
         self.tuned: dict[str, JsonObject] = {one.method: one.advice for one in adapters}
         self.profile: Profile | None = None  # whoever measures one puts it here
         self._device = self.facts.device
         self.adapters = tuple(adapters)
-        self._gate = Gate()
+        self.gate = Gate()
+        """Which rows of the running pass use which adapter."""
         self._stock = model if isinstance(model, Stock) else None
         if not isinstance(model, Stock):  # a view holds the modules, and lets the model itself go
             self._view = views.clone(model).eval()
-            self._gated = gated(self._view, self.fitted, self._gate)
+            self._gated = gated(self._view, self.fitted, self.gate)
         self._views: dict[object, PreTrainedModel] = {}
         self.copies: dict[int, Copy] = {}
         """What the rounded copies took that were made so far, by bits."""
@@ -106,13 +112,30 @@ class HFTarget:
         self._ends = ends
         self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
+        self.graphs: GraphRunner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
         self.traced, self._masked = traced, masked
+        self._open_passes(fast, packer, graphs)
+
+    def _open_passes(self, fast: bool, packer: Packer | None, graphs: GraphSettings | None) -> None:
+        """From now on passes are tapes or graphs, if they are asked for. Errors: RunnerUnavailable."""
         if fast:
             self.runs = "fast"
             self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters), packer)
-            self.traced = traced or self.runner.tape(self._view)
+            self.traced = self.traced or self.runner.tape(self._view)
+        if graphs is not None:
+            self._open_graphs(graphs)
+
+    @torch.inference_mode(False)
+    def _open_graphs(self, settings: GraphSettings) -> None:
+        """From now on decoding passes are graphs. Errors: RunnerUnavailable."""
+        if self.runner is not None or self.shapes != NATURAL or self.cache.dtype != "auto":
+            raise RunnerUnavailable("graphs go with natural shapes, and with keys and values stored as they are")
+        experts = has_experts(self._view)
+        places = settings.places or self._context + SPARE
+        self.graphs = GraphRunner(self, self._view, places, settings, experts=experts)
+        self.cache, self.runs = self.graphs.cache, f"fast: {settings}"
 
     @cached_property
     def fitted(self) -> tuple[MaskAdapter, ...]:
@@ -142,7 +165,7 @@ class HFTarget:
     @cached_property
     def _gated(self) -> PreTrainedModel:
         with torch.inference_mode(False):
-            return gated(self._view, self.fitted, self._gate)
+            return gated(self._view, self.fitted, self.gate)
 
     @property
     def ends(self) -> Ends:
@@ -161,7 +184,7 @@ class HFTarget:
     def plainly(self, kv_cache_dtype: KVCacheDtype = "auto") -> HFTarget:
         """The same views on the plain path with one slot and a memory of its own: a proof disturbs nothing then."""
         twin = copy.copy(self)
-        twin.runner, twin.runs, twin.slots, twin.last = None, "plain", 1, None
+        twin.runner, twin.graphs, twin.runs, twin.slots, twin.last = None, None, "plain", 1, None
         twin.cache, twin._early = KVCache(1, self.shapes.round_length(256), kv_cache_dtype), EarlyStates()
         return twin
 
@@ -237,22 +260,28 @@ class HFTarget:
             self.cache.reserve(self.shapes.round_length(self._context) + behind, exactly=True)
 
     def next_boundary(self, position: int) -> int:
-        bucket = self.shapes.bucket
+        bucket = self.shapes.bucket if self.graphs is None else self.graphs.edges
         return (position // bucket + 1) * bucket if bucket else self._context
 
     def keep(self, slot: int, base: int, order: SequenceOf[int]) -> None:
         if all(map(int.__eq__, order, range(len(order)))):
             return  # as after every step of plain decoding
         with torch.inference_mode():  # the cache was made in it and may only be written in it
-            (self.runner or self.cache).keep(slot, base, order)
+            (self.graphs or self.runner or self.cache).keep(slot, base, order)
 
     def reuse(self, slot: int, source: int, count: int) -> None:
         self._early.drop(slot)
+        if self.graphs is not None:
+            self.graphs.flush()
         if source != slot:
             self.cache.copy(slot, source, count)
 
     @torch.inference_mode()
     def forward(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
+        return self.eager(rows, short) if self.graphs is None else self.graphs.forward(rows, short)
+
+    def eager(self, rows: Rows, short: PassVariant | None = None) -> Tensor:
+        """A pass that is no graph; see `selfdraft.protocols.Target.forward`."""
         self._make_room(rows)
         skipped = isinstance(short, Skip)
         acting = gate_rows(rows, self.adapters, self.vocab, skipped=skipped) if rows.probing else {}
@@ -261,7 +290,7 @@ class HFTarget:
         if short is None:
             return self._full(rows)
         logits, noted = self._pass(self.view(short), rows)
-        if isinstance(short, Skip) and noted is not None:
+        if isinstance(short, Skip) and noted is not None and self.graphs is None:
             self._early.note(rows, noted, short.first)
         else:
             self._early.forget(rows)
@@ -270,11 +299,11 @@ class HFTarget:
     def _run_gated(self, rows: Rows, short: PassVariant | None, acting: dict[int, list[int]]) -> Tensor:
         """A pass in which some rows use their adapter. What it leaves in the cache is nothing to build on."""
         self._early.forget(rows)
-        self._gate.rows = placed(acting, self._device)
+        self.gate.rows = placed(acting, self._device)
         try:
             return self._pass(None if short is None else self._gated_view(short), rows)[0]
         finally:
-            self._gate.rows = {}
+            self.gate.rows = {}
 
     def _full(self, rows: Rows) -> Tensor:
         """All blocks for all rows; what a drafting pass has computed of the first blocks is taken from there."""
@@ -302,25 +331,25 @@ class HFTarget:
         `hidden` [n, hidden] is where a view that resumes begins.
         """
         if self.runner is None:
-            whole = self._gated if model is None and self._gate.rows else self._view
+            whole = self._gated if model is None and self.gate.rows else self._view
             logits, plan = self._run(whole if model is None else model, rows, hidden)
             return logits, None if plan.hidden is None else plan.hidden[0]
-        embeds = self._embeds(torch.tensor(rows.tokens)[None]) if self._masked_in(rows) else None
+        embeds = self.embeds(torch.tensor(rows.tokens)[None]) if self._masked_in(rows) else None
         if model is None:
             traced = self.traced if embeds is None else self.masked
         else:
             traced = self._tape(self.runner, model, embedded=embeds is not None, resuming=hidden is not None)
         assert traced is not None
         self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
-        return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self._gate.rows)
+        return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self.gate.rows)
 
     def _tape(self, runner: Runner, model: PreTrainedModel, *, embedded: bool, resuming: bool = False) -> Traced:
         """The tape of a view, in which any row may use any adapter."""
-        self._gate.traced = True
+        self.gate.traced = True
         try:
             return runner.tape(model, embedded=embedded, resuming=resuming)
         finally:
-            self._gate.traced = False
+            self.gate.traced = False
 
     def _run(self, model: PreTrainedModel, rows: Rows, hidden: Tensor | None = None) -> tuple[Tensor, Plan]:
         """The plain path: one pass of a view over padded rows. Returns logits of the rows asked for, and the plan."""
@@ -334,13 +363,19 @@ class HFTarget:
         tokens, positions, wanted = sent_at_once((rows.tokens + empty, rows.positions + empty, asked), self._device)
         tokens = tokens[None]
         output = model(
-            **({"inputs_embeds": self._embeds(tokens)} if self._masked_in(rows) else {"input_ids": tokens}),
+            **({"inputs_embeds": self.embeds(tokens)} if self._masked_in(rows) else {"input_ids": tokens}),
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=wanted,
             selfdraft=plan,
         )
         return output.logits[0, : len(rows.logit_rows)], plan
+
+    def view_for(self, short: PassVariant | None, *, gated: bool) -> PreTrainedModel:
+        """The model as a pass uses it, None being the whole one; with adapters or without."""
+        if short is None:
+            return self._gated if gated else self._view
+        return self._gated_view(short) if gated else self.view(short)
 
     def view(self, short: PassVariant) -> PreTrainedModel:
         """The model as `short` says. One with sublayers left out notes the states entering the first of them."""
@@ -356,7 +391,7 @@ class HFTarget:
     def _gated_view(self, short: PassVariant) -> PreTrainedModel:
         if ("gated", short) not in self._views:
             if isinstance(short, Rounded):
-                made = gated(self.view(short), self.fitted, self._gate)
+                made = gated(self.view(short), self.fitted, self.gate)
             else:
                 made = self._short(self._gated, short)
             self._views["gated", short] = made
@@ -379,7 +414,7 @@ class HFTarget:
         """Whether mask ids are among the tokens; the host knows, so the device is not asked."""
         return bool(self.adapters) and rows.probing and max(rows.tokens) >= self.vocab
 
-    def _embeds(self, tokens: Tensor) -> Tensor:
+    def embeds(self, tokens: Tensor) -> Tensor:
         """Embeddings [1, n, hidden] of tokens [1, n], mask ids among them."""
         assert self._masks is not None, "mask ids come with an adapter"
         stock = self.ends.table(tokens.clamp(max=self.vocab - 1))

@@ -51,10 +51,17 @@ def identity(target: HFTarget) -> dict[str, object]:
     return {
         "model": target.facts.config,
         "shapes": str(target.shapes),
-        "runner": "plain" if target.runner is None else kernel_build.fingerprint(),
+        "runner": runner_of(target),
         "kv_cache_dtype": target.cache.dtype,
         **machine_of(target.facts.dtype, target.facts.device),
     }
+
+
+def runner_of(target: HFTarget) -> str:
+    """What runs the passes of a target: kernels by the mark of their source, graphs by their classes."""
+    if target.graphs is not None:
+        return str(target.graphs.settings)
+    return "plain" if target.runner is None else kernel_build.fingerprint()
 
 
 def place_of(target: HFTarget, folder: Path | None = None) -> Path:

@@ -38,7 +38,7 @@ def probe_shapes(model: PreTrainedModel, kv_cache_dtype: KVCacheDtype = "auto") 
     if rows is None:
         return None
     width = probe_width(model)
-    short = _first_blocks(model)
+    short = first_blocks(model)
     for multiple in MULTIPLES[MULTIPLES.index(rows) :]:
         shapes = Shapes(multiple, BUCKET, max(multiple, width))
         if _equal(short, shapes, kv_cache_dtype):
@@ -48,7 +48,7 @@ def probe_shapes(model: PreTrainedModel, kv_cache_dtype: KVCacheDtype = "auto") 
 
 def probe_fast(model: PreTrainedModel, kv_cache_dtype: KVCacheDtype = "auto") -> bool:
     """Whether drafted rows are bit-equal to plain ones on the fast runner, in any shape. Errors: RunnerUnavailable."""
-    return _equal(_first_blocks(model), NATURAL, kv_cache_dtype, fast=True)
+    return _equal(first_blocks(model), NATURAL, kv_cache_dtype, fast=True)
 
 
 @torch.inference_mode()
@@ -83,7 +83,7 @@ def probe_width(model: PreTrainedModel) -> int:
     return MULTIPLES[-1]
 
 
-def _first_blocks(model: PreTrainedModel) -> PreTrainedModel:
+def first_blocks(model: PreTrainedModel) -> PreTrainedModel:
     """A view of the first two blocks of each kind of attention; the others let the residual stream pass."""
     config = model.config.get_text_config()
     count = int(config.num_hidden_layers)

@@ -80,9 +80,9 @@ class Recorder:
     def attend(
         self,
         layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         window: int | None,
         scale: float,
         cap: float | None,
@@ -90,7 +90,7 @@ class Recorder:
     ) -> Tensor:
         """Queries [1, heads, n, dim] -> [1, n, heads, dim] by name only."""
         self.calls.append((layer, window))
-        said: Tensor = torch.ops.selfdraft.attend(q, k, v, layer, window or 0, scale, cap or 0.0, sinks)
+        said: Tensor = torch.ops.selfdraft.attend(query, key, value, layer, window or 0, scale, cap or 0.0, sinks)
         return said
 
 
