@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -29,7 +28,7 @@ from selfdraft.models.proof.one_class import equal_rows
 from selfdraft.models.proof.whole_model import prove
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Budget, SamplingParams
-from tests.clocks import on_passes
+from tests.clocks import Ticking, on_passes
 from tests.graphs import Again, settings
 from tests.models import VOCAB, random_adapters, run, tiny_llama
 from tests.test_families import FAMILIES, NEW, generated, model_of
@@ -59,7 +58,7 @@ SIZES: load.Sizes = {
     "context": None,
     "adapters": (),
     "kv_cache_dtype": "auto",
-    "clock": time.perf_counter,
+    "clock": Ticking(),
 }
 ONE = 16
 """Rows of the one class in tests of it: most trees need several passes."""

@@ -163,7 +163,7 @@ OWN = {
 }
 """Options of a sub-command that not all of them have, those about prompts left out."""
 OF_PROMPTS = {"--prompts", "--limit", "--chat", "--max-new-tokens", "--temperature", "--seed", "--output"}
-OF_ALL = {"--model", "--lora", "--quantization", "--dtype", "--exactness", "--threads", "--json", "--help"}
+OF_ALL = {"--model", "--lora", "--quantization", "--dtype", "--device", "--exactness", "--threads", "--json", "--help"}
 
 
 @pytest.mark.parametrize("name", OWN)

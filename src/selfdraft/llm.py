@@ -528,7 +528,10 @@ class LLM:
 def where_of(model: str | Path | Model, device: str, quantization: str) -> torch.device:
     """Where the model of these options runs. Errors: OptionError for a device that is not there."""
     if not isinstance(model, str | Path):
-        here: torch.device = next(model.parameters()).device
+        weights = getattr(model, "parameters", None)
+        if weights is None:
+            return torch.device("cpu")  # no model at all: opening it says what it is
+        here: torch.device = next(weights()).device
         if device != "auto" and here != pick_device(device):
             raise OptionError(f"device={device!r}: the model is loaded already, on {here}; move it with model.to()")
         return here
