@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from selfdraft.drafters import NAMES, build
-from selfdraft.models.graph.plain_tree_attention import Reach, Scores, attend_plainly
+from selfdraft.models.attention import Scores
+from selfdraft.models.graph.plain_tree_attention import Reach, attend_plainly
 from selfdraft.models.graph.sheet import Part, Sheet, SheetSize
 from selfdraft.models.load import open_target
 from selfdraft.models.target import HFTarget

@@ -17,11 +17,12 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import NAMES, build
 from selfdraft.errors import RunnerUnavailable, UnsupportedModel
 from selfdraft.models import load
+from selfdraft.models.attention import Scores
 from selfdraft.models.exactness import Shapes
 from selfdraft.models.graph.cuda import cuda_settings, one_class
 from selfdraft.models.graph.graph_runner import CLASSES, GraphSettings
 from selfdraft.models.graph.parts import joined, parts_of
-from selfdraft.models.graph.plain_tree_attention import Reach, Scores, attend_plainly
+from selfdraft.models.graph.plain_tree_attention import Reach, attend_plainly
 from selfdraft.models.graph.sheet import MOVES, PATH, Part, Sheet, SheetSize, cut, lay_out
 from selfdraft.models.graph.stacked_cache import LayerShape, StackedCache
 from selfdraft.models.proof.one_class import equal_rows

@@ -16,8 +16,8 @@ import selfdraft
 from selfdraft.core.commit import commit
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.verify import Result, walk
-from selfdraft.drafters import build, needs_of
-from selfdraft.protocols import Drafter
+from selfdraft.drafters import build
+from selfdraft.protocols import Drafter, needs_of
 from selfdraft.types import Budget, SamplingParams
 from tests.models import tiny_target
 

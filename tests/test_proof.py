@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from selfdraft.errors import RunnerUnavailable, UnsupportedModel
 from selfdraft.models import load
+from selfdraft.models.attention import Scores
 from selfdraft.models.identity import base_hash, config_hash, weights_hash, whole_hash
 from selfdraft.models.load import load_model, open_target
 from selfdraft.models.proof.kept import ProofStore, Record
@@ -103,10 +104,12 @@ def test_wrongs_of_the_runner_are_refused(wrong: str, dtype: str, monkeypatch: p
     right = Recorder.attend
 
     def attend(recorder: Recorder, *given: Any) -> Tensor:
-        told = list(given)
+        *operands, scores = given
+        told = [*operands, scores.window, scores.scale, scores.cap, scores.sinks]
         change(told)
-        said = right(recorder, *told)
-        recorder.calls[-1] = (given[0], given[4])
+        layer, query, key, value, window, scale, cap, sinks = told
+        said = right(recorder, layer, query, key, value, Scores(scale, window, cap, sinks))
+        recorder.calls[-1] = (given[0], scores.window)
         return said
 
     monkeypatch.setattr(Recorder, "attend", attend)

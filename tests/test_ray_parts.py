@@ -16,7 +16,7 @@ import yaml
 from selfdraft.cli.serve import ServeOptions
 from selfdraft.errors import SelfdraftError
 from selfdraft.integrations.ray import required
-from selfdraft.integrations.ray.conversation import conversation_of, ranks
+from selfdraft.integrations.ray.conversation import conversation_of, preferred
 from selfdraft.integrations.ray.exported import merged
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def test_what_is_no_request_has_no_conversation(body: bytes) -> None:
 
 def test_a_conversation_stays_where_it_is_when_replicas_come_and_go() -> None:
     def first(key: str, names: str, **loads: int) -> str:
-        return ranks(key, {name: loads.get(name, 0) for name in names}, 4)[0][0]
+        return preferred(key, {name: loads.get(name, 0) for name in names}, 4)[0][0]
 
     keys = [f"conversation {number}" for number in range(400)]
     four = {key: first(key, "abcd") for key in keys}
@@ -67,11 +67,11 @@ def test_a_conversation_stays_where_it_is_when_replicas_come_and_go() -> None:
     key = next(key for key in keys if four[key] == "a")
     assert first(key, "abcd", a=3) == "a"
     assert first(key, "abcd", a=4) == first(key, "bcd")
-    full = ranks(key, dict.fromkeys("abcd", 4), 4)
+    full = preferred(key, dict.fromkeys("abcd", 4), 4)
     assert len(full) == 1
     assert {*full[0]} == {*"abcd"}
-    assert ranks("", dict.fromkeys("ab", 4), 4) == [["a", "b"]]
-    assert ranks(key, {}, 4) == []
+    assert preferred("", dict.fromkeys("ab", 4), 4) == [["a", "b"]]
+    assert preferred(key, {}, 4) == []
 
 
 def test_metrics_of_replicas_stay_apart() -> None:

@@ -20,10 +20,10 @@ from selfdraft.core.commit import commit
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result, walk
-from selfdraft.drafters import build, needs_of
+from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError
-from selfdraft.protocols import Drafter, Target
+from selfdraft.protocols import Drafter, Target, needs_of
 from selfdraft.prove.rejections import KINDS, NEAR, UNDRAFTED, Explained, Rejection, Summary, explain
 from selfdraft.testing import PROMPTS, SAMPLINGS, Adversary, FakeTarget, check_drafter
 from selfdraft.types import Budget, SamplingParams

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from selfdraft.core import told
+from selfdraft.core import verify
 from selfdraft.core.sampler import NOTHING, choose, process
 from selfdraft.core.told import NAN, UNSAID, Asked, tell
 from selfdraft.drafters import build
@@ -105,13 +105,13 @@ DRAFTERS = ("none", "lookahead", "layer_skip", "auto", "space")
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_the_text_is_that_of_plain_decoding(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All samplings in one batch, with this machine taken for a device that is waited for."""
-    monkeypatch.setattr(told, "apart", lambda logits: True)
+    monkeypatch.setattr(verify, "apart", lambda logits: True)
     target = target_for(WAYS["tight"])
     same_text(decode(target, build(drafter, target, OPTIONS.get(drafter)), MIXED, WAYS["tight"]), MIXED)
 
 
 def test_a_request_that_bans_every_token_ends_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(told, "apart", lambda logits: True)
+    monkeypatch.setattr(verify, "apart", lambda logits: True)
     banned = SamplingParams(max_tokens=3, allowed_token_ids=(3,), logit_bias={3: float("-inf")})
     with pytest.raises(EngineError, match="every token is banned here"):
         run(HFTarget(tiny_llama()), "none", [[1, 2]], banned)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from selfdraft.core.rows import tree_rows
 from selfdraft.core.tree import EMPTY, Draft
-from selfdraft.models.graph.plain_tree_attention import Reach, Scores, attend_plainly
+from selfdraft.models.attention import Scores
+from selfdraft.models.graph.plain_tree_attention import Reach, attend_plainly
 from selfdraft.models.graph.sheet import Lines, Part, Sheet, SheetSize, lay_out
 
 PIECE = 32

@@ -24,7 +24,7 @@ import torch
 from selfdraft.core.detokenizer import TextStream
 from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.drafters import build, find, memory_of, needs_of, table
+from selfdraft.drafters import build, find, memory_of, table
 from selfdraft.drafters.lookahead import Lookahead
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.shared import SharedEngine
@@ -57,7 +57,7 @@ from selfdraft.prompts import (
     render_messages,
     split_prompts,
 )
-from selfdraft.protocols import Drafter
+from selfdraft.protocols import Drafter, needs_of
 from selfdraft.sampling import bad_word_ids, generation_defaults, read_generation_config, spread, stop_tokens
 from selfdraft.tune.machine import profile_of
 from selfdraft.types import Clock, Quantization, SamplingParams, Stats, check_quantization, within

@@ -131,3 +131,9 @@ class Drafter(Protocol):
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         """Learn from what the target answered at every row. Called after the tokens were committed."""
+
+
+def needs_of(drafter: object) -> Needs:
+    """What a drafter, or its class, declares to read; the defaults where it declares nothing."""
+    needs = getattr(drafter, "needs", None)
+    return needs if isinstance(needs, Needs) else Needs()

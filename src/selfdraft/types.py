@@ -124,17 +124,7 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """True when the target's choice is the argmax of the raw logits, whatever came before."""
-        return self.greedy and not (
-            self.logit_bias
-            or self.bad_words
-            or self.bad_words_ids
-            or self.allowed_token_ids is not None
-            or self.min_tokens
-            or self.logits_processors
-            or self.repetition_penalty != 1.0
-            or self.presence_penalty
-            or self.frequency_penalty
-        )
+        return self.greedy and self.local and not self.logit_bias and self.allowed_token_ids is None
 
     @property
     def local(self) -> bool:

@@ -172,8 +172,8 @@ BUGS = (
     Bug(
         "in-place",
         "core/sampler.py",
-        "copy=True)\n    scores = _constrain",
-        "copy=False)\n    scores = _constrain",
+        "copy=True)\n    if sampling.allowed",
+        "copy=False)\n    if sampling.allowed",
         "a reader of logits changes them for the others",
     ),
     Bug(

@@ -56,16 +56,7 @@ def choose_rows(logits: Tensor, sampling: SamplingParams, places: Sequence[tuple
 
 def score_rows(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """What `process` says of rows of raw logits [n, vocab], for a sampling that looks at the row alone: [n, vocab]."""
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    if sampling.allowed_token_ids is not None:
-        allowed = torch.tensor(sampling.allowed_token_ids, device=scores.device)
-        scores = torch.full_like(scores, BANNED).index_copy_(1, allowed, scores.index_select(1, allowed))
-    for token, bias in sampling.logit_bias.items():
-        scores[:, token] += bias
-    if sampling.greedy:
-        return scores
-    coolest = max(sampling.temperature, torch.finfo(scores.dtype).tiny)
-    return _truncate((scores - scores.amax(-1, keepdim=True)) / coolest, sampling)
+    return _cooled(_biased(logits, sampling), sampling)
 
 
 def process(
@@ -76,16 +67,31 @@ def process(
     `ends` are the ids that end the output; they stay banned until `min_tokens`. Banned tokens score -inf.
     Processors see a copy: the logits of other readers never change.
     """
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    scores = _constrain(scores, sampling, path, prompt_length, ends)
+    scores = _constrain(_biased(logits, sampling), sampling, path, prompt_length, ends)
     scores = _penalise(scores, sampling, path, prompt_length)
     for processor in sampling.logits_processors:
         scores = _checked(processor(path, scores), scores)
+    return _cooled(scores, sampling)
+
+
+def _biased(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Scores [..., vocab], a copy: only the allowed tokens, with their biases."""
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if sampling.allowed_token_ids is not None:
+        allowed = torch.tensor(sampling.allowed_token_ids, device=scores.device)
+        scores = torch.full_like(scores, BANNED).index_copy_(-1, allowed, scores.index_select(-1, allowed))
+    for token, bias in sampling.logit_bias.items():
+        scores[..., token] += bias
+    return scores
+
+
+def _cooled(scores: Tensor, sampling: SamplingParams) -> Tensor:
+    """Scores [..., vocab] at the temperature, truncated; those of a greedy request as they are."""
     if sampling.greedy:
         return scores
     # the best score becomes 0, so that no temperature however small lifts it to infinity
     coolest = max(sampling.temperature, torch.finfo(scores.dtype).tiny)
-    return _truncate((scores - scores.max()) / coolest, sampling)
+    return _truncate((scores - scores.amax(-1, keepdim=True)) / coolest, sampling)
 
 
 def _checked(returned: Tensor, given: Tensor) -> Tensor:
@@ -101,13 +107,6 @@ def _checked(returned: Tensor, given: Tensor) -> Tensor:
 def _constrain(
     scores: Tensor, sampling: SamplingParams, path: Sequence[int], prompt_length: int, ends: frozenset[int]
 ) -> Tensor:
-    if sampling.allowed_token_ids is not None:
-        kept = torch.full_like(scores, BANNED)
-        allowed = list(sampling.allowed_token_ids)
-        kept[allowed] = scores[allowed]
-        scores = kept
-    for token, bias in sampling.logit_bias.items():
-        scores[token] += bias
     written = len(path) - prompt_length
     for word in sampling.bad_words_ids:
         before = len(word) - 1

@@ -47,11 +47,6 @@ class Told:
     """The likeliest tokens, if some were asked for."""
 
 
-def apart(logits: Tensor) -> bool:
-    """Whether looking at them makes the host wait."""
-    return logits.device.type != "cpu"
-
-
 def tell(logits: Tensor, asked: SequenceOf[Asked], top: int = 0, *, chances: bool = False) -> Told:
     """What rows of logits [n, vocab] say, fetched at once; `asked` covers the rows in their order.
 

@@ -65,9 +65,14 @@ def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]
         node = child
 
 
+def apart(logits: Tensor) -> bool:
+    """Whether looking at them makes the host wait."""
+    return logits.device.type != "cpu"
+
+
 def argmaxes(logits: Tensor) -> list[int]:
     """The best id of every row of [n, vocab], ties to the lowest id; NAN where a score is NaN."""
-    if told.apart(logits):
+    if apart(logits):
         return told.tell(logits, []).best
     # torch compares number by number here, numpy sixteen at once; for both NaN is more than any number
     scores = (logits.float() if logits.itemsize < 4 else logits).numpy()
@@ -109,7 +114,7 @@ def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int)
     """What the rows say: of a device all of it at once, on a CPU the best ids alone."""
     if not len(logits):
         return Told([], [], [], None)
-    if not told.apart(logits):
+    if not apart(logits):
         return Told(argmaxes(logits), [], [], None)
     asked = []
     for span, sequence in zip(rows.spans, sequences, strict=True):

@@ -22,7 +22,7 @@ from selfdraft.drafters.space import Space
 from selfdraft.drafters.suffix import Suffix
 from selfdraft.drafting.output_memory import MOST, Memory
 from selfdraft.errors import OptionError
-from selfdraft.protocols import Drafter, Needs, Target
+from selfdraft.protocols import Drafter, Target
 
 Factory = Callable[..., Drafter]
 
@@ -55,12 +55,6 @@ def table() -> dict[str, Factory]:
 def options_of(factory: Factory) -> list[str]:
     """Names of the options a drafter takes."""
     return [name for name, p in inspect.signature(factory).parameters.items() if p.kind is p.KEYWORD_ONLY]
-
-
-def needs_of(drafter: Drafter | Factory) -> Needs:
-    """What a drafter, or its class, declares to read; the defaults where it declares nothing."""
-    needs = getattr(drafter, "needs", None)
-    return needs if isinstance(needs, Needs) else Needs()
 
 
 def find(name: str, options: Mapping[str, object]) -> Factory:

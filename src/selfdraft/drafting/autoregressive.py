@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from selfdraft.core import told
+from selfdraft.core import told, verify
 from selfdraft.core.rows import Rows, chain_rows
 from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, process
 from selfdraft.core.sequence import Sequence
@@ -134,7 +134,7 @@ def said_by(chains: SequenceOf[Chain], logits: Tensor) -> list[tuple[int, float]
 
     Errors: EngineError where the options of a request ban every token.
     """
-    if not told.apart(logits):
+    if not verify.apart(logits):
         return [chain.said(row) for chain, row in zip(chains, logits, strict=True)]
     asked = [Asked(chain.sequence.sampling, chain.sequence.seed, [len(chain.path)]) for chain in chains]
     found = told.tell(logits, asked, chances=True)

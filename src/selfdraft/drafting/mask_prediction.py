@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from selfdraft.core import told
+from selfdraft.core import verify
 from selfdraft.core.noise import gumbel, gumbel_at
 from selfdraft.core.sampler import process, score_rows
 from selfdraft.core.sequence import Sequence
@@ -65,7 +65,7 @@ class Place:
         shift = link(token, self.ids)
         logits = self.logits if shift is None else self.logits + shift.to(self.logits.dtype) / self.temperature
         best = (logits + self.noise).softmax(-1).topk(min(most, len(self.ids)))
-        if told.apart(logits):  # both in one wait
+        if verify.apart(logits):  # both in one wait
             ids, chances = torch.stack([self.ids[best.indices].double(), best.values.double()]).tolist()
             return Guess(tuple(map(int, ids)), tuple(chances))
         return Guess(tuple(self.ids[best.indices].tolist()), tuple(best.values.tolist()))
@@ -85,7 +85,7 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         best = wide.topk(min(CANDIDATES, wide.shape[-1]))
         silence = torch.zeros_like(best.values[:1]).squeeze(0)
         return [Place(ids, values, silence, 1.0) for ids, values in zip(best.indices, best.values, strict=True)]
-    if sampling.local and told.apart(logits):
+    if sampling.local and verify.apart(logits):
         return _places_at_once(logits, sequence)
     path, found = list(sequence.tokens), []
     for row in logits:

@@ -14,7 +14,7 @@ from selfdraft.engine import scheduler
 from selfdraft.engine.slots import ONE_PROMPT, Reuse, Slots
 from selfdraft.engine.step import Choose, step
 from selfdraft.errors import EngineError, PromptTooLong, RequestError
-from selfdraft.protocols import Drafter, Needs, Target
+from selfdraft.protocols import Drafter, Target, needs_of
 from selfdraft.types import within
 
 
@@ -49,8 +49,8 @@ class Engine:
         self.slots = Slots(slots, chunk, reuse)
         self._owners: WeakKeyDictionary[Sequence, str] = WeakKeyDictionary()
         self._drafters: WeakKeyDictionary[Sequence, Drafter] = WeakKeyDictionary()
-        self._last = drafter
-        """The drafter of the last step."""
+        self._last, self._verify = drafter, partial(verify, top=needs_of(drafter).runners_up)
+        """The drafter of the last step, and what follows the target's choices for it."""
 
     def submit(self, sequence: Sequence, *, owner: str | None = None, drafter: Drafter | None = None) -> None:
         """Let a sequence wait for a slot; one that was aborted before is not run. Errors: those of `check`.
@@ -103,10 +103,10 @@ class Engine:
             if self.running or self.waiting:
                 raise EngineError(f"{len(self.waiting)} requests wait and none runs, but no slot is free")
             return []
-        self._last = self._drafters[work[0][0]]
+        if (turn := self._drafters[work[0][0]]) is not self._last:
+            self._last, self._verify = turn, partial(verify, top=needs_of(turn).runners_up)
         try:
-            choose = self.choose or partial(verify, top=_runners_up(self._last))
-            results = step(self.target, self._last, work, self.nodes, choose)
+            results = step(self.target, self._last, work, self.nodes, self.choose or self._verify)
         finally:
             self._release()
         return [(sequence, result) for (sequence, _), result in zip(work, results, strict=True)]
@@ -166,9 +166,3 @@ class Engine:
 
     def _has(self, owner: str) -> bool:
         return any(self._owners.get(one) == owner for one in (*self.running, *self.waiting))
-
-
-def _runners_up(drafter: Drafter) -> int:
-    """How many likeliest tokens of every row a drafter reads."""
-    needs = getattr(drafter, "needs", None)
-    return needs.runners_up if isinstance(needs, Needs) else 0

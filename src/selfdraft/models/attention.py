@@ -96,20 +96,20 @@ class Plan:
     """Hidden states entering a block, for views that leave or resume there (`views.py`)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer scores keys: scale, sliding window, soft cap, and one sink for each query head."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+    sinks: Tensor | None = None
+
+
 class Attending(Protocol):
     """What may travel to the attention function instead of a `Plan`: it does by itself what has to be done."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int | None,
-        scale: float,
-        cap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Queries [1, heads, n, dim] -> [1, n, heads, dim of values]."""
 
 
@@ -224,7 +224,7 @@ def attend(
     assert isinstance(layer, int)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(selfdraft, Plan):
-        return selfdraft.attend(layer, query, key, value, sliding_window, scale, softcap, s_aux), None
+        return selfdraft.attend(layer, query, key, value, Scores(scale, sliding_window, softcap, s_aux)), None
     plan = selfdraft
     plan.calls.append((layer, sliding_window))
     for span in plan.spans:

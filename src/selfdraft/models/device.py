@@ -11,7 +11,6 @@ import torch
 
 from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models.kinds import is_spread
-from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.runner import kernel_build
 from selfdraft.types import check_device, check_dtype
 
@@ -82,6 +81,11 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that a GPU has left."""
     free: int = torch.cuda.mem_get_info(device)[0]
     return free
+
+
+def bfloat16_units() -> bool:
+    """Whether the processor multiplies bfloat16 numbers itself; torch emulates their products where it does not."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def dtype_on(name: str, device: torch.device, runner: str = "auto") -> torch.dtype | None:

@@ -26,13 +26,6 @@ def cpu_flags() -> set[str]:
     return set(_told("flags").split()) if platform.machine() == "x86_64" else set()
 
 
-def bfloat16_units() -> bool:
-    """Whether the processor multiplies bfloat16 numbers itself; torch emulates their products where it does not."""
-    import torch
-
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
 def _told(field: str) -> str:
     """What Linux says of the first processor; nothing where there is no such field."""
     try:

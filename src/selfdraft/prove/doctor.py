@@ -15,8 +15,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import RunnerUnavailable
-from selfdraft.models.device import gpu_facts
-from selfdraft.models.machine import bfloat16_units
+from selfdraft.models.device import bfloat16_units, gpu_facts
 from selfdraft.models.runner import kernel_build
 from selfdraft.protocols import Drafter, Target
 from selfdraft.prove.record import Record, decode

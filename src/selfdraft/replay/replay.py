@@ -21,13 +21,13 @@ from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
 from selfdraft.core.verify import Result, walk
-from selfdraft.drafters import build, find, needs_of, table
+from selfdraft.drafters import build, find, table
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.engine.scheduler import share
 from selfdraft.engine.step import step
 from selfdraft.errors import OptionError
 from selfdraft.files.token_log import FAR, Logged
-from selfdraft.protocols import Drafter, DraftExtras
+from selfdraft.protocols import Drafter, DraftExtras, needs_of
 from selfdraft.replay.reliability import Reliability
 from selfdraft.types import Budget, PassVariant, SamplingParams, Stats, within
 

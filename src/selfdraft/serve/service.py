@@ -11,12 +11,12 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from selfdraft.core.sequence import Sequence
-from selfdraft.drafters import build, needs_of
+from selfdraft.drafters import build
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.llm import LLM
 from selfdraft.methods import ALIASES
 from selfdraft.prompts import check_text, once, render_messages, text_of
-from selfdraft.protocols import Drafter
+from selfdraft.protocols import Drafter, needs_of
 from selfdraft.serve import tools as calling
 from selfdraft.serve.errors import ApiError
 from selfdraft.serve.grammar import ANY_OBJECT, GrammarDrafter, Grammars

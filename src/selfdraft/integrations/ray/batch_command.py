@@ -40,6 +40,7 @@ def check_batch(given: GenerateOptions) -> Path:
         "prompts": given.prompts,
         "compare": given.compare,
     }
+    others |= {"lookahead_parallel": given.lookahead_parallel}
     others |= {"prediction": given.prediction, "memory": given.memory, "log": given.log, "json": given.as_json}
     if given_too := next((name for name, value in others.items() if value), None):
         name = "a prompt" if given_too == "prompt" else f"--{given_too.replace('_', '-')}"

@@ -53,7 +53,7 @@ def _beginning(prompt: object) -> str:
     return ""
 
 
-def ranks(key: str, loads: Mapping[str, int], slots: int) -> list[list[str]]:
+def preferred(key: str, loads: Mapping[str, int], slots: int) -> list[list[str]]:
     """The replicas for a conversation, best first. `loads`: requests of each replica; `slots`: how many run at once.
 
     Each replica draws a number for the conversation, and the highest wins (rendezvous hashing, Thaler and Ravishankar

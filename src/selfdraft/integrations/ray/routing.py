@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from selfdraft.integrations.ray.conversation import ranks
+from selfdraft.integrations.ray.conversation import preferred
 
 
 class ConversationRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are not typed here
@@ -27,4 +27,4 @@ class ConversationRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes 
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         known = self.replica_queue_len_cache
         loads = {name: known.get(replica.replica_id) or 0 for name, replica in by_name.items()}
-        return [[by_name[name] for name in rank] for rank in ranks(key, loads, self.slots)]
+        return [[by_name[name] for name in group] for group in preferred(key, loads, self.slots)]

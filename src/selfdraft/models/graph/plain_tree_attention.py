@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from selfdraft.models.attention import Scores
 from selfdraft.models.graph.sheet import tensors
 
 
@@ -27,16 +28,6 @@ class Reach:
     """Positions of a piece of keys."""
     tile: int
     """Most rows of a tile of the sheet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """How a layer scores keys: scale, sliding window, soft cap, and one sink for each query head."""
-
-    scale: float
-    window: int | None = None
-    cap: float | None = None
-    sinks: Tensor | None = None
 
 
 class Attention(Protocol):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.kv_cache import KVCache
+from selfdraft.models.attention import Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,17 +37,7 @@ class ShapeNotes:
     hidden: Tensor | None = None
     """As in `Plan`."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int | None,
-        scale: float,
-        cap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Queries [1, heads, n, dim] -> zeros [1, n, heads, dim of values]."""
         self.layers[layer] = LayerShape(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         self.dtype = key.dtype

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from selfdraft.models.graph.plain_tree_attention import Attention, Reach, Scores
+from selfdraft.models.attention import Scores
+from selfdraft.models.graph.plain_tree_attention import Attention, Reach
 from selfdraft.models.graph.sheet import tensors
 
 
@@ -48,23 +49,12 @@ class StaticPlan:
         self._heads = {count: torch.arange(count, device=at.device)[None] for count in counts}
         self.calls.clear()
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int | None,
-        scale: float,
-        cap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Queries [1, heads, n, dim] -> [1, n, heads, dim of values]; keys and values go to their rows' places."""
-        self.calls.append((layer, window))
+        self.calls.append((layer, scores.window))
         assert self._at is not None, "a pass begins with `begin`"
         where = self._at[0], self._heads[key.shape[1]], self._at[1]
         keys, values = self.keys[layer], self.values[layer]
         keys.index_put_(where, key[0].transpose(0, 1))
         values.index_put_(where, value[0].transpose(0, 1))
-        scores = Scores(scale, window, cap, sinks)
         return self.attention(query[0].transpose(0, 1), keys, values, self.sheet, self.reach, scores)[None]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdraft.models.graph.plain_tree_attention import Reach, Scores
+from selfdraft.models.attention import Scores
+from selfdraft.models.graph.plain_tree_attention import Reach
 from selfdraft.models.graph.tree_kernels import rest_of_path, whole_pieces
 
 LEAST = 16

@@ -6,7 +6,7 @@ Attention and gates compute nothing here; products with block weights (`models/p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 from selfdraft.models.packed import layout
 from selfdraft.models.packed.formats import FORMATS, LANES
 from selfdraft.models.packed.twin import rounded
+
+if TYPE_CHECKING:  # attention asks layers for their weights, and these have operations from here
+    from selfdraft.models.attention import Scores
 
 PART = 1 << 24
 """Weights that the plain path writes out at a time."""
@@ -77,20 +80,11 @@ class Recorder:
     """As in `Plan`."""
     calls: list[tuple[int, int | None]] = field(default_factory=list)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int | None,
-        scale: float,
-        cap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Queries [1, heads, n, dim] -> [1, n, heads, dim] by name only."""
-        self.calls.append((layer, window))
-        said: Tensor = torch.ops.selfdraft.attend(query, key, value, layer, window or 0, scale, cap or 0.0, sinks)
+        self.calls.append((layer, scores.window))
+        told = scores.window or 0, scores.scale, scores.cap or 0.0, scores.sinks
+        said: Tensor = torch.ops.selfdraft.attend(query, key, value, layer, *told)
         return said
 
 

@@ -28,9 +28,8 @@ from selfdraft.models.adapters import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.checkpoint.embedded import checkpoint
 from selfdraft.models.checkpoint.folder import check_tokenizer_files, check_vocabulary
 from selfdraft.models.checkpoint.lora import unwrapped
-from selfdraft.models.device import BEHIND, Room, free_bytes, moved
+from selfdraft.models.device import BEHIND, Room, bfloat16_units, free_bytes, moved
 from selfdraft.models.facts import Stock
-from selfdraft.models.machine import bfloat16_units
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
@@ -109,6 +108,7 @@ def open_model(model: str | Path | Model, wanted: Wanted, *, cache: bool) -> Ope
     opened = _loaded(path, folder, wanted, proofs)
     if wanted.dtype is None and _emulated(opened.target):
         _log.info("%s is loaded in float32: bfloat16 is emulated here (%s)", model, opened.target.runs)
+        del opened  # or the weights of both would be in memory
         opened = _loaded(path, folder, replace(wanted, dtype=torch.float32), proofs)
     if file is not None:
         keep(file, identity, opened)
