@@ -5,8 +5,12 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY = .venv/.ready
 READY_DEV = .venv/.ready-dev
 READY_VLLM = .venv-vllm/.ready
+DATA ?= data
+LIMIT ?= 20
+BENCH = $(BIN)/selfdraft bench --tasks spec-bench,humaneval,gsm8k,mbpp,cnn-dailymail,xsum --data-dir $(DATA) --limit $(LIMIT) \
+	--drafters auto,merged,context,suffix,lookup,lookahead,recycling,cascade --max-new-tokens 64 --runs 1
 
-.PHONY: demo test test-vllm check format wheel planted clean
+.PHONY: demo test test-vllm check format wheel planted results clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -39,6 +43,14 @@ wheel: $(READY_DEV)
 	.wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check .wheel/*.whl
 	cd .wheel && env PATH=/nonexistent venv/bin/selfdraft generate "Once upon a time" --model pocket --max-new-tokens 8
 	rm -rf .wheel
+
+# the tables of docs/results.md, some hours on two cores; DATA: a folder with the files of the tasks' authors, LIMIT: prompts of
+# each task. It goes on where it was stopped.
+results: $(READY_DEV)
+	mkdir -p docs/results
+	$(BENCH) --temperature 0 --output docs/results/greedy.jsonl
+	$(BENCH) --temperature 0.8 --output docs/results/sampled.jsonl
+	$(BIN)/selfdraft results docs/results/*.jsonl --output docs/results.md --pictures docs/pictures/results
 
 planted: $(READY_DEV)
 	$(BIN)/python -m tests.planted

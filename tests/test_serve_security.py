@@ -14,11 +14,15 @@ import httpx
 import pytest
 
 from selfdraft import SamplingParams
+from selfdraft.core.tree import EMPTY
+from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
+from selfdraft.outputs import PieceReader
 from selfdraft.serve.answers import padded
 from selfdraft.serve.app import FRAME
 from selfdraft.serve.guard import OPEN
 from selfdraft.serve.settings import Keys, Settings, read_keys
+from selfdraft.serve.worker import Update, together
 from tests.serving import Served, pocket, serving
 
 KEYS = ("first-key-1234", "second-key-5678")
@@ -217,6 +221,37 @@ def test_paced_streams_have_parts_of_equal_sizes() -> None:
     assert "".join(_texts(raw.decode())).replace("|", "") == pocket("none").chat(
         messages, SamplingParams(max_tokens=30)
     ).outputs[0].text.replace("|", "")
+
+
+def test_a_paced_part_is_one_event_whatever_steps_brought() -> None:
+    """Between two parts drafts may bring one token or twenty, in as many steps: the part looks the same."""
+    llm = pocket("none", max_num_seqs=2)
+    (request,) = llm.requests("Once upon a time", SamplingParams(max_tokens=20))
+    reader, updates = PieceReader(request), []
+    for _ in llm.engine.generate([request]):
+        if reader.moved:
+            updates.append(Update(0, reader.read()))
+    assert len(updates) == 20
+    other = [Update(1, update.piece) for update in updates]
+    found = together([each for pair in zip(updates, other, strict=True) for each in pair])
+    assert [update.index for update in found] == [0, 1]
+    for update in found:
+        piece = update.piece
+        assert piece.text == "".join(each.piece.text for each in updates) == piece.output.text
+        assert piece.token_ids == tuple(request.output) == piece.output.token_ids
+        assert (piece.sources, piece.finish_reason) == (("target",) * 20, "length")
+
+
+def test_steps_that_are_shown_stay_apart() -> None:
+    llm = pocket("none", max_num_seqs=1)
+    (request,) = llm.requests("Once upon a time", SamplingParams(max_tokens=3))
+    reader, pieces = PieceReader(request), []
+    for _ in llm.engine.generate([request]):
+        if reader.moved:
+            pieces.append(reader.read())
+    shown = Result(EMPTY)
+    updates = [Update(0, pieces[0]), Update(0, pieces[1], shown), Update(0, pieces[2])]
+    assert together(updates) == updates
 
 
 @pytest.mark.parametrize("events", [b"", b"data: {}\n\n", b"data: " + b"x" * 2000 + b"\n\n"])

@@ -59,6 +59,16 @@ class Piece:
     _size: int = field(repr=False, compare=False)
     """Characters of the answer so far."""
 
+    def and_then(self, later: Piece) -> Piece:
+        """This piece and the one behind it, as one."""
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            sources=self.sources + later.sources,
+            logprobs=self.logprobs + later.logprobs,
+        )
+
     @property
     def output(self) -> CompletionOutput:
         """The answer up to this piece; costs its length."""

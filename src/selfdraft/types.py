@@ -330,6 +330,16 @@ def middle(layers: int, width: int) -> Skip:
     return Skip(frozenset(range(first, first + width)), frozenset(range(first, first + width)))
 
 
+def usual_widths(layers: int) -> tuple[int, ...]:
+    """Widths of S3D's skipped middle that are tried or trained unless told otherwise: a third, a half, two thirds."""
+    return tuple(sorted({max(1, layers // 3), max(1, layers // 2), max(1, 2 * layers // 3)}))
+
+
+def comma_separated(text: str) -> list[str]:
+    """The parts of a list with commas, without blanks around them; empty ones are left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 Clock = Callable[[], float]
 """Seconds since some moment; only differences count."""
 

@@ -21,7 +21,7 @@ from selfdraft.bench import scores
 from selfdraft.bench.sandbox.outside import Verdict, run_program
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.files.records import read_records, turns_of
-from selfdraft.types import JsonObject
+from selfdraft.types import JsonObject, comma_separated
 
 BUNDLED = Path(__file__).parent / "data"
 Score = dict[str, float | list[bool] | list[str]]
@@ -89,10 +89,10 @@ def load(name: str, folder: Path | None, *, chat: bool, limit: int | None) -> li
 def names_of(wanted: str) -> list[str]:
     """The tasks of a list with commas; 'all' is every one. Errors: OptionError names what there is."""
     names: list[str] = []
-    for name in (part.strip() for part in wanted.split(",")):
+    for name in comma_separated(wanted):
         if name == "all":
             names += TASKS
-        elif name:
+        else:
             _check_name(name)
             names.append(name)
     names = list(dict.fromkeys(names))

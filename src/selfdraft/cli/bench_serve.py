@@ -17,7 +17,7 @@ from selfdraft.cli import terminal
 from selfdraft.cli.options import as_verb, parse_config
 from selfdraft.errors import OptionError, RequestError, ServerError
 from selfdraft.remote import Address, checked_key, need_httpx, read_key, url_of
-from selfdraft.types import JsonObject
+from selfdraft.types import JsonObject, comma_separated
 
 if TYPE_CHECKING:
     from selfdraft.bench.load.arrivals import Ask, Point
@@ -178,7 +178,7 @@ def check_outputs(given: LoadOptions) -> None:
 def numbers(option: str, text: str, least: float, kind: type[int] | type[float]) -> list[int] | list[float]:
     """The numbers of a list with commas, each once. Errors: OptionError."""
     try:
-        found = [kind(part) for part in text.split(",") if part.strip()]
+        found = [kind(part) for part in comma_separated(text)]
     except ValueError:
         found = []
     if not found or not all(least <= one < 1e9 for one in found):

@@ -16,7 +16,7 @@ import typer
 from selfdraft.cli import terminal
 from selfdraft.errors import LoadError, MissingMasks, OptionError, RequestError, RunnerUnavailable
 from selfdraft.methods import ALIASES, OPTIONS, check_early, drafter_of, offered
-from selfdraft.types import Quantization, check_device, check_dtype
+from selfdraft.types import Quantization, check_device, check_dtype, comma_separated
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence as Request
@@ -400,7 +400,7 @@ def named(wanted: str) -> list[str]:
 
     Errors: OptionError.
     """
-    names = [*dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip())]
+    names = [*dict.fromkeys(comma_separated(wanted))]
     if wanted == "all" and not offered():
         return [*OPTIONS]
     if wanted == "all" or not all(ALIASES.get(name, name) in OPTIONS for name in names):

@@ -15,6 +15,7 @@ from selfdraft.cli import terminal
 from selfdraft.cli.options import parse_config
 from selfdraft.errors import OptionError, PeerError, PromptTooLong
 from selfdraft.files.atomic import cache_folder
+from selfdraft.types import comma_separated
 
 if TYPE_CHECKING:
     from selfdraft.bench.peers import Kind, Peer
@@ -79,7 +80,7 @@ def find_peers(
     if wanted and not greedy:
         raise OptionError("--peers: other engines are compared at --temperature 0; their random numbers are others")
     found = Lookup(homes, file)
-    if names is not None and "llama.cpp" in wanted and "llama.cpp" in _parts(names) and found.server:
+    if names is not None and "llama.cpp" in wanted and "llama.cpp" in comma_separated(names) and found.server:
         wanted = _with_modes(wanted)
     twice = next((label for label in wanted if label in [one.label for one in drafters]), None)
     if twice is not None:
@@ -192,11 +193,6 @@ def _about(file: Path) -> dict[str, object]:
     return {"name": file.name, "bytes": state.st_size, "modified": state.st_mtime_ns}
 
 
-def _parts(names: str) -> list[str]:
-    """The names of a list with commas."""
-    return [part.strip() for part in names.split(",") if part.strip()]
-
-
 Wanted = dict[str, tuple[str, dict[str, int], bool]]
 """Label to peer, options, and whether it was named."""
 
@@ -220,7 +216,7 @@ def _wanted(names: str | None, configs: Sequence[str]) -> Wanted:
 
     every = names == "all"
     found: Wanted = {}
-    for name in [*PEERS] if every else _parts(names or ""):
+    for name in [*PEERS] if every else comma_separated(names or ""):
         found[name] = (name, _kind(name).options, not every)
     for config in configs:
         options = parse_config(config, "--peer-config") or {}

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.suffix_automaton import SuffixAutomaton
+from selfdraft.drafting.suffix_automaton import SuffixAutomaton, repeated
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget, within
 
@@ -56,6 +56,4 @@ class Suffix:
         if length < self.shortest:
             return []
         size = min(most, max(1, int(self.factor * length)))
-        copied = sequence.tokens[end : end + size]
-        period = len(copied)
-        return [copied[place % period] for place in range(size)]
+        return repeated(sequence.tokens[end : end + size], size)

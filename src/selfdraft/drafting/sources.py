@@ -13,7 +13,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.verify import Result
 from selfdraft.drafting.alignment import COPIED, FOLLOWED, KINDS, Aligned, Match, kind_of_match, realign
 from selfdraft.drafting.context_tree import BELIEFS, SILENCE, ContextTree, Guesses, State
-from selfdraft.drafting.successors import Answers, likeliest, topk
+from selfdraft.drafting.successors import Answers, likeliest, order_of_learning, topk
 
 ANCHOR = 2
 """A match of 2 tokens or more leaves an alignment behind when it breaks."""
@@ -185,7 +185,7 @@ class Successors:
         rows = 1 + draft.num_candidates  # masks, behind them, are no text
         logits = result.logits[:rows]
         known = None if result.top is None else (result.top[0][:rows], result.top[1][:rows])
-        order = [*range(rows - 1, 0, -1), 0, *(node + 1 for node in result.path)]
+        order = order_of_learning(rows, result.path)
         if self._greedy:
             best = (topk(logits, SUCCESSORS)[1] if known is None else known[1][:, :SUCCESSORS]).tolist()
             guesses = [dict(zip(found, range(SUCCESSORS), strict=False)) for found in best]

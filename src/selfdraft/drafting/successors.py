@@ -25,6 +25,14 @@ FEW = 2**15
 """So many logits are read at once: blocks would cost more calls than they save."""
 
 
+def order_of_learning(rows: int, path: SequenceOf[int]) -> list[int]:
+    """Rows of a step in the order in which a table learns of them: what the text took stands above the rest.
+
+    The last of `rows` rows first, then the row of the last known token, then those of the accepted nodes.
+    """
+    return [*range(rows - 1, 0, -1), 0, *(node + 1 for node in path)]
+
+
 class Answers:
     """The likeliest tokens after each token when the model was last asked there, in the text, a branch or the window.
 

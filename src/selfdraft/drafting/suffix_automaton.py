@@ -6,6 +6,11 @@ TOUCHED = 8
 """States whose latest end is renewed per token: a bound, so that "aaaa..." stays linear."""
 
 
+def repeated(copied: list[int], size: int) -> list[int]:
+    """`size` tokens of a copy; one that ran into the end of the text goes on with what it has just said."""
+    return (copied * -(-size // len(copied)))[:size]
+
+
 class SuffixAutomaton:
     """All substrings of a growing token list; knows the longest suffix that occurred before.
 

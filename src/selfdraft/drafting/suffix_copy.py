@@ -14,7 +14,7 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafting.alignment import COPIED, kind_of_match
 from selfdraft.drafting.context_tree import BREAK
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.suffix_automaton import SuffixAutomaton
+from selfdraft.drafting.suffix_automaton import SuffixAutomaton, repeated
 from selfdraft.types import Budget
 
 SOURCE = "copy"
@@ -52,8 +52,8 @@ class RequestCopy:
         self.copied = self.text[end : end + AHEAD] if self.length else []
         if BREAK in self.copied:
             del self.copied[self.copied.index(BREAK) :]
-        elif 0 < len(self.copied) < AHEAD:  # it runs into its own end: what it repeats goes on
-            self.copied = (self.copied * (AHEAD // len(self.copied) + 1))[:AHEAD]
+        elif self.copied:
+            self.copied = repeated(self.copied, AHEAD)
 
 
 class SuffixCopy:

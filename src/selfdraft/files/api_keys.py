@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from selfdraft.errors import OptionError
+from selfdraft.types import comma_separated
 
 KEY_VARIABLE = "SELFDRAFT_API_KEY"
 """Holds one key, or several with commas between."""
@@ -17,15 +18,11 @@ def keys_in(file: Path) -> list[str]:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--api-key-file {file} cannot be read: {error}") from error
-    if not (keys := _named(lines)):
+    if not (keys := [line.strip() for line in lines if line.strip()]):
         raise OptionError(f"--api-key-file {file} holds no key: write one key a line")
     return keys
 
 
 def keys_of_environment() -> list[str]:
     """The keys of the environment; none where the variable is not set."""
-    return _named(os.environ.get(KEY_VARIABLE, "").split(","))
-
-
-def _named(parts: list[str]) -> list[str]:
-    return [part.strip() for part in parts if part.strip()]
+    return comma_separated(os.environ.get(KEY_VARIABLE, ""))

@@ -14,6 +14,8 @@ from selfdraft.types import JsonObject
 
 FIELDS = ("prompt", "turns", "question", "instruction", "text")
 """Where a record keeps its prompt; of `turns` the first one counts."""
+MOST_ID = 2**31
+"""A token id is below it."""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
@@ -56,6 +58,17 @@ def turns_of(record: JsonObject, place: str) -> list[str]:
         if turns:
             return turns
     raise RequestError(f"{place}: no prompt; a record needs one of {', '.join(FIELDS)} as a non-empty text")
+
+
+def token_ids(record: JsonObject, name: str, place: str, vocab: int | None = None) -> list[int]:
+    """Token ids of a field; none where it is not there or empty. Errors: RequestError names the place and the value."""
+    tokens = record.get(name) or []
+    if not isinstance(tokens, list):
+        raise RequestError(f"{place}: {name} is not a list of token ids")
+    wrong = next((token for token in tokens if type(token) is not int or not 0 <= token < (vocab or MOST_ID)), None)
+    if wrong is not None:
+        raise RequestError(f"{place}: {wrong!r} in {name} is no token id below {vocab or 'the vocabulary'}")
+    return tokens
 
 
 def _listed(path: Path) -> Iterator[tuple[str, JsonObject]]:

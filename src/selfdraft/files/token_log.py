@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from selfdraft.errors import RequestError
-from selfdraft.files.records import read_records
+from selfdraft.files.records import read_records, token_ids
 from selfdraft.protocols import Target
 from selfdraft.types import JsonObject
 
@@ -72,13 +72,9 @@ def _logged(record: JsonObject, place: str) -> Logged:
 
 
 def _tokens(record: JsonObject, name: str, place: str) -> tuple[int, ...]:
-    value = record.get(name)
-    if not isinstance(value, list) or not value:
-        raise RequestError(f"{place}: {name} must be a non-empty list of token ids")
-    wrong = next((token for token in value if type(token) is not int or not 0 <= token < FAR), None)
-    if wrong is not None:
-        raise RequestError(f"{place}: {name} holds {wrong!r}, which is no token id")
-    return tuple(value)
+    if not (found := token_ids(record, name, place)):
+        raise RequestError(f"{place}: {name} is not there or empty: give a list of token ids")
+    return tuple(found)
 
 
 def _positive(record: JsonObject, name: str, place: str) -> int | None:

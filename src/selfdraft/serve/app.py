@@ -33,7 +33,7 @@ from selfdraft.serve.requests import (
 from selfdraft.serve.service import Job, Service
 from selfdraft.serve.settings import Keys, Settings
 from selfdraft.serve.tracing import Tracer, describe, tracer_from_environment
-from selfdraft.serve.worker import EngineWorker
+from selfdraft.serve.worker import EngineWorker, together
 
 PAGE = Path(__file__).parent / "page"
 FRAME = 1024
@@ -199,6 +199,8 @@ class Server:
         updates = call.updates(pace)
         try:
             async for found in updates:
+                if pace:  # as many events, whatever steps and drafts brought since the last one
+                    found = together(found)
                 lines = [event(chunk) for update in found for chunk in writer.chunks(update)]
                 if lines or pace:
                     yield padded(b"".join(lines), size)

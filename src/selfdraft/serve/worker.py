@@ -47,6 +47,22 @@ class Update:
     """The step itself, for a call that wants to see its token tree."""
 
 
+def together(updates: SequenceOf[Update]) -> list[Update]:
+    """Updates of one moment: what came for the same answer is one update; one that shows its step stays alone."""
+    found: list[Update] = []
+    last: dict[int, int] = {}
+    for update in updates:
+        place = last.get(update.index)
+        if update.result is None and place is not None:
+            found[place] = replace(update, piece=found[place].piece.and_then(update.piece))
+        else:
+            last.pop(update.index, None)
+            if update.result is None:
+                last[update.index] = len(found)
+            found.append(update)
+    return found
+
+
 @dataclass(eq=False, slots=True)
 class Call:
     """One request of a client on its way through the engine: `n` sequences, and what they have got so far."""

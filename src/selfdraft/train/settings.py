@@ -8,7 +8,7 @@ from math import cos, pi
 from typing import Literal, get_args
 
 from selfdraft.errors import OptionError
-from selfdraft.types import Skip, middle, within
+from selfdraft.types import Skip, middle, usual_widths, within
 
 Recipe = Literal["s3d", "space"]
 Modules = Literal["all", "attention", "output"]
@@ -74,7 +74,7 @@ class Settings:
         """What the drafting pass may leave out of a model with so many blocks. Errors: OptionError."""
         if self.recipe == "space":
             return (None,)
-        return tuple(middle(layers, width) for width in self.skip_widths or default_widths(layers))
+        return tuple(middle(layers, width) for width in self.skip_widths or usual_widths(layers))
 
     def sizes(self, groups: int) -> tuple[int, ...]:
         """Masks of each of so many groups, the largest first; every place has at least one."""
@@ -94,8 +94,3 @@ class Settings:
 def first_change(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
     """The first option of `new` that was otherwise in `old`, said as 'name=old, not new'; None when all are equal."""
     return next((f"{n}={old.get(n)!r}, not {value!r}" for n, value in new.items() if old.get(n) != value), None)
-
-
-def default_widths(layers: int) -> tuple[int, ...]:
-    """A third, a half and two thirds of the blocks, even steps apart."""
-    return tuple(sorted({max(1, layers // 3), max(1, layers // 2), max(1, 2 * layers // 3)}))

@@ -13,9 +13,8 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RequestError
 from selfdraft.files.atomic import whole_file
-from selfdraft.files.records import FIELDS, read_records, turns_of
+from selfdraft.files.records import FIELDS, read_records, token_ids, turns_of
 from selfdraft.train.settings import first_change
-from selfdraft.types import JsonObject
 
 Encode = Callable[[str], list[int]]
 RECORDS = (".jsonl", ".json", ".gz")
@@ -70,7 +69,7 @@ def read_prompts(paths: SequenceOf[Path], encode: Encode, vocab: int | None = No
         if path.suffix not in RECORDS:
             raise RequestError(f"{path}: prompts to go on from must be records ({', '.join(RECORDS)}), not plain text")
         for place, record in read_records(path):
-            prompt = _tokens(record, "prompt_token_ids", place, vocab) or encode(turns_of(record, place)[0])
+            prompt = token_ids(record, "prompt_token_ids", place, vocab) or encode(turns_of(record, place)[0])
             if prompt:
                 prompts.append(prompt)
     if not prompts:
@@ -152,7 +151,7 @@ def _file(path: Path, encode: Encode, vocab: int | None) -> Iterator[Text]:
         yield Text(tuple(encode(_read(path))))
         return
     for place, record in read_records(path):
-        prompt, answer = (_tokens(record, f"{half}_token_ids", place, vocab) for half in ("prompt", "generated"))
+        prompt, answer = (token_ids(record, f"{half}_token_ids", place, vocab) for half in ("prompt", "generated"))
         if not (prompt and answer):
             text = turns_of(record, place)[0]
             said = next((record[n] for n in ANSWERS if isinstance(record.get(n), str)), "")
@@ -184,14 +183,3 @@ def _read(path: Path) -> str:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _tokens(record: JsonObject, name: str, place: str, vocab: int | None) -> list[int]:
-    """Token ids of a field; none when it is not there. Errors: RequestError."""
-    tokens = record.get(name) or []
-    if not isinstance(tokens, list):
-        raise RequestError(f"{place}: {name} is not a list of token ids")
-    for token in tokens:
-        if type(token) is not int or token < 0 or (vocab is not None and token >= vocab):
-            raise RequestError(f"{place}: {token!r} in {name} is no token id below {vocab or 'the vocabulary'}")
-    return tokens

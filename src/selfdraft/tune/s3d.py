@@ -23,7 +23,7 @@ from selfdraft.models.target import HFTarget
 from selfdraft.tune.layer_skip.tuner import decode_seconds
 from selfdraft.tune.passes import Bench, Request, beside_the_pass
 from selfdraft.tune.speedup import expected_by_depth, single_pass_speed
-from selfdraft.types import Budget
+from selfdraft.types import Budget, usual_widths
 
 Numbers = NDArray[np.float64]
 POWERS = np.geomspace(0.25, 16.0, 60)
@@ -96,8 +96,7 @@ def default_widths(target: HFTarget) -> list[int]:
     trained = target.tuned.get("s3d", {}).get("skip_widths")
     if isinstance(trained, list) and trained:
         return sorted(int(width) for width in trained)
-    layers = target.layers
-    return sorted({max(1, layers // 3), max(1, layers // 2), max(1, 2 * layers // 3)})
+    return [*usual_widths(target.layers)]
 
 
 def chain(target: HFTarget, width: int, masks: int) -> S3D:

@@ -36,7 +36,7 @@ from selfdraft.cli.tune.prompts import (
     read_prompts,
 )
 from selfdraft.errors import OptionError
-from selfdraft.types import JsonObject
+from selfdraft.types import JsonObject, comma_separated
 
 if TYPE_CHECKING:
     from selfdraft.tune.layer_skip.tuner import Check, Options, Subject, Tuning
@@ -205,7 +205,7 @@ def costs_of(path: Path | None) -> object:
 
 def lengths_of(given: str) -> tuple[int, ...]:
     """The draft lengths of a list with commas. Errors: OptionError."""
-    parts = [part.strip() for part in given.split(",") if part.strip()]
+    parts = comma_separated(given)
     if not parts or not all(part.isdecimal() and 1 <= int(part) <= 64 for part in parts):
         raise OptionError(f"--draft-lengths {given!r}: give whole numbers from 1 to 64 with commas between")
     return tuple(dict.fromkeys(map(int, parts)))

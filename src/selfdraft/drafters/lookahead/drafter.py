@@ -27,7 +27,7 @@ from selfdraft.drafters.lookahead.guesses import Guess, Node, cut, trie
 from selfdraft.drafters.lookahead.pool import ANSWERS, TEXT, WINDOW, Pool
 from selfdraft.drafters.lookahead.statistics import Counts, PoolStatistics
 from selfdraft.drafters.lookahead.window import Window, window_parents
-from selfdraft.drafting.successors import RUNNERS_UP, Answers, choose_likeliest, likeliest
+from selfdraft.drafting.successors import RUNNERS_UP, Answers, choose_likeliest, likeliest, order_of_learning
 from selfdraft.drafting.trials import Trials
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Needs, Target
@@ -251,8 +251,7 @@ class Lookahead:
         """Note the likeliest tokens after every row; what rows of the text say stands above the rest."""
         draft = result.draft
         tokens = [last, *draft.tokens]
-        rest = range(len(draft), 0, -1)  # probes first, then branches
-        for row in [*rest, 0, *(node + 1 for node in result.path)]:
+        for row in order_of_learning(len(tokens), result.path):  # probes first, then branches
             answers.learn(tokens[row], scores[row], ids[row], row > draft.num_candidates)
 
     def _answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from selfdraft.core.tree import ROOT
 from selfdraft.drafters.lookahead.pool import Pool
+from selfdraft.drafting.suffix_automaton import repeated
 
 
 class Window:
@@ -64,8 +65,7 @@ class Window:
         """What followed the last token in n-grams of the text that are not complete yet; the copy repeats itself."""
         for place in range(len(text) - 2, self.fed - 1, -1):
             if text[place] == text[-1]:
-                copied = text[place + 1 :]
-                return [tuple((copied * self.height)[: self.height])]
+                return [tuple(repeated(text[place + 1 :], self.height))]
         return []
 
     def _fill(self, text: list[int]) -> None:

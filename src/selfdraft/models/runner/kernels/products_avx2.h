@@ -20,16 +20,30 @@ template <int I> inline __m256 float_weights(const bf16 *w, int v) {
   return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int32_t(0xffff0000))));
 }
 
+// The fewer of rows and weights wait in registers while the others come one by one: there are 16, and a sum that does not
+// find one goes through memory at every input.
 template <class T, int I, int V, int M>
 inline __attribute__((always_inline)) void float_input(const T *w, const float *x, __m256 (&acc)[M][V]) {
-  __m256 row[M];
+  if constexpr (V < M) {
+    __m256 part[V];
 #pragma GCC unroll 8
-  for (int m = 0; m < M; m++) row[m] = _mm256_broadcast_ss(x + m * UNIT + I);
+    for (int v = 0; v < V; v++) part[v] = float_weights<I>(w, v);
 #pragma GCC unroll 8
-  for (int v = 0; v < V; v++) {
-    const __m256 part = float_weights<I>(w, v);
+    for (int m = 0; m < M; m++) {
+      const __m256 row = _mm256_broadcast_ss(x + m * UNIT + I);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) acc[m][v] = _mm256_fmadd_ps(part, row[m], acc[m][v]);
+      for (int v = 0; v < V; v++) acc[m][v] = _mm256_fmadd_ps(part[v], row, acc[m][v]);
+    }
+  } else {
+    __m256 row[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) row[m] = _mm256_broadcast_ss(x + m * UNIT + I);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const __m256 part = float_weights<I>(w, v);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) acc[m][v] = _mm256_fmadd_ps(part, row[m], acc[m][v]);
+    }
   }
 }
 
