@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -12,12 +13,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from selfdraft.cli.serve import ServeOptions
 from selfdraft.errors import SelfdraftError
 from selfdraft.integrations.ray import required
 from selfdraft.integrations.ray.conversation import conversation_of, preferred
 from selfdraft.integrations.ray.exported import merged
+from selfdraft.integrations.ray.request_name import NamedByProxy
+from selfdraft.serve.guard import Guard
+from selfdraft.serve.metrics import Metrics
+from selfdraft.serve.settings import Keys, Settings
 
 ROOT = Path(__file__).parent.parent
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -80,6 +88,37 @@ def test_metrics_of_replicas_stay_apart() -> None:
     assert found.count("# TYPE selfdraft_steps_total") == 1
     assert 'selfdraft_steps_total{replica="a"} 3.0' in found
     assert 'selfdraft_steps_total{replica="b"} 4.0' in found
+
+
+def answered(headers: list[tuple[bytes, bytes]]) -> tuple[str, list[str]]:
+    """The name of a request behind Ray's proxy, and the names in its answer before the proxy adds its own."""
+    names: list[str] = []
+    heads: list[Headers] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        names.append(scope["state"]["request_id"])
+        await Response("text")(scope, receive, send)
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            heads.append(Headers(raw=message["headers"]))
+
+    async def nothing() -> Message:
+        return {"type": "http.disconnect"}
+
+    guarded = Guard(app, settings=Settings(no_auth=True), keys=Keys.of(()), metrics=Metrics())
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost"), *headers]}
+    asyncio.run(NamedByProxy(guarded)(scope, nothing, send))
+    assert heads[0]["x-content-type-options"] == "nosniff"
+    return names[0], heads[0].getlist("x-request-id")
+
+
+def test_a_request_has_the_name_of_the_proxy_which_writes_it_into_the_answer() -> None:
+    assert answered([(b"x-request-id", b"7f-3.A_b")]) == ("7f-3.A_b", [])
+    for given in ([], [(b"x-request-id", b'"}\n{"')], [(b"x-request-id", b"a" * 65)]):
+        name, written = answered(given)
+        assert re.fullmatch("[0-9a-f]{16}", name)
+        assert written == []
 
 
 def raising(error: Exception) -> Callable[[str], str]:

@@ -67,6 +67,13 @@ def test_keys_and_limits_of_the_server_hold(replicas: Replicas) -> None:
     assert replicas.client.get("/nowhere").status_code == 404
 
 
+def test_an_answer_has_one_name(replicas: Replicas) -> None:
+    for headers in ({}, {"x-request-id": "mine-1"}):
+        response = replicas.client.get("/v1/models", headers=headers)
+        (name,) = response.headers.get_list("x-request-id")
+        assert name == headers.get("x-request-id", name)
+
+
 def test_a_replica_that_is_killed_loses_no_request(replicas: Replicas) -> None:
     asked = mixed(24, seed=1, most=96)
     wanted, before = plain(asked), replicas.names()

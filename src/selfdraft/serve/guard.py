@@ -37,7 +37,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began, seen = time.perf_counter(), {"status": 0}
-        name = uuid.uuid4().hex[:16]
+        state = scope.setdefault("state", {})
+        name = state.setdefault("request_id", uuid.uuid4().hex[:16])  # it is there where a proxy names requests
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -48,7 +49,6 @@ class Guard:
                     headers.setdefault(key, value)
             await send(message)
 
-        scope.setdefault("state", {})["request_id"] = name
         try:
             refusal = self._refusal(scope)
             await (refusal.response() if refusal is not None else self.app)(scope, receive, answer)

@@ -31,6 +31,7 @@ from selfdraft.cli.serve import ServeOptions, settings_of
 from selfdraft.integrations.ray.conversation import conversation_of
 from selfdraft.integrations.ray.exported import merged
 from selfdraft.integrations.ray.replica import AnswerPart, ForwardedRequest, ReplicaFailed, ReplicaState
+from selfdraft.integrations.ray.request_name import NamedByProxy
 from selfdraft.serve.answers import event, padded
 from selfdraft.serve.app import FRAME
 from selfdraft.serve.body import read_bytes
@@ -74,6 +75,7 @@ class Gateway:
         layers = [Middleware(Guard, settings=self.settings, keys=keys, metrics=self.exported)]
         if self.settings.local and not self.settings.keys:
             layers.insert(0, Middleware(OwnMachineOnly))
+        layers.insert(0, Middleware(NamedByProxy))
         return Starlette(routes=routes, middleware=layers, exception_handlers=handlers)
 
     # Answers of replicas
@@ -83,7 +85,9 @@ class Gateway:
         body = await read_bytes(request, self.settings)
         headers = tuple((name, value) for name, value in request.headers.raw if name not in HOP_BY_HOP)
         path = request.url.path
-        sent = ForwardedRequest(request.method, path, request.scope["query_string"], headers, body)
+        sent = ForwardedRequest(
+            request.method, path, request.scope["query_string"], headers, body, request.state.request_id
+        )
         key = conversation_of(path, body, request.headers.get("authorization", "")) if body else ""
         head, parts = await self._begun(key, sent)
         kept = [(name, value) for name, value in head.headers if name not in HOP_BY_HOP]

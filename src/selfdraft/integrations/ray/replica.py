@@ -31,6 +31,8 @@ class ForwardedRequest:
     query: bytes
     headers: tuple[Header, ...]
     body: bytes
+    name: str = ""
+    """What the logs call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Replica:
             "headers": [*request.headers],
             "client": None,
             "server": None,
+            "state": {"request_id": request.name} if request.name else {},
         }
         client = _Client(request.body)
         running = asyncio.create_task(self.server.app(scope, client.receive, client.send))
