@@ -63,7 +63,7 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 $(READY_DEV): $(READY)
-	$(PIP) --editable '.[quantised,tune,train,bench,serve,ray,dev]'
+	$(PIP) --editable '.[quantised,tune,train,bench,serve,ray,fleet,dev]'
 	touch $(READY_DEV)
 
 # its own torchvision and the like are CUDA builds and break the import

@@ -1,0 +1,221 @@
+"""How many replicas, and what they cost: a simulation from measured passes and kept rows, and its check on real ones.
+
+    python -m recipes.fleet batch --profile PROFILE.json --rows ROWS.jsonl
+    python -m recipes.fleet plan --profile PROFILE.json --rows ROWS.jsonl --replicas 1000 --rates 0.2,0.4,0.6
+    python -m recipes.fleet check LOAD.json ... --profile PROFILE.json --rows ROWS.jsonl --replicas 2 --beside BUSY.json
+
+`PROFILE.json`: what `selfdraft tune machine --json` prints, or the profile that it has kept. `ROWS.jsonl`: what
+`selfdraft bench --drafters auto --output` wrote: lengths of prompts and answers, and what became of drafts.
+`batch` says at which batch drafting stops paying. `plan` runs a fleet with and without drafting, routed by conversation
+and in turn: tokens per second, times, cost per million tokens. `check` puts `selfdraft bench serve --json` of real
+replicas beside the simulation of the same requests. Needs `pip install 'selfdraft[fleet]'`. Results: docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
+
+from selfdraft.bench.charts import draw_load
+from selfdraft.bench.load.arrivals import Point, plan
+from selfdraft.bench.load.figures import Round, figures
+from selfdraft.bench.results import read_rows
+from selfdraft.bench.tasks import Item, load, names_of
+from selfdraft.drafting.cost_model import Profile
+from selfdraft.types import JsonObject
+
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+HOUR, MILLION = 3600.0, 1e6
+
+
+def profile_from(path: Path) -> Profile:
+    """A profile of `selfdraft tune machine`, as it was printed (--json) or kept."""
+    given = json.loads(path.read_text("utf-8"))["profile"]
+    lists = {name: tuple(given.pop(name)) for name in ("rows", "seconds", "per_token")}
+    return Profile(**lists, **given)
+
+
+def kinds_from(paths: SequenceOf[Path], drafter: str) -> dict[str, Kind]:
+    """The answers of a drafter in kept rows, by the names that `bench serve` has for their prompts."""
+    found: dict[str, Kind] = {}
+    for row in read_rows(paths):
+        if row["drafter"] == drafter:
+            group = f"/{row['group']}" if row["group"] else ""
+            found[f"{row['task']}{group} {row['key']}"] = kind_of(row)
+    if not found:
+        raise SystemExit(f"no rows of the drafter {drafter!r} in {', '.join(map(str, paths))}")
+    return found
+
+
+def serving_of(given: argparse.Namespace) -> Serving:
+    beside = profile_from(given.beside) if given.beside else None
+    sizes = {"slots": given.max_batch, "chunk": given.prefill_chunk, "queue": given.max_queue}
+    ours = {"per_request": given.per_request_ms / 1e3, "per_answer": given.per_answer_ms / 1e3}
+    return Serving(profile_from(given.profile), beside=beside, **sizes, **ours)
+
+
+def told(fleet: Fleet) -> JsonObject:
+    """The figures of a run, as `bench serve` counts them, and what the replicas did."""
+    round_ = Round("", Point(), 1, fleet.answers, 0.0, whole=True)
+    found, replicas = figures([round_], {}), fleet.replicas.values()
+    steps = sum(one.steps for one in replicas)
+    found["replicas"] = len(replicas)
+    found["busy_share"] = sum(one.busy for one in replicas) / (len(replicas) * fleet.env.now)
+    found["answers_per_step"] = sum(one.decoded for one in replicas) / steps
+    return found
+
+
+# Batch
+
+
+def batch(given: argparse.Namespace) -> None:
+    """The speed-up of steps that draft, by the answers in a step; prompts are not read meanwhile."""
+    serving = serving_of(given)
+    kinds = [*kinds_from(given.rows, given.drafter).values()]
+    remembered = sum(kind.prompt + kind.output // 2 for kind in kinds) // len(kinds)
+    print(f"{len(kinds)} kinds of answers, each behind {remembered} cached tokens")
+    print("| answers in a step | plain, tokens/s | all draft | those for which it pays |")
+    print("|---:|---:|---:|---:|")
+    for count in BATCHES:
+        servings = [replace(serving, policy=policy) for policy in ("none", "always", "pays")]
+        plain, always, pays = (steady_speed(one, kinds, count, remembered) for one in servings)
+        print(f"| {count} | {plain:.1f} | {always / plain:.2f}x | {pays / plain:.2f}x |")
+
+
+# Plan
+
+
+def plan_fleet(given: argparse.Namespace) -> None:
+    """Fleets under the same conversations: with and without drafting, routed by conversation and in turn."""
+    kinds = [*kinds_from(given.rows, given.drafter).values()]
+    serving, records = serving_of(given), list[JsonObject]()
+    for rate in map(float, given.rates.split(",")):
+        sizes = {"turns": given.turns, "think": given.think, "most": given.context}
+        asked = chats(kinds, rate * given.replicas, given.seconds, given.seed, **sizes)
+        for policy, routing in product(given.policies.split(","), given.routings.split(",")):
+            fleet = Fleet(given.replicas, replace(serving, policy=policy), routing=routing, seed=given.seed)
+            fleet.arriving(asked)
+            found = told(fleet)
+            found |= {"server": f"{POLICY[policy]}, {ROUTING[routing]}", "rate": rate, "concurrency": None}
+            hours = given.replicas * fleet.env.now / HOUR
+            found["cost_per_million"] = given.price * hours * MILLION / max(found["tokens"], 1)
+            records.append(found)
+            print(json.dumps(found), flush=True)
+    print("\n".join(table(records)))
+    if given.plot:
+        about = f"{given.replicas} replicas, requests per second of one replica; {given.about}"
+        draw_load(records, given.plot, [about])
+
+
+POLICY = {"none": "plain", "always": "all draft", "pays": "drafting where it pays"}
+ROUTING = {"conversation": "by conversation", "round-robin": "in turn", "fewest": "to the fewest"}
+
+
+def table(records: Iterable[JsonObject]) -> Iterator[str]:
+    yield (
+        "| requests/s of a replica | | tokens/s of a replica | refused | prompt found | TTFT p50 / p95 / p99, s "
+        "| time per token p50 / p95 / p99, ms | busy | answers a step | cost per million tokens |"
+    )
+    yield "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for one in records:
+        ttft = " / ".join(f"{one['ttft_ms'][name] / 1e3:.2f}" for name in ("p50", "p95", "p99"))
+        tpot = " / ".join(f"{one['tpot_ms'][name]:.0f}" for name in ("p50", "p95", "p99"))
+        share = 1 - one["answered"] / one["requests"]
+        yield (
+            f"| {one['rate']:g} | {one['server']} | {one['tokens_per_second'] / one['replicas']:.1f} | {share:.1%} "
+            f"| {one['cached_share']:.0%} | {ttft} | {tpot} | {one['busy_share']:.0%} | {one['answers_per_step']:.1f} "
+            f"| {one['cost_per_million']:.2f} |"
+        )
+
+
+# Check
+
+
+def check(given: argparse.Namespace) -> None:
+    """The requests of real runs (`bench serve --json`), simulated, beside what was measured."""
+    kinds = kinds_from(given.rows, given.drafter)
+    serving = serving_of(given)
+    print("| server | requests at a time | | measured | simulated | simulated / measured |")
+    print("|---|---:|---|---:|---:|---:|")
+    for path in given.files:
+        document = json.loads(path.read_text("utf-8"))
+        told_ = document["conditions"]
+        asks = asked_in(told_)
+        options = {one["name"]: one["options"] for one in told_["servers"]}
+        for point in document["points"]:
+            plain = options[point["server"]].get("speculative_config", {}).get("method") == "none"
+            found = simulated(replace(serving, policy="none" if plain else "pays"), given, point, asks, kinds)
+            for name, real, ours in compared(point, found):
+                words = f"{real:.1f} | {ours:.1f} | {ours / real:.2f}"
+                print(f"| {point['server']} | {point['concurrency']} | {name} | {words} |")
+
+
+def asked_in(conditions: JsonObject) -> list[str]:
+    """The prompts of a round in their order, as `bench serve` has drawn them."""
+    names = names_of(conditions["dataset"])
+    items = [Item(f"{name} {one.key}", one.turns) for name in names for one in load(name, None, chat=True, limit=None)]
+    count = conditions["requests"] + conditions["warmup"]
+    lengths = [int(size) for size in str(conditions["max_tokens"]).split(",")]
+    asks = plan(items, count, lengths, [], conditions["seed"])[: conditions["requests"]]
+    return [ask.key.rpartition(", at most ")[0] for ask in asks]
+
+
+def simulated(
+    serving: Serving, given: argparse.Namespace, point: JsonObject, asks: list[str], kinds: dict[str, Kind]
+) -> JsonObject:
+    """The figures of all rounds of a point."""
+    rounds = []
+    for number in range(point["rounds"]):
+        fleet = Fleet(given.replicas, serving, routing=given.routing, seed=given.seed + number)
+        if serving.beside is not None:
+            fleet.pair_up()
+        fleet.closed([(key, kinds[key]) for key in asks], point["concurrency"])
+        rounds.append(Round("", Point(), number, fleet.answers, 0.0, whole=True))
+    return figures(rounds, {})
+
+
+def compared(real: JsonObject, ours: JsonObject) -> Iterator[tuple[str, float, float]]:
+    yield "tokens per second", real["tokens_per_second"], ours["tokens_per_second"]
+    for name, words in (("latency_ms", "latency"), ("ttft_ms", "TTFT"), ("tpot_ms", "time per token")):
+        yield f"{words}, p50, ms", real[name]["p50"], ours[name]["p50"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["batch", "plan", "check"])
+    parser.add_argument("files", nargs="*", type=Path, help="of check: what bench serve --json wrote")
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--beside", type=Path, help="a profile measured while the other core did the same")
+    parser.add_argument("--rows", type=Path, nargs="+", required=True)
+    parser.add_argument("--drafter", default="auto", help="whose rows")
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--max-queue", type=int, default=64)
+    parser.add_argument("--prefill-chunk", type=int, default=256)
+    parser.add_argument("--per-request-ms", type=float, default=0.0, help="from the client to the queue and back")
+    parser.add_argument("--per-answer-ms", type=float, default=0.0, help="that an answer adds to a step")
+    parser.add_argument("--routing", default="conversation", choices=ROUTING)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rates", default="0.2,0.4,0.6", help="of plan: requests a second of one replica")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of plan: while conversations begin")
+    parser.add_argument("--turns", type=int, default=4, help="of plan: turns of a conversation on average")
+    parser.add_argument("--think", type=float, default=10.0, help="of plan: seconds between two turns on average")
+    parser.add_argument("--context", type=int, default=2048, help="of plan: most tokens of a conversation")
+    parser.add_argument("--price", type=float, default=0.05, help="of plan: of one replica for an hour")
+    parser.add_argument("--policies", default="none,pays", help="of plan: none, always, pays")
+    parser.add_argument("--routings", default="conversation,round-robin", help="of plan: also fewest")
+    parser.add_argument("--plot", type=Path, help="of plan: a picture (PNG)")
+    parser.add_argument("--about", default="", help="of plan: words under the picture")
+    given = parser.parse_args()
+    {"batch": batch, "plan": plan_fleet, "check": check}[given.what](given)
+
+
+if __name__ == "__main__":
+    main()

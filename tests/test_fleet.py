@@ -1,0 +1,166 @@
+"""The simulation of many replicas where the right answer is known: alone, in a queue, drafts that bring nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+pytest.importorskip("simpy", reason="SimPy is not installed: pip install 'selfdraft[fleet]'")
+
+from recipes.fleet import kinds_from, profile_from
+from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
+
+from selfdraft.drafting.cost_model import Profile
+from selfdraft.integrations.ray.conversation import preferred
+
+LINE = Profile((1, 128), (0.010, 0.137), (1e-6, 1e-6), per_sequence=0.0005, host=0.001)
+"""A pass takes 9 ms and 1 ms a row."""
+FLAT = Profile((1, 128), (0.010, 0.010), (0.0, 0.0))
+"""Rows are free."""
+HALF = Kind(8, 9, 1.0, {0: 1, 1: 1}, 1.0)
+"""Every step has a draft; each second one has a token that is accepted."""
+
+
+def run(fleet: Fleet, kinds: list[Kind], clients: int = 1) -> Fleet:
+    fleet.closed((("", kind) for kind in kinds), clients)
+    return fleet
+
+
+def test_one_request_alone_takes_its_prompt_and_its_steps() -> None:
+    (answer,) = run(Fleet(1, Serving(LINE, per_request=0.5, per_answer=0.002)), [Kind(300, 4)]).answers
+    pieces = LINE.step(256) + LINE.step(44, 256) + 2 * 0.002
+    assert answer.first == pytest.approx(pieces + 0.5)
+    steps = sum(LINE.step(1, tokens) + 0.002 for tokens in (300, 301, 302))
+    assert answer.end - answer.sent == pytest.approx(pieces + steps + 0.5)
+    assert (answer.tokens, answer.prompt_tokens, answer.cached_tokens) == (4, 300, 0)
+
+
+def test_answers_that_run_together_share_their_steps() -> None:
+    fleet = run(Fleet(1, Serving(LINE)), [Kind(10, 3)] * 4, clients=4)
+    first, then = LINE.step(40, 0, 4), [LINE.step(4, 4 * tokens, 4) for tokens in (10, 11)]
+    assert [one.end for one in fleet.answers] == pytest.approx([first + sum(then)] * 4)
+    one_slot = run(Fleet(1, Serving(LINE, slots=1)), [Kind(10, 1)] * 4, clients=4)
+    assert [one.end for one in one_slot.answers] == pytest.approx([n * LINE.step(10) for n in (1, 2, 3, 4)])
+
+
+def test_waiting_is_that_of_a_queue_with_one_server() -> None:
+    """M/D/1: one slot, one step for each request, random arrivals. Waiting: rho D / (2 (1 - rho)) on average."""
+    serving, draw, at, asked = Serving(FLAT, slots=1, queue=10**6), random.Random(1), 0.0, []
+    for _ in range(8_000):
+        at += draw.expovariate(0.5 / 0.010)
+        asked.append((at, [(0.0, Kind(4, 1))]))
+    fleet = Fleet(1, serving)
+    fleet.arriving(asked)
+    waited = mean(one.end - one.sent for one in fleet.answers) - 0.010
+    assert waited == pytest.approx(0.5 * 0.010 / (2 * 0.5), rel=0.05)
+
+
+@pytest.mark.parametrize("policy", ["none", "always", "pays"])
+@pytest.mark.parametrize("routing", ["conversation", "round-robin", "fewest"])
+def test_every_request_ends_once_and_a_seed_says_all(policy: str, routing: str) -> None:
+    asked = chats([HALF, Kind(30, 5)], 40.0, 10.0, seed=3, turns=3, think=0.5, most=200)
+    wanted = sum(len(turns) for _, turns in asked)
+
+    def once() -> list[tuple[float, float, int, str | None]]:
+        fleet = Fleet(3, Serving(LINE, slots=2, queue=2, policy=policy), routing=routing, seed=7)
+        fleet.arriving(asked)
+        assert not any(replica.load or replica.running or replica.waiting for replica in fleet.replicas.values())
+        assert all(len(replica.slots.free) == 2 for replica in fleet.replicas.values())
+        return [(one.sent, one.end, one.tokens, one.error) for one in fleet.answers]
+
+    found = once()
+    assert len(found) == wanted > 200
+    assert all(tokens in (5, 9) for _, _, tokens, error in found if error is None)
+    assert any(error == "429" for *_, error in found)  # the load is meant to be too high
+    assert found == once()
+
+
+def test_drafts_that_are_never_accepted_in_rows_that_cost_nothing_change_nothing() -> None:
+    useless = Kind(8, 9, 1.0, {0: 1}, 3.0)
+    asked = chats([useless], 100.0, 5.0, seed=3, turns=3, think=0.1, most=200)
+    ends = []
+    for policy in ("none", "always", "pays"):
+        fleet = Fleet(2, Serving(FLAT, policy=policy))
+        fleet.arriving(asked)
+        ends.append([one.end for one in fleet.answers])
+    assert ends[0] == ends[1] == ends[2]
+    priced = [run(Fleet(1, Serving(LINE, policy=policy)), [useless]).env.now for policy in ("none", "always", "pays")]
+    assert priced[1] == pytest.approx(priced[0] + 8 * 0.003 - 0.003 - 0.002 - 0.001)  # the last steps have less room
+    assert priced[2] == priced[0]
+
+
+def test_accepted_drafts_come_as_often_as_in_the_kept_row() -> None:
+    fleet = run(Fleet(1, Serving(FLAT, policy="always")), [replace(HALF, output=2000)] * 4)
+    (replica,) = fleet.replicas.values()
+    assert replica.steps == pytest.approx(4 * 2000 / 1.5, rel=0.03)
+    row = {"num_spec_steps": 28, "num_steps": 58, "num_draft_tokens": 36, "num_accepted_draft_tokens": 6}
+    kind = kind_of(
+        {"prompt_tokens": 53, "tokens": 64, "stats": {**row, "acceptance_histogram": {"0": 23, "1": 4, "2": 1}}}
+    )
+    assert 57 * kind.gain == pytest.approx(6)
+    assert 57 * kind.rows == pytest.approx(36)
+
+
+def test_drafting_pays_while_its_rows_are_cheap() -> None:
+    steps = Profile((1, 16, 17, 128), (0.010, 0.010, 0.040, 0.400), (0.0, 0.0, 0.0, 0.0))
+    speeds = {
+        (policy, count): steady_speed(Serving(steps, policy=policy), [HALF], count, 0)
+        for policy in ("none", "always", "pays")
+        for count in (2, 6, 16)
+    }
+    assert speeds["always", 2] == pytest.approx(1.5 * speeds["none", 2])
+    assert speeds["always", 16] < speeds["none", 16] == speeds["pays", 16]
+    assert speeds["pays", 6] == pytest.approx(speeds["none", 6] * 1.5)  # 15 rows still fit
+
+
+def test_a_conversation_finds_its_prompt_where_it_went_before_and_reads_only_what_is_new() -> None:
+    turns = [(0.0, Kind(100, 10)), (0.0, Kind(150, 10)), (0.0, Kind(200, 10))]
+    found = {}
+    for routing in ("conversation", "round-robin"):
+        fleet = Fleet(2, Serving(LINE), routing=routing)
+        fleet.arriving([(0.0, turns)])
+        found[routing] = fleet.answers
+    assert [one.cached_tokens for one in found["conversation"]] == [0, 109, 159]
+    assert [one.cached_tokens for one in found["round-robin"]] == [0, 0, 109]
+    assert found["conversation"][1].first == pytest.approx(LINE.step(150 - 109, 109))
+    assert found["round-robin"][1].first == pytest.approx(LINE.step(150))
+
+
+def test_a_conversation_goes_where_the_router_sends_it() -> None:
+    fleet, draw = Fleet(40, Serving(LINE, slots=2)), random.Random(2)
+    for number in range(400):
+        loads = {name: replica.load for name, replica in fleet.replicas.items()}
+        groups = preferred(str(number), loads, 2)
+        request = fleet.ask(Kind(4, 4), number)
+        (placed,) = (one for one in fleet.replicas.values() if request.sequence in one.requests)
+        assert placed.name == min(groups[0], key=loads.__getitem__)
+        if draw.random() < 0.5:
+            fleet.env.run(fleet.env.now + 0.02)
+
+
+def test_neighbours_on_one_processor_slow_one_another() -> None:
+    slow = replace(LINE, seconds=(0.020, 0.274))
+    for count, profile in ((1, LINE), (2, slow)):
+        fleet = Fleet(2, Serving(LINE, beside=slow, slots=1), routing="round-robin")
+        fleet.pair_up()
+        fleet.closed((("", Kind(10, 50)) for _ in range(count)), count)
+        steps = profile.step(10) + sum(profile.step(1, tokens) for tokens in range(10, 59))
+        # the first step of two begins while the other has none yet
+        assert fleet.env.now == pytest.approx(steps, rel=0.05)
+
+
+def test_files_of_tune_and_bench_are_read(tmp_path: Path) -> None:
+    place = tmp_path / "profile.json"
+    place.write_text(json.dumps({"profile": {"rows": [1, 2], "seconds": [0.1, 0.2], "per_token": [0, 0], "host": 0.5}}))
+    assert profile_from(place).step(2) == pytest.approx(0.7)
+    kept = Path(__file__).parents[1] / "docs" / "results" / "greedy.jsonl.gz"
+    kinds = kinds_from([kept], "auto")
+    assert kinds["spec-bench/mt-bench 81"].prompt == 53
+    assert {kind.rows for kind in kinds_from([kept], "none").values()} == {0.0}
+    with pytest.raises(SystemExit, match="no rows of the drafter 'nobody'"):
+        kinds_from([kept], "nobody")
