@@ -2,12 +2,13 @@
 
     python -m recipes.fleet batch --profile PROFILE.json --rows ROWS.jsonl
     python -m recipes.fleet plan --profile PROFILE.json --rows ROWS.jsonl --replicas 1000 --rates 0.2,0.4,0.6
+    python -m recipes.fleet table PLAN.out ... --plot FLEET.png
     python -m recipes.fleet check LOAD.json ... --profile PROFILE.json --rows ROWS.jsonl --replicas 2 --beside BUSY.json
 
 `PROFILE.json`: what `selfdraft tune machine --json` prints, or the profile that it has kept. `ROWS.jsonl`: what
 `selfdraft bench --drafters auto --output` wrote: lengths of prompts and answers, and what became of drafts.
 `batch` says at which batch drafting stops paying. `plan` runs a fleet with and without drafting, routed by conversation
-and in turn: tokens per second, times, cost per million tokens. `check` puts `selfdraft bench serve --json` of real
+and in turn: tokens per second, times, cost per million tokens; `table` puts several such runs together. `check` puts `selfdraft bench serve --json` of real
 replicas beside the simulation of the same requests. Needs `pip install 'selfdraft[fleet]'`. Results: docs/scaling.md.
 """
 
@@ -29,6 +30,7 @@ from selfdraft.bench.load.figures import Round, figures
 from selfdraft.bench.results import read_rows
 from selfdraft.bench.tasks import Item, load, names_of
 from selfdraft.drafting.cost_model import Profile
+from selfdraft.errors import SelfdraftError
 from selfdraft.types import JsonObject
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -37,9 +39,12 @@ HOUR, MILLION = 3600.0, 1e6
 
 def profile_from(path: Path) -> Profile:
     """A profile of `selfdraft tune machine`, as it was printed (--json) or kept."""
-    given = json.loads(path.read_text("utf-8"))["profile"]
-    lists = {name: tuple(given.pop(name)) for name in ("rows", "seconds", "per_token")}
-    return Profile(**lists, **given)
+    try:
+        given = json.loads(path.read_text("utf-8"))["profile"]
+        lists = {name: tuple(given.pop(name)) for name in ("rows", "seconds", "per_token")}
+        return Profile(**lists, **given)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise SystemExit(f"{path} is no profile: give what 'selfdraft tune machine --json' prints ({error})") from error
 
 
 def kinds_from(paths: SequenceOf[Path], drafter: str) -> dict[str, Kind]:
@@ -108,10 +113,19 @@ def plan_fleet(given: argparse.Namespace) -> None:
             found["cost_per_million"] = given.price * hours * MILLION / max(found["tokens"], 1)
             records.append(found)
             print(json.dumps(found), flush=True)
+    show(records, given)
+
+
+def read_plans(given: argparse.Namespace) -> None:
+    """The table and the picture of what `plan` has printed."""
+    lines = [line for path in given.files for line in path.read_text("utf-8").splitlines()]
+    show([json.loads(line) for line in lines if line.startswith("{")], given)
+
+
+def show(records: SequenceOf[JsonObject], given: argparse.Namespace) -> None:
     print("\n".join(table(records)))
     if given.plot:
-        about = f"{given.replicas} replicas, requests per second of one replica; {given.about}"
-        draw_load(records, given.plot, [about])
+        draw_load(records, given.plot, [f"{records[0]['replicas']} replicas; rates are of one replica; {given.about}"])
 
 
 POLICY = {"none": "plain", "always": "all draft", "pays": "drafting where it pays"}
@@ -146,9 +160,11 @@ def check(given: argparse.Namespace) -> None:
     print("|---|---:|---|---:|---:|---:|")
     for path in given.files:
         document = json.loads(path.read_text("utf-8"))
-        told_ = document["conditions"]
-        asks = asked_in(told_)
-        options = {one["name"]: one["options"] for one in told_["servers"]}
+        conditions = document["conditions"]
+        asks = asked_in(conditions)
+        if missing := next((key for key in asks if key not in kinds), None):
+            raise SystemExit(f"{path}: {missing!r} is not in the rows: run 'selfdraft bench' on the tasks of --dataset")
+        options = {one["name"]: one["options"] for one in conditions["servers"]}
         for point in document["points"]:
             plain = options[point["server"]].get("speculative_config", {}).get("method") == "none"
             found = simulated(replace(serving, policy="none" if plain else "pays"), given, point, asks, kinds)
@@ -189,11 +205,13 @@ def compared(real: JsonObject, ours: JsonObject) -> Iterator[tuple[str, float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["batch", "plan", "check"])
-    parser.add_argument("files", nargs="*", type=Path, help="of check: what bench serve --json wrote")
-    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("what", choices=["batch", "plan", "table", "check"])
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="of check: what bench serve --json wrote; of table: what plan printed"
+    )
+    parser.add_argument("--profile", type=Path)
     parser.add_argument("--beside", type=Path, help="a profile measured while the other core did the same")
-    parser.add_argument("--rows", type=Path, nargs="+", required=True)
+    parser.add_argument("--rows", type=Path, nargs="+")
     parser.add_argument("--drafter", default="auto", help="whose rows")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--max-batch", type=int, default=16)
@@ -214,7 +232,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="of plan: a picture (PNG)")
     parser.add_argument("--about", default="", help="of plan: words under the picture")
     given = parser.parse_args()
-    {"batch": batch, "plan": plan_fleet, "check": check}[given.what](given)
+    if given.what != "table" and not (given.profile and given.rows):
+        parser.error("--profile and --rows are needed")
+    try:
+        {"batch": batch, "plan": plan_fleet, "table": read_plans, "check": check}[given.what](given)
+    except SelfdraftError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

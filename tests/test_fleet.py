@@ -158,6 +158,8 @@ def test_files_of_tune_and_bench_are_read(tmp_path: Path) -> None:
     place = tmp_path / "profile.json"
     place.write_text(json.dumps({"profile": {"rows": [1, 2], "seconds": [0.1, 0.2], "per_token": [0, 0], "host": 0.5}}))
     assert profile_from(place).step(2) == pytest.approx(0.7)
+    with pytest.raises(SystemExit, match="is no profile"):
+        profile_from(tmp_path / "missing.json")
     kept = Path(__file__).parents[1] / "docs" / "results" / "greedy.jsonl.gz"
     kinds = kinds_from([kept], "auto")
     assert kinds["spec-bench/mt-bench 81"].prompt == 53

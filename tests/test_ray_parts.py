@@ -200,6 +200,17 @@ class TestWithRay:
         assert words in str(said.value)
         assert "\n" not in str(said.value)
 
+    def test_the_command_serve_run_says_what_is_wrong_in_one_line(self) -> None:
+        import click
+
+        from selfdraft.integrations.ray import app
+
+        for args, words in (({"model": "/nowhere/model"}, "no such folder"), ({"modle": "pocket"}, "not an option")):
+            with click.Context(click.Command("run")), pytest.raises(click.ClickException, match=words) as said:
+                app(args)
+            assert "\n" not in said.value.message
+        assert app({"model": "/nowhere/model"})  # elsewhere the replicas' machines have it
+
     def test_texts_become_options(self) -> None:
         from selfdraft.integrations.ray.application import options_from
 

@@ -7,14 +7,17 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'selfdraft[ray]'")
 
-from tests.replicas import KEY, Replicas, mixed, plain
+from tests.replicas import KEY, ROOT, Replicas, mixed, plain
 from tests.serving import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -123,6 +126,16 @@ def running(replicas: Replicas) -> float:
     """Answers that are being generated, in all replicas."""
     lines = replicas.client.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("selfdraft_requests_running{"))
+
+
+def test_serve_run_refuses_a_model_that_is_not_there_before_anything_is_started(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("serve")), "run", "selfdraft.integrations.ray:app"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT)))}
+    found = subprocess.run([*command, f"model={tmp_path / 'model'}"], capture_output=True, text=True, env=env)
+    assert found.returncode == 1
+    told = f"Error: {tmp_path / 'model'}: there is no such folder; check the path, or give a hub name such as org/model"
+    assert found.stderr.splitlines()[-1] == told
+    assert "Traceback" not in found.stderr
 
 
 def test_the_end_is_a_clean_one(replicas: Replicas) -> None:

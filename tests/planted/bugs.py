@@ -35,6 +35,20 @@ class Bug:
 
 BUGS = (
     Bug(
+        "ray-two-names",
+        "integrations/ray/request_name.py",
+        "del MutableHeaders(scope=message)[HEADER]",
+        "MutableHeaders(scope=message)",
+        "an answer has the gateway's name of the request beside that of Ray's proxy",
+    ),
+    Bug(
+        "ray-name-as-given",
+        "integrations/ray/request_name.py",
+        "given if SAFE.fullmatch(given) else",
+        "given or",
+        "whatever a client calls its request goes into the log",
+    ),
+    Bug(
         "told-noise-of-the-root",
         "core/verify.py",
         "*(end + depth for depth in span.draft.depths)",
@@ -1379,6 +1393,7 @@ QUICK = (
     RANKS + "a_rank_without_signs_of_life_is_found_by_the_clock_and_one_that_gives_some_is_not",
     "tests/test_ray_parts.py::test_all_turns_have_the_name_of_their_conversation_and_no_other_has_it",
     "tests/test_ray_parts.py::test_a_conversation_stays_where_it_is_when_replicas_come_and_go",
+    "tests/test_ray_parts.py::test_a_request_has_the_name_of_the_proxy_which_writes_it_into_the_answer",
     SLOTS + "another_owner_and_none_reuse_nothing",
     SLOTS + "a_request_that_goes_on_takes_its_slot",
     SLOTS + "chunks_of_an_earlier_prompt_alone_where_rows_depend_on_their_pass",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from selfdraft.errors import SelfdraftError
+
 if TYPE_CHECKING:
     from ray.serve import Application
 
@@ -13,11 +15,20 @@ def app(args: dict[str, object]) -> Application:
 
     Names are those of the command line with underscores, and two more: `restart`, any text, which starts all replicas
     anew, one after the other, when it changes; `gateways`, how many of those there are.
-    Errors: OptionError, also where Ray is missing or its version is not supported.
+    Errors: OptionError, also where Ray is missing or its version is not supported. Inside the command `serve run`
+    click.ClickException, which it shows as one line, and LoadError is one, too, where a model's folder is missing.
     """
     from selfdraft.integrations.ray.required import check_ray
 
     check_ray()
+    import click
+
     from selfdraft.integrations.ray.application import application_of
 
-    return application_of(args)
+    by_command = click.get_current_context(silent=True) is not None
+    try:
+        return application_of(args, here=by_command)  # elsewhere it may be built on a machine that has no model
+    except SelfdraftError as error:
+        if not by_command:
+            raise
+        raise click.ClickException(str(error)) from error

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from selfdraft.cli.options import check_options
 from selfdraft.cli.serve import ServeOptions, settings_of
 from selfdraft.errors import OptionError, shown
 from selfdraft.integrations.ray.gateway import Gateway
@@ -35,13 +36,19 @@ TOKENS = 1024
 """Tokens in flight for each answer of a batch, where --target-tokens does not say it."""
 
 
-def application_of(args: Mapping[str, object]) -> serve.Application:
-    """The application for options of `selfdraft serve` by name, `restart` and `gateways`. Errors: OptionError."""
+def application_of(args: Mapping[str, object], *, here: bool = False) -> serve.Application:
+    """The application for options of `selfdraft serve` by name, `restart` and `gateways`.
+
+    `here`: the model is on this machine, too. Errors: OptionError, LoadError.
+    """
     given = dict(args)
     restart, gateways = str(given.pop("restart", "")), str(given.pop("gateways", 1))
     if not gateways.isdecimal() or not int(gateways):
         raise OptionError(f"gateways={shown(gateways)} is not a whole number above 0")
-    return application(options_from(given), restart=restart, gateways=int(gateways))
+    options = options_from(given)
+    if here:
+        check_options(options.model, options.drafter, options.speculative_config, options.dtype, options.lora)
+    return application(options, restart=restart, gateways=int(gateways))
 
 
 def options_from(args: Mapping[str, object]) -> ServeOptions:
