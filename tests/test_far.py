@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "lookahead": {"adaptive": False},
     "merged": {"masks": True},
     "auto": {"masks": True},
+    "s3d": {"min_probability": 0.0},
+    "space": {"min_probability": 0.0},
 }
 ALLOWED: dict[str, tuple[tuple[int, int], ...]] = {
     "none": ((1, 2), (1, 3), (1, 4), (1, 5)),
@@ -40,10 +42,10 @@ ALLOWED: dict[str, tuple[tuple[int, int], ...]] = {
     "lookahead": ((1, 2), (1, 3), (1, 4), (1, 5)),
     "layer_skip": ((2, 4), (2, 6), (2, 8), (2, 10)),
     "quantised": ((2, 4), (3, 9), (2, 8), (2, 10)),
-    "s3d": ((13, 4), (13, 6), (25, 10), (31, 13)),
-    "space": ((9, 4), (13, 6), (25, 11), (31, 14)),
-    "merged": ((1, 2), (2, 5), (1, 4), (2, 8)),
-    "auto": ((5, 3), (11, 6), (3, 5), (14, 10)),
+    "s3d": ((2, 5), (2, 7), (2, 9), (2, 13)),
+    "space": ((1, 3), (1, 5), (1, 6), (1, 10)),
+    "merged": ((1, 2), (1, 5), (1, 5), (1, 10)),
+    "auto": ((1, 3), (1, 5), (1, 6), (1, 10)),
     "cascade": ((2, 2), (3, 3), (4, 4), (7, 5)),
 }
 """Most host waits and uploads of a step: greedy and sampled with one request, greedy and sampled with three.

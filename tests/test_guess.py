@@ -268,7 +268,7 @@ def one_step(drafter: Space, groups: int) -> tuple[Sequence, Draft, Result]:
 
 
 def heard(drafter: Space, sequence: Sequence) -> list[int]:
-    return [int(place.ids[0]) for place in drafter._notes[sequence].places]
+    return [int(place.ids[0]) for place in drafter._notes[sequence].places if isinstance(place, Place)]
 
 
 def test_space_reads_the_group_behind_the_end() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
-from selfdraft.core.verify import Result
+from selfdraft.core.verify import Beside, Result
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import MissingMasks, RunnerUnavailable
@@ -123,7 +123,8 @@ class Needs:
 class Drafter(Protocol):
     """Proposes a token tree for each sequence. Notes about a sequence live with the drafter and die with the sequence.
 
-    A class may declare `needs: ClassVar[Needs]`; without it the defaults of `Needs` hold.
+    A class may declare `needs: ClassVar[Needs]`; without it the defaults of `Needs` hold. A drafter that wants more of
+    the rows of a step than likeliest tokens has an attribute `beside` (`selfdraft.core.verify.Beside`).
     """
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
@@ -137,3 +138,9 @@ def needs_of(drafter: object) -> Needs:
     """What a drafter, or its class, declares to read; the defaults where it declares nothing."""
     needs = getattr(drafter, "needs", None)
     return needs if isinstance(needs, Needs) else Needs()
+
+
+def beside_of(drafter: object) -> Beside | None:
+    """What a drafter asks of the rows of every step; None where it has no such attribute."""
+    found = getattr(drafter, "beside", None)
+    return found if isinstance(found, Beside) else None

@@ -47,6 +47,25 @@ BUGS = (
         "given if SAFE.fullmatch(given) else",
         "given or",
         "whatever a client calls its request goes into the log",
+        "mask-tables-one-noise",
+        "drafting/mask_tables.py",
+        "[last + span.draft.depths[row - 1] for row in found.rows]",
+        "[last + 1 for row in found.rows]",
+        "masks that are asked about at once all guess with the noise of the next token's place",
+    ),
+    Bug(
+        "mask-tables-end-above",
+        "drafting/mask_tables.py",
+        "found.ends[group[ahead]].append(1 + point)",
+        "found.ends[group[ahead]].append(1 + above)",
+        "a mask is asked about behind the token at its group's place, not behind the one where acceptance ends",
+    ),
+    Bug(
+        "text-copied-in-every-step",
+        "core/verify.py",
+        "[] if sampling.local else list(sequence.tokens)",
+        "list(sequence.tokens)",
+        "a sampled step copies the whole text, though nothing looks at it",
     ),
     Bug(
         "told-noise-of-the-root",
@@ -1378,6 +1397,9 @@ ROWS_OF_VLLM = "tests/test_vllm_requests.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 RANKS = "tests/test_ranks.py::test_"
 QUICK = (
+    "tests/test_mask_tables.py::test_which_tokens_may_stand_before_a_mask",
+    "tests/test_mask_tables.py::test_a_group_says_the_same_wherever_acceptance_ends",
+    "tests/test_host_work.py::test_a_step_does_no_more_behind_a_long_text[none-sampled]",
     "tests/test_told.py::test_every_row_is_chosen_as_alone",
     "tests/test_told.py::test_the_text_is_that_of_plain_decoding[lookahead]",
     "tests/test_device.py::test_room_is_arithmetic",

@@ -6,6 +6,7 @@ chosen at once, for a wait costs more than all of it. Both choose alike, row by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,6 +23,10 @@ UNSAID = -3
 """Stands for the choice where the sampling looks at more than the row."""
 Top: TypeAlias = tuple[Tensor, Tensor]
 """The likeliest tokens of rows: logits float64 and ids int64, both [n, k], best first, on the CPU."""
+
+
+Beside: TypeAlias = Callable[[Tensor], Tensor | None]
+"""(what every row says [n], its best id where that is nothing) -> int64 numbers [m] on the device, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,17 @@ class Told:
     """The chance of the chosen (else the best) token under the raw logits; empty unless asked for."""
     top: Top | None
     """The likeliest tokens, if some were asked for."""
+    beside: Tensor | None = None
+    """What else was asked for, on the CPU."""
 
 
-def tell(logits: Tensor, asked: SequenceOf[Asked], top: int = 0, *, chances: bool = False) -> Told:
+def tell(
+    logits: Tensor, asked: SequenceOf[Asked], top: int = 0, *, chances: bool = False, beside: Beside | None = None
+) -> Told:
     """What rows of logits [n, vocab] say, fetched at once; `asked` covers the rows in their order.
 
-    `top`: how many likeliest tokens of each row are wanted; `chances`: those of the chosen tokens are wanted, too. Rows
-    are chosen in one call for each way of sampling.
+    `top`: how many likeliest tokens of each row are wanted; `chances`: those of the chosen tokens are wanted, too;
+    `beside`: so are its numbers. Rows are chosen in one call for each way of sampling.
     """
     best = logits.max(-1)
     ids = best.indices.masked_fill(best.values.isnan(), NAN)
@@ -61,16 +70,22 @@ def tell(logits: Tensor, asked: SequenceOf[Asked], top: int = 0, *, chances: boo
     if count:
         likely = logits.topk(count)
         columns += [likely.indices, likely.values.double().view(torch.int64)]
+    named = torch.where(chosen >= 0, chosen, best.indices) if chances or beside is not None else chosen
     if chances:
-        named = torch.where(chosen >= 0, chosen, best.indices)
         columns.append(logits.float().softmax(-1).gather(1, named[:, None]).double().view(torch.int64))
-    table = torch.cat(columns, 1).cpu()  # floats travel as their bits: the one wait
+    table = torch.cat(columns, 1)
+    more = None if beside is None else beside(named)
+    if more is None:
+        table = table.cpu()  # floats travel as their bits: the one wait
+    else:
+        whole = torch.cat([table.flatten(), more]).cpu()
+        table, more = whole[: table.numel()].view(table.shape), whole[table.numel() :]
     numbers: list[list[int]] = table[:, :2].T.tolist()
     found: list[float] = table[:, -1].contiguous().view(torch.float64).tolist() if chances else []
     likeliest = None
     if count:
         likeliest = table[:, 2 + count : 2 + 2 * count].contiguous().view(torch.float64), table[:, 2 : 2 + count]
-    return Told(numbers[0], numbers[1], found, likeliest)
+    return Told(numbers[0], numbers[1], found, likeliest, more)
 
 
 def _choices(logits: Tensor, asked: SequenceOf[Asked], best: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -46,6 +48,17 @@ class Result:
     logprobs: tuple[Logprob, ...] = field(default=())
 
 
+@runtime_checkable
+class Beside(Protocol):
+    """What a drafter wants to know of a step's rows, of a device that is waited for: it comes with the answers."""
+
+    def ask(self, rows: Rows, sequences: SequenceOf[Sequence], logits: Tensor, said: Tensor) -> Tensor | None:
+        """Numbers [m], int64 and on the device, or None; `said` [n] is what the rows of `logits` [n, vocab] say."""
+
+    def take(self, numbers: Tensor) -> None:
+        """What `ask` has said last, on the CPU; not called where it said None."""
+
+
 def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]:
     """Follow what the target says: `say(node)` is its choice after that node (ROOT: the last known token).
 
@@ -80,13 +93,16 @@ def argmaxes(logits: Tensor) -> list[int]:
     return [place if row[place] == row[place] else NAN for row, place in zip(scores, places, strict=True)]
 
 
-def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int = 0) -> list[Result]:
+def verify(
+    rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int = 0, beside: Beside | None = None
+) -> list[Result]:
     """Walk every sequence's tree. `logits` [len(rows.logit_rows), vocab] are the answers, in the order of the rows.
 
-    `top`: how many likeliest tokens of each row come with the answers, where asking for them later would be a wait.
+    `top`: how many likeliest tokens of each row come with the answers, where asking for them later would be a wait;
+    `beside`: what else does.
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
-    said = _told(rows, logits, sequences, top)
+    said = _told(rows, logits, sequences, top, beside)
     answers = said.best
     results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
@@ -110,7 +126,7 @@ def verify(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int
     return results
 
 
-def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int) -> Told:
+def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int, beside: Beside | None) -> Told:
     """What the rows say: of a device all of it at once, on a CPU the best ids alone."""
     if not len(logits):
         return Told([], [], [], None)
@@ -121,12 +137,18 @@ def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int)
         if span.num_logits:
             end = len(sequence.tokens)
             asked.append(Asked(sequence.sampling, sequence.seed, [end, *(end + depth for depth in span.draft.depths)]))
-    return told.tell(logits, asked, top)
+    found = told.tell(
+        logits, asked, top, beside=None if beside is None else partial(beside.ask, rows, sequences, logits)
+    )
+    if beside is not None and found.beside is not None:
+        beside.take(found.beside)
+    return found
 
 
 def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int], chosen: list[int]) -> Result:
     sampling = sequence.sampling
-    path_tokens = [] if sampling.plain else list(sequence.tokens)
+    path_tokens = [] if sampling.local else list(sequence.tokens)  # a long text is copied only where it is looked at
+    end = len(sequence.tokens)
     logprobs: list[Logprob] = []
 
     def say(node: int) -> int:
@@ -140,7 +162,7 @@ def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int]
             token = chosen[node + 1]
         else:
             scores = process(logits[node + 1], sampling, path_tokens, sequence.prompt_length, sequence.stop_ids)
-            token = choose(scores, sampling, sequence.seed, len(path_tokens))
+            token = choose(scores, sampling, sequence.seed, end + (draft.depths[node] if node != ROOT else 0))
         if sampling.logprobs is not None:
             logprobs.append(logprob(logits[node + 1], token, sampling.logprobs))
         return token

@@ -48,6 +48,7 @@ class Auto:
         self.memory = Memory(memory) if memory else None
         rows, clock = wanted_masks(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows)
+        self.beside = self.tree.beside
         self.copies = SuffixCopy()
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)
         self.uses_tree = True

@@ -14,7 +14,8 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
-from selfdraft.drafting.mask_prediction import Guesser, places
+from selfdraft.drafting.mask_prediction import Guesser
+from selfdraft.drafting.mask_tables import foresee
 from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, middle, within
@@ -45,7 +46,7 @@ class S3D:
         within("num_masks", count, 1, len(self.masks))
         self.masks = self.masks[:count]
         self.skip = middle(target.extras.num_layers, width)
-        self._shift = masks.shift
+        self._trained = masks
         self.timer = StepTimer(target.extras.clock)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
@@ -60,10 +61,13 @@ class S3D:
                 sequence.stats.num_draft_passes += 1
             rows = group_rows(groups, SOURCE)
             logits = self.target.forward(rows, self.skip)
-            for i, span in zip(able, rows.spans, strict=True):
-                answers = logits[span.start : span.start + span.size]
+            said = [
+                (logits[span.start : span.start + span.size], sequences[i])
+                for i, span in zip(able, rows.spans, strict=True)
+            ]
+            for i, ahead in zip(able, foresee(said, self._trained, self.guesser.branches), strict=True):
                 last = sequences[i].tokens[-1]
-                drafts[i] = self.guesser.tree(last, places(answers, sequences[i]), self._shift, budgets[i], SOURCE)
+                drafts[i] = self.guesser.tree(last, ahead, self._trained.shift, budgets[i], SOURCE)
         self.timer.start(len(sequences))
         return drafts
 

@@ -16,7 +16,8 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Groups, Guesser, Place, read_group, with_groups
+from selfdraft.drafting.mask_prediction import Ahead, Groups, Guesser, read_group, with_groups
+from selfdraft.drafting.mask_tables import MaskTables
 from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.protocols import Target
 from selfdraft.types import Budget, within
@@ -28,7 +29,7 @@ SOURCE = "space"
 class RequestMasks:
     """What is known about one sequence between two steps."""
 
-    places: list[Place] = field(default_factory=list)
+    places: list[Ahead] = field(default_factory=list)
     """What the masks said of the places behind the last known token."""
     groups: Groups = field(default_factory=dict)
     """Those in the draft on its way."""
@@ -52,6 +53,7 @@ class Space:
         self.masks = masks.ids
         self.groups = mask_groups
         self._shift = masks.shift
+        self.beside = MaskTables(masks, branches)
         self.timer = StepTimer(target.extras.clock)
         self._held = [Mean(0.5, 4.0) for _ in self.masks]
         """For each mask, how often its guess was right when those before it were."""
@@ -97,4 +99,4 @@ class Space:
                 continue
             for held, depth in zip(self._held, range(min(len(result.path) + 1, len(note.places))), strict=False):
                 held.observe(float(depth < len(result.path)))
-            note.places = read_group(note.groups, sequence, result)
+            note.places = read_group(note.groups, sequence, result, self.beside)

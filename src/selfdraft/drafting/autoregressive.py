@@ -96,13 +96,19 @@ class Chain:
     scores: list[float] = field(default_factory=list)
     """The chance that the short pass gave to each."""
     path: list[int] = field(init=False)
-    """The sequence's tokens and the drafted ones: what processors see."""
+    """The sequence's tokens and the drafted ones: what processors see. Without any only the text's last token."""
     going: bool = field(init=False)
     """It may be extended: it is shorter than `most` and does not end the text."""
 
     def __post_init__(self) -> None:
-        self.path = list(self.sequence.tokens)
+        text = self.sequence.tokens
+        self.path = text[-1:] if self.sequence.sampling.local else list(text)
         self.going = self.most > 0
+
+    @property
+    def place(self) -> int:
+        """Where the next token will stand."""
+        return len(self.sequence.tokens) + len(self.tokens)
 
     def extend(self, logits: Tensor) -> int:
         """Add what a row of the short pass says behind the path. Returns the token."""
@@ -117,7 +123,7 @@ class Chain:
             token = int(logits.argmax())
         else:
             scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.stop_ids)
-            token = choose(scores, sampling, sequence.seed, len(self.path))
+            token = choose(scores, sampling, sequence.seed, self.place)
         return token, float(logits.float().softmax(-1)[token])
 
     def add(self, token: int, score: float) -> None:
@@ -136,7 +142,7 @@ def said_by(chains: SequenceOf[Chain], logits: Tensor) -> list[tuple[int, float]
     """
     if not verify.apart(logits):
         return [chain.said(row) for chain, row in zip(chains, logits, strict=True)]
-    asked = [Asked(chain.sequence.sampling, chain.sequence.seed, [len(chain.path)]) for chain in chains]
+    asked = [Asked(chain.sequence.sampling, chain.sequence.seed, [chain.place]) for chain in chains]
     found = told.tell(logits, asked, chances=True)
     if NOTHING in found.chosen:
         raise EngineError(NOTHING_LEFT)

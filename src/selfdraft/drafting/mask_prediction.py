@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.types import Budget, within
+from selfdraft.types import Budget, SamplingParams, within
 
 CANDIDATES = 128
 """Tokens that are looked at for one place."""
@@ -31,6 +31,8 @@ Groups: TypeAlias = dict[int, tuple[int, int]]
 """Accept point (ROOT or a candidate) -> (first probe of the group that hangs there, number of masks)."""
 Link = Callable[[int, Tensor], Tensor | None]
 """(token before, ids [k]) -> what it adds to their logits [k], or None."""
+Links = Callable[[Tensor, Tensor], Tensor | None]
+"""The same for many: (tokens before [n, b], ids [n, k]) -> [n, b, k], on their device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class MaskTokens:
     """vocab <= id < vocab + masks, the one that stands nearest to the text first."""
     shift: Link = lambda token, ids: None
     """(token, ids [k]) -> what to add to the logits of `ids` when `token` stands before them; None: nothing."""
+    shifts: Links = lambda before, ids: None
+    """The same for many rows and tokens at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,13 @@ class Guess:
 
     tokens: tuple[int, ...]
     chances: tuple[float, ...]
+
+
+class Ahead(Protocol):
+    """What is known of one place ahead."""
+
+    def after(self, token: int, link: Link, most: int) -> Guess:
+        """The best `most` tokens when `token` stands before this place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,38 +91,51 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         sequence.sampling,
         logits[: sequence.remaining],
     )  # no processor is asked about a place behind the end
-    if sampling.plain:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        best = wide.topk(min(CANDIDATES, wide.shape[-1]))
-        silence = torch.zeros_like(best.values[:1]).squeeze(0)
-        return [Place(ids, values, silence, 1.0) for ids, values in zip(best.indices, best.values, strict=True)]
-    if sampling.local and verify.apart(logits):
-        return _places_at_once(logits, sequence)
-    path, found = list(sequence.tokens), []
-    for row in logits:
+    if sampling.plain or (sampling.local and verify.apart(logits)):
+        end = len(sequence.tokens)
+        said = scored(logits, sampling, sequence.seed, range(end, end + len(logits)))
+        return [Place(*row, said.temperature) for row in zip(said.ids, said.logits, said.noise, strict=True)]
+    path, found = [] if sampling.local else list(sequence.tokens), []
+    for position, row in enumerate(logits, len(sequence.tokens)):
         scores = process(row, sampling, path, sequence.prompt_length, sequence.stop_ids)
         alive = torch.isfinite(scores).nonzero().squeeze(1)
         noise = torch.zeros(len(alive), dtype=scores.dtype, device=scores.device)
         if not sampling.greedy:
-            noise = gumbel(sequence.seed, len(path), alive).to(scores.dtype)
+            noise = gumbel(sequence.seed, position, alive).to(scores.dtype)
         order = (scores[alive] + noise).topk(min(CANDIDATES, len(alive))).indices
         found.append(Place(alive[order], scores[alive[order]], noise[order], sampling.temperature or 1.0))
-        path.append(int(alive[order[0]]) if len(order) else path[-1])
+        if not sampling.local:
+            path.append(int(alive[order[0]]) if len(order) else path[-1])
     return found
 
 
-def _places_at_once(logits: Tensor, sequence: Sequence) -> list[Place]:
-    """The same for all rows in one call, without a wait; a token that is banned keeps its place, and no chance."""
-    sampling, end = sequence.sampling, len(sequence.tokens)
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The likeliest `ids` [n, k] of rows with their logits and noise, best first; see `Place`."""
+
+    ids: Tensor
+    logits: Tensor
+    noise: Tensor
+    temperature: float
+
+
+def scored(logits: Tensor, sampling: SamplingParams, seed: int, positions: SequenceOf[int]) -> Scored:
+    """Rows [n, vocab] in one call, without a wait, for a sampling that looks at the row alone.
+
+    `positions`: where the tokens will stand that they speak of. A token that is banned keeps its place, and no chance.
+    """
+    if sampling.plain:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best = wide.topk(min(CANDIDATES, wide.shape[-1]))
+        return Scored(best.indices, best.values, torch.zeros_like(best.values), 1.0)
     scores = score_rows(logits, sampling)
     noise = torch.zeros_like(scores)
     if not sampling.greedy:
         every = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        places = [(sequence.seed, end + row) for row in range(len(scores))]
+        places = [(seed, position) for position, _ in zip(positions, scores, strict=False)]
         noise = gumbel_at(places, every).to(scores.dtype)
     ids = (scores + noise).topk(min(CANDIDATES, scores.shape[1])).indices
-    found = zip(ids, scores.gather(1, ids), noise.gather(1, ids), strict=True)
-    return [Place(row, own, added, sampling.temperature or 1.0) for row, own, added in found]
+    return Scored(ids, scores.gather(1, ids), noise.gather(1, ids), sampling.temperature or 1.0)
 
 
 def expand(
@@ -206,7 +230,7 @@ class Guesser:
         within("num_speculative_tokens", self.nodes, 1, 256)
         within("branches", self.branches, 1, 16)
 
-    def tree(self, known: int, ahead: SequenceOf[Place], link: Link, budget: Budget, source: str) -> Draft:
+    def tree(self, known: int, ahead: SequenceOf[Ahead], link: Link, budget: Budget, source: str) -> Draft:
         """The best tree behind the `known` token over the places `ahead` of it, within the budget."""
         most = min(budget.max_nodes, self.nodes, self.row_cost.most_rows)
         room = Budget(most, min(budget.max_depth, len(ahead)), budget.max_probe_depth)
@@ -262,7 +286,14 @@ def with_groups(tree: Draft, sizes: SequenceOf[tuple[int, int]], masks: range, s
     return tree.with_probes(tokens, parents, source), groups
 
 
-def read_group(groups: Groups, sequence: Sequence, result: Result) -> list[Place]:
+class Tables(Protocol):
+    """What rows of the last step said, where all of them were asked about (`mask_tables.py`)."""
+
+    def places(self, sequence: Sequence, rows: SequenceOf[int]) -> list[Ahead] | None:
+        """What these rows of a sequence say; None where they were not asked about."""
+
+
+def read_group(groups: Groups, sequence: Sequence, result: Result, tables: Tables) -> list[Ahead]:
     """What the masks behind the end of acceptance say; without a group there, the later masks of one before it."""
     point = result.nodes[result.path[-1]] if result.path else ROOT
     ahead = 0
@@ -273,7 +304,8 @@ def read_group(groups: Groups, sequence: Sequence, result: Result) -> list[Place
     rows = [1 + place[probe] for probe in range(first + ahead, first + size) if probe in place]
     if not rows or result.logits is None:
         return []
-    return places(result.logits[rows], sequence)
+    known = tables.places(sequence, rows)
+    return [*places(result.logits[rows], sequence)] if known is None else known[: sequence.remaining]
 
 
 def ranks(draft: Draft) -> list[int]:

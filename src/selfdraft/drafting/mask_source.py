@@ -15,7 +15,8 @@ from selfdraft.core.tree import ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafting.context_tree import SILENCE, Guesses
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.mask_prediction import Groups, Link, MaskTokens, Place, endings, read_group, with_groups
+from selfdraft.drafting.mask_prediction import Ahead, Groups, Link, MaskTokens, endings, read_group, with_groups
+from selfdraft.drafting.mask_tables import MaskTables
 
 MASKS = "masks"
 """Name of the source: its tokens are shown under it."""
@@ -36,7 +37,7 @@ class MaskSource:
 
     def __init__(self, link: Link) -> None:
         self.name = MASKS
-        self.places: list[Place] = []
+        self.places: list[Ahead] = []
         self.groups: Groups = {}
         """Those in the draft on its way."""
         self._link, self._last = link, -1
@@ -59,7 +60,7 @@ class MaskSource:
             found = self._known[state] = dict(zip(guess.tokens, kinds, strict=True)) or SILENCE
         return found
 
-    def update(self, found: list[Place], last: int) -> None:
+    def update(self, found: list[Ahead], last: int) -> None:
         """Take what masks said of the places behind the token `last`; nothing known: [], -1."""
         self.places, self._last = found, last
         self._known.clear()
@@ -71,11 +72,14 @@ class MaskGroups:
 
     masks: MaskTokens
     most: int = 6
+    tables: MaskTables = field(init=False)
+    """What their rows say, where it is asked of a device."""
     gains: list[Mean] = field(init=False)
     """Tokens that each mask row brings, when acceptance ended where its group hangs."""
     _waited: int = 0
 
     def __post_init__(self) -> None:
+        self.tables = MaskTables(self.masks, BRANCHES)
         self.gains = [Mean(FIRST_GAIN / 2**place, 16.0, 0.995) for place in range(len(self.masks.ids))]
 
     def hang(self, source: MaskSource, tree: Draft, prices: SequenceOf[float], depth: int) -> Draft:
@@ -114,5 +118,6 @@ class MaskGroups:
             brought[depth] = float(result.draft.sources[node] == MASKS)
         for gain, tokens in zip(self.gains, brought, strict=False):
             gain.observe(tokens)
-        source.update([] if sequence.finished else read_group(source.groups, sequence, result), sequence.tokens[-1])
+        ahead = [] if sequence.finished else read_group(source.groups, sequence, result, self.tables)
+        source.update(ahead, sequence.tokens[-1])
         source.groups = {}

@@ -125,6 +125,8 @@ class SourceTree:
         within("num_speculative_tokens", nodes, 1, 256)
         self.sources, self.most, self.memory, self.clock = sources, nodes, memory, clock
         self.groups = MaskGroups(masks) if masks else None
+        self.beside = self.groups.tables if self.groups else None
+        """What is asked of the rows of a step beside likeliest tokens."""
         self.credit = Credit()
         self.successors = LossBudget()
         """What reading the successor table may still lose."""
@@ -240,7 +242,7 @@ class SourceTreeDrafter:
         masks: MaskTokens | None = None,
     ) -> None:
         self.tree = SourceTree(sources, nodes, clock, memory, masks)
-        self.memory = memory
+        self.memory, self.beside = memory, self.tree.beside
         self.row_cost = RowCost(min_probability)
         self.timer = StepTimer(clock)
 

@@ -183,6 +183,15 @@ def shift_of(head: nn.Linear | BlockLinear | Tensor, state: Tensor, ids: Tensor 
     return shift if ids is None else shift[..., ids]
 
 
+def shifts_of(head: nn.Linear | BlockLinear | Tensor, states: Tensor, ids: Tensor) -> Tensor:
+    """What link states [n, b, hidden] add to the logits of `ids` [n, k], row by row: [n, b, k]."""
+    weight = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight
+    if weight is not None and weight.is_floating_point():
+        return torch.bmm(states.to(weight.dtype), weight[ids].mT)
+    wanted = ids[:, None].expand(-1, states.shape[1], -1)
+    return shift_of(head, states).gather(2, wanted)  # quantised: only the layer itself can read its weights
+
+
 def link_state(table: Callable[[Tensor], Tensor], before: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the tokens `before` [..., n] add to what the output layer is given: [..., n, hidden]."""
     embedded = table(before).to(down.dtype)

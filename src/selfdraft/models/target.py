@@ -19,7 +19,7 @@ from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import OptionError, RunnerUnavailable
 from selfdraft.models import views
-from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, link_state, placed, shift_of
+from selfdraft.models.adapters import Ends, Gate, MaskAdapter, gate_rows, gated, link_state, placed, shift_of, shifts_of
 from selfdraft.models.attention import Plan, make_plan, sent_at_once
 from selfdraft.models.early_states import EarlyStates, unknown_part
 from selfdraft.models.exactness import NATURAL, Shapes
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 LINK_STATES = 4096
 """Tokens whose link states are kept."""
+LINK_ROWS = 32
+"""Rows whose links are computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,8 @@ class HFTarget:
         for adapter in self.fitted:
             ids = range(first, first := first + len(adapter.embeddings))
             if adapter.link is not None:
-                found.setdefault(adapter.method, MaskTokens(ids, partial(self._shift, adapter.link, {})))
+                one, many = partial(self._shift, adapter.link, {}), partial(self._shifts, adapter.link)
+                found.setdefault(adapter.method, MaskTokens(ids, one, many))
             else:
                 found.setdefault(adapter.method, MaskTokens(ids))
         return found
@@ -238,6 +241,14 @@ class HFTarget:
             state = link_state(self.ends.table, torch.tensor(token, device=self._device), *link)
             states[token] = state
         return shift_of(self.ends.head, state, ids.to(self._device))
+
+    @torch.inference_mode()
+    def _shifts(self, link: tuple[Tensor, Tensor], before: Tensor, ids: Tensor) -> Tensor:
+        """See `Links`; some rows at a time, since each takes some megabytes on its way."""
+        ends, found = self.ends, list[Tensor]()
+        for tokens, own in zip(torch.split(before, LINK_ROWS), torch.split(ids, LINK_ROWS), strict=True):
+            found.append(shifts_of(ends.head, link_state(ends.table, tokens, *link), own))
+        return torch.cat(found)
 
     @property
     def layers(self) -> int:

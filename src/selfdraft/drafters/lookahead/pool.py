@@ -51,7 +51,7 @@ class Pool:
         found = []
         for followers in self.followers(text[-1]):
             source, before = self._tuples[text[-1]][followers]
-            pairs = zip(reversed(before), reversed(text[:-1][-CONTEXT:]), strict=False)
+            pairs = zip(reversed(before), reversed(text[-CONTEXT - 1 : -1]), strict=False)
             found.append((followers, source, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))))
         return sorted(found, key=lambda one: -one[2])
 
