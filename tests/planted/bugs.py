@@ -47,6 +47,8 @@ BUGS = (
         "given if SAFE.fullmatch(given) else",
         "given or",
         "whatever a client calls its request goes into the log",
+    ),
+    Bug(
         "mask-tables-one-noise",
         "drafting/mask_tables.py",
         "[last + span.draft.depths[row - 1] for row in found.rows]",
