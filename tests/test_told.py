@@ -67,6 +67,14 @@ def test_every_row_is_chosen_as_alone(name: str, dtype: str) -> None:
     assert said.best == logits.max(-1).indices.tolist()
 
 
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_sampling_that_looks_at_the_row_alone_needs_no_path(name: str) -> None:
+    """So no step copies a long text for it; an end of the text is not banned because the path is short."""
+    for row in rows("float32", 4):
+        whole = process(row, LOCAL[name], [7] * 9, 5, frozenset({3, 150}))
+        assert torch.equal(process(row, LOCAL[name], [], 5, frozenset({3, 150})), whole)
+
+
 @pytest.mark.parametrize("name", MEMORY)
 def test_what_looks_further_than_the_row_is_left_to_the_walk(name: str) -> None:
     assert not MEMORY[name].local

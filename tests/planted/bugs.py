@@ -63,6 +63,13 @@ BUGS = (
         "a mask is asked about behind the token at its group's place, not behind the one where acceptance ends",
     ),
     Bug(
+        "ends-banned-without-a-path",
+        "core/sampler.py",
+        "if sampling.min_tokens and written < sampling.min_tokens and ends:",
+        "if written < sampling.min_tokens and ends:",
+        "where no path is given, as the sampling looks at none, the ids that end a text are banned",
+    ),
+    Bug(
         "text-copied-in-every-step",
         "core/verify.py",
         "[] if sampling.local else list(sequence.tokens)",
@@ -142,8 +149,8 @@ BUGS = (
     Bug(
         "noise-by-step",
         "core/verify.py",
-        "sequence.seed, len(path_tokens))",
-        "sequence.seed, len(sequence.tokens))",
+        "sequence.seed, end + (draft.depths[node] if node != ROOT else 0))",
+        "sequence.seed, end)",
         "all rows of a step share their noise",
     ),
     Bug(
@@ -657,8 +664,8 @@ BUGS = (
     Bug(
         "chain-noise",
         "drafting/autoregressive.py",
-        "sequence.seed, len(self.path))",
-        "sequence.seed, len(sequence.tokens))",
+        "sampling, sequence.seed, self.place)",
+        "sampling, sequence.seed, len(sequence.tokens))",
         "all links of a chain share their noise",
     ),
     Bug(
@@ -1399,6 +1406,7 @@ ROWS_OF_VLLM = "tests/test_vllm_requests.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 RANKS = "tests/test_ranks.py::test_"
 QUICK = (
+    "tests/test_told.py::test_a_sampling_that_looks_at_the_row_alone_needs_no_path",
     "tests/test_mask_tables.py::test_which_tokens_may_stand_before_a_mask",
     "tests/test_mask_tables.py::test_a_group_says_the_same_wherever_acceptance_ends",
     "tests/test_host_work.py::test_a_step_does_no_more_behind_a_long_text[none-sampled]",

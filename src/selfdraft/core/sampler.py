@@ -64,7 +64,8 @@ def process(
 ) -> Tensor:
     """Scores [vocab] out of raw logits [vocab] for the row whose own path (prompt and output) is `path`.
 
-    `ends` are the ids that end the output; they stay banned until `min_tokens`. Banned tokens score -inf.
+    `ends` are the ids that end the output; they stay banned until `min_tokens`. Banned tokens score -inf. Where the
+    sampling looks at the row alone (`SamplingParams.local`) the path may be left out.
     Processors see a copy: the logits of other readers never change.
     """
     scores = _constrain(_biased(logits, sampling), sampling, path, prompt_length, ends)
@@ -112,7 +113,7 @@ def _constrain(
         before = len(word) - 1
         if before <= written and tuple(path[len(path) - before :]) == word[:-1]:
             scores[word[-1]] = BANNED
-    if written < sampling.min_tokens and ends:
+    if sampling.min_tokens and written < sampling.min_tokens and ends:
         scores[list(ends)] = BANNED
     return scores
 
