@@ -8,8 +8,9 @@
 `PROFILE.json`: what `selfdraft tune machine --json` prints, or the profile that it has kept. `ROWS.jsonl`: what
 `selfdraft bench --drafters auto --output` wrote: lengths of prompts and answers, and what became of drafts.
 `batch` says at which batch drafting stops paying. `plan` runs a fleet with and without drafting, routed by conversation
-and in turn: tokens per second, times, cost per million tokens; `table` puts several such runs together. `check` puts `selfdraft bench serve --json` of real
-replicas beside the simulation of the same requests. Needs `pip install 'selfdraft[fleet]'`. Results: docs/scaling.md.
+and in turn: tokens per second, times, cost per million tokens; `table` puts several such runs together. `check` puts
+`selfdraft bench serve --json` of real replicas beside the simulation of the same requests.
+Needs `pip install 'selfdraft[fleet]'`. Results: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def told(fleet: Fleet) -> JsonObject:
     round_ = Round("", Point(), 1, fleet.answers, 0.0, whole=True)
     found, replicas = figures([round_], {}), fleet.replicas.values()
     steps = sum(one.steps for one in replicas)
-    found["replicas"] = len(replicas)
-    found["busy_share"] = sum(one.busy for one in replicas) / (len(replicas) * fleet.env.now)
+    found["replicas"], found["busy_seconds"] = len(replicas), sum(one.busy for one in replicas)
+    found["busy_share"] = found["busy_seconds"] / (len(replicas) * fleet.env.now)
     found["answers_per_step"] = sum(one.decoded for one in replicas) / steps
     return found
 
@@ -109,7 +110,7 @@ def plan_fleet(given: argparse.Namespace) -> None:
             fleet.arriving(asked)
             found = told(fleet)
             found |= {"server": f"{POLICY[policy]}, {ROUTING[routing]}", "rate": rate, "concurrency": None}
-            hours = given.replicas * fleet.env.now / HOUR
+            hours = found["busy_seconds"] / HOUR  # of the steps: a fleet is sized so that little time is idle
             found["cost_per_million"] = given.price * hours * MILLION / max(found["tokens"], 1)
             records.append(found)
             print(json.dumps(found), flush=True)
@@ -134,18 +135,17 @@ ROUTING = {"conversation": "by conversation", "round-robin": "in turn", "fewest"
 
 def table(records: Iterable[JsonObject]) -> Iterator[str]:
     yield (
-        "| requests/s of a replica | | tokens/s of a replica | refused | prompt found | TTFT p50 / p95 / p99, s "
-        "| time per token p50 / p95 / p99, ms | busy | answers a step | cost per million tokens |"
+        "| requests/s of a replica | | refused | prompt found | TTFT p50 / p95 / p99, s "
+        "| time per token p50 / p95 / p99, ms | seconds of a replica per 1,000 tokens | cost per million tokens |"
     )
-    yield "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---:|---|---:|---:|---:|---:|---:|---:|"
     for one in records:
         ttft = " / ".join(f"{one['ttft_ms'][name] / 1e3:.2f}" for name in ("p50", "p95", "p99"))
         tpot = " / ".join(f"{one['tpot_ms'][name]:.0f}" for name in ("p50", "p95", "p99"))
         share = 1 - one["answered"] / one["requests"]
         yield (
-            f"| {one['rate']:g} | {one['server']} | {one['tokens_per_second'] / one['replicas']:.1f} | {share:.1%} "
-            f"| {one['cached_share']:.0%} | {ttft} | {tpot} | {one['busy_share']:.0%} | {one['answers_per_step']:.1f} "
-            f"| {one['cost_per_million']:.2f} |"
+            f"| {one['rate']:g} | {one['server']} | {share:.1%} | {one['cached_share']:.0%} | {ttft} | {tpot} "
+            f"| {one['busy_seconds'] / one['tokens'] * 1e3:.1f} | {one['cost_per_million']:.2f} |"
         )
 
 
@@ -192,7 +192,7 @@ def simulated(
         fleet = Fleet(given.replicas, serving, routing=given.routing, seed=given.seed + number)
         if serving.beside is not None:
             fleet.pair_up()
-        fleet.closed([(key, kinds[key]) for key in asks], point["concurrency"])
+        fleet.closed([(key, kinds[key]) for key in asks], point["concurrency"], given.apart_ms / 1e3)
         rounds.append(Round("", Point(), number, fleet.answers, 0.0, whole=True))
     return figures(rounds, {})
 
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--prefill-chunk", type=int, default=256)
     parser.add_argument("--per-request-ms", type=float, default=0.0, help="from the client to the queue and back")
     parser.add_argument("--per-answer-ms", type=float, default=0.0, help="that an answer adds to a step")
+    parser.add_argument("--apart-ms", type=float, default=5.0, help="of check: between the first requests of clients")
     parser.add_argument("--routing", default="conversation", choices=ROUTING)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", default="0.2,0.4,0.6", help="of plan: requests a second of one replica")

@@ -321,16 +321,21 @@ class Fleet:
 
     # Loads
 
-    def closed(self, asks: Iterable[tuple[str, Kind]], clients: int) -> None:
-        """So many clients ask one request after the other, each its own conversation, until all have ended."""
+    def closed(self, asks: Iterable[tuple[str, Kind]], clients: int, apart: float = 0.0) -> None:
+        """So many clients ask one request after the other, each its own conversation, until all have ended.
+
+        `apart`: seconds between the first requests of two clients. A server reads them one after the other, and the
+        first one's prompt is read before the others are there.
+        """
         left = enumerate(asks)
 
-        def client() -> Waiting:
+        def client(begins: float) -> Waiting:
+            yield self.env.timeout(begins)
             for number, (key, kind) in left:
                 yield self.ask(kind, number, key).done
 
-        for _ in range(clients):
-            self.env.process(client())
+        for number in range(clients):
+            self.env.process(client(number * apart))
         self.env.run()
 
     def arriving(self, conversations: Iterable[tuple[float, SequenceOf[tuple[float, Kind]]]]) -> None:

@@ -44,6 +44,9 @@ def test_answers_that_run_together_share_their_steps() -> None:
     fleet = run(Fleet(1, Serving(LINE)), [Kind(10, 3)] * 4, clients=4)
     first, then = LINE.step(40, 0, 4), [LINE.step(4, 4 * tokens, 4) for tokens in (10, 11)]
     assert [one.end for one in fleet.answers] == pytest.approx([first + sum(then)] * 4)
+    later = Fleet(1, Serving(LINE))
+    later.closed((("", Kind(10, 1)) for _ in range(2)), 2, apart=0.001)
+    assert [one.end for one in later.answers] == pytest.approx([LINE.step(10), 2 * LINE.step(10)])
     one_slot = run(Fleet(1, Serving(LINE, slots=1)), [Kind(10, 1)] * 4, clients=4)
     assert [one.end for one in one_slot.answers] == pytest.approx([n * LINE.step(10) for n in (1, 2, 3, 4)])
 

@@ -21,14 +21,13 @@ def app(args: dict[str, object]) -> Application:
     from selfdraft.integrations.ray.required import check_ray
 
     check_ray()
-    import click
-
+    from selfdraft.cli import inside_click
     from selfdraft.integrations.ray.application import application_of
 
-    by_command = click.get_current_context(silent=True) is not None
+    by_command = inside_click.running()
     try:
         return application_of(args, here=by_command)  # elsewhere it may be built on a machine that has no model
     except SelfdraftError as error:
         if not by_command:
             raise
-        raise click.ClickException(str(error)) from error
+        raise inside_click.as_one_line(error) from error
