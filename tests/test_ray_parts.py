@@ -205,7 +205,9 @@ class TestWithRay:
 
         from selfdraft.integrations.ray import app
 
-        for args, words in (({"model": "/nowhere/model"}, "no such folder"), ({"modle": "pocket"}, "not an option")):
+        wrong: dict[str, dict[str, object]]
+        wrong = {"no such folder": {"model": "/nowhere/model"}, "not an option": {"modle": "pocket"}}
+        for words, args in wrong.items():
             with click.Context(click.Command("run")), pytest.raises(click.ClickException, match=words) as said:
                 app(args)
             assert "\n" not in said.value.message
