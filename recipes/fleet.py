@@ -43,7 +43,7 @@ def profile_from(path: Path) -> Profile:
     try:
         given = json.loads(path.read_text("utf-8"))["profile"]
         lists = {name: tuple(given.pop(name)) for name in ("rows", "seconds", "per_token")}
-        return Profile(**lists, **given)
+        return Profile(**(given | lists))
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise SystemExit(f"{path} is no profile: give what 'selfdraft tune machine --json' prints ({error})") from error
 
