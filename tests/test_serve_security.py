@@ -14,10 +14,11 @@ import httpx
 import pytest
 
 from selfdraft import SamplingParams
+from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
-from selfdraft.outputs import PieceReader
+from selfdraft.outputs import Piece, PieceReader
 from selfdraft.serve.answers import padded
 from selfdraft.serve.app import FRAME
 from selfdraft.serve.guard import OPEN
@@ -223,15 +224,20 @@ def test_paced_streams_have_parts_of_equal_sizes() -> None:
     ).outputs[0].text.replace("|", "")
 
 
+def pieces_of(count: int) -> tuple[Sequence, list[Piece]]:
+    """A request of so many tokens, one a step, and what each step brought."""
+    llm = pocket("none", max_num_seqs=1)
+    (request,) = llm.requests("Once upon a time", SamplingParams(max_tokens=count))
+    reader = PieceReader(request)
+    pieces = [reader.read() for _ in llm.engine.generate([request]) if reader.moved]
+    assert len(pieces) == count
+    return request, pieces
+
+
 def test_a_paced_part_is_one_event_whatever_steps_brought() -> None:
     """Between two parts drafts may bring one token or twenty, in as many steps: the part looks the same."""
-    llm = pocket("none", max_num_seqs=2)
-    (request,) = llm.requests("Once upon a time", SamplingParams(max_tokens=20))
-    reader, updates = PieceReader(request), []
-    for _ in llm.engine.generate([request]):
-        if reader.moved:
-            updates.append(Update(0, reader.read()))
-    assert len(updates) == 20
+    request, pieces = pieces_of(20)
+    updates = [Update(0, piece) for piece in pieces]
     other = [Update(1, update.piece) for update in updates]
     found = together([each for pair in zip(updates, other, strict=True) for each in pair])
     assert [update.index for update in found] == [0, 1]
@@ -243,12 +249,7 @@ def test_a_paced_part_is_one_event_whatever_steps_brought() -> None:
 
 
 def test_steps_that_are_shown_stay_apart() -> None:
-    llm = pocket("none", max_num_seqs=1)
-    (request,) = llm.requests("Once upon a time", SamplingParams(max_tokens=3))
-    reader, pieces = PieceReader(request), []
-    for _ in llm.engine.generate([request]):
-        if reader.moved:
-            pieces.append(reader.read())
+    _, pieces = pieces_of(3)
     shown = Result(EMPTY)
     updates = [Update(0, pieces[0]), Update(0, pieces[1], shown), Update(0, pieces[2])]
     assert together(updates) == updates
