@@ -215,7 +215,7 @@ class Replica:
         if sequence.num_cached < len(sequence.tokens):
             return
         request, now = self.requests[sequence], self.env.now
-        new = min(1 + accepted, sequence.remaining)
+        new = 1 + accepted  # a draft is never longer than what may still be written
         sequence.tokens += [request.conversation] * new
         sequence.num_cached += new - 1
         if request.first is None:
