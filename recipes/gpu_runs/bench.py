@@ -94,6 +94,8 @@ class Bench:
     """Those whose texts are compared."""
     text: int = 48
     """Tokens of a text that is compared."""
+    known: dict[tuple[object, ...], tuple[int, int]] = field(default_factory=dict)
+    """Rows of equal bits, and rows that were compared, for models and classes that were tried."""
     copied: int = COPIED
     warm: int = WARM
     times: int = TIMES

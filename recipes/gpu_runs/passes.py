@@ -46,9 +46,12 @@ def opened(
 
 
 def best_settings(bench: Bench, model: PreTrainedModel, slots: int) -> tuple[GraphSettings, Exactness]:
-    """What a target gets at load: one class of rows where that gives equal bits, else several."""
-    one = bench.graphs(one_class(slots))
-    equal, rows = equal_rows(model, one)
+    """What a target gets at load: one class of rows where that gives equal bits, else several. Tried once a shape."""
+    classes, config = one_class(slots), model.config
+    one, kind = bench.graphs(classes), (config.hidden_size, config.num_hidden_layers, model.dtype, classes)
+    if kind not in bench.known:
+        bench.known[kind] = equal_rows(model, one)
+    equal, rows = bench.known[kind]
     why = f"{equal} of {rows} rows of two blocks had the same bits plain and drafted"
     if equal == rows:
         return one, Exactness("bitwise", why)

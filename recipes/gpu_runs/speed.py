@@ -71,7 +71,8 @@ def speed(run: Run, shapes: SequenceOf[str], settings: Settings) -> int:
     run.do("tokens compared", partial(verified, bench, shapes[0], settings.verified))
     for shape in shapes:
         run.do(f"batches, {shape}", partial(batches, bench, shape, settings.answers))
-    run.do("every drafter, pocket", partial(drafters, bench))
+    if bench.drafters:
+        run.do("every drafter, pocket", partial(drafters, bench))
     if settings.model is not None:
         run.do(f"checkpoint {settings.model.name}", partial(checkpoint, bench, settings.model))
     return run.end()
