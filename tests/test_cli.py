@@ -110,7 +110,9 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "broken JSON": (["hi", "--speculative-config", "{method"], "--speculative-config is not JSON"),
     "no object": (["hi", "--speculative-config", "[1]"], "must be a JSON object, not '[1]'"),
     "empty prompt": ([""], "the prompt is empty"),
-    "no prompt": ([], "give one prompt, or a file with --prompts"),
+    "no prompt": ([], "no prompt is given: give one text, or a file with --prompts"),
+    "penalty": (["hi", "--presence-penalty", "inf"], "presence_penalty=inf is out of range: it must be finite"),
+    "prompts in a folder": (["--prompts", "."], "the prompts file '.' is a folder; give a jsonl file"),
     "temperature": (["hi", "--temperature", "-1"], "temperature=-1.0 is out of range"),
     "not a number": (["hi", "--temperature", "nan"], "temperature=nan is not a number"),
     "top_p": (["hi", "--top-p", "0"], "top_p=0.0 is out of range: it must be above 0.0, at most 1.0"),
@@ -121,8 +123,8 @@ MISTAKES: dict[str, tuple[Sequence[str], str]] = {
     "a word as number": (["hi", "--seed", "x"], "'--seed'"),
     "unknown flag": (["hi", "--frobnicate"], "No such option: --frobnicate; see selfdraft generate --help"),
     "exactness": (["hi", "--exactness", "very"], "'very' is not one of 'bitwise', 'token'"),
-    "missing file": (["--prompts", MISSING], f"there is no prompts file '{MISSING}'"),
-    "both": (["hi", "--prompts", MISSING], "and not both"),
+    "missing file": (["--prompts", MISSING], f"the prompts file '{MISSING}' is not there"),
+    "both": (["hi", "--prompts", MISSING], "more than one prompt is given"),
 }
 
 
@@ -383,6 +385,14 @@ def test_a_real_interrupt() -> None:
     assert first + out
     assert out.endswith(b"\n")
     assert re.fullmatch(rb"\d+ tokens? in \d+ steps? .*\ninterrupted\n", err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_an_output_that_is_full_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "selfdraft", "--help"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
 def test_the_reader_has_gone_and_colour_is_forced(folder: Path) -> None:

@@ -281,7 +281,7 @@ def within(name: str, value: float, low: float, high: float, *, open_low: bool =
     if math.isnan(number):
         raise OptionError(f"{name}={value!r} is not a number")
     if value < low or value > high or (open_low and value == low) or math.isinf(number):
-        ends = f"{'above' if open_low else 'at least'} {low}"
+        ends = "finite" if math.isinf(low) else f"{'above' if open_low else 'at least'} {low}"
         ends += "" if high in (math.inf, 2**31) else f", at most {high}"
         raise OptionError(f"{name}={shown(value)} is out of range: it must be {ends}")
 

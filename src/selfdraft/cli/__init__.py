@@ -86,6 +86,12 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except OSError as error:
+        if error.errno not in terminal.FULL:
+            raise
+        terminal.give_up_output()
+        terminal.show_error(f"the output cannot be written: {error.strerror}")
+        code = 2
     if code == 130:
         terminal.note("interrupted")
     sys.exit(code)

@@ -214,7 +214,9 @@ def read_prediction(path: Path | None) -> str:
     try:
         return path.read_text("utf-8") if path is not None else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prediction {path} cannot be read: {error}") from error
+        raise RequestError(
+            f"--prediction {path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,10 @@ Model = Annotated[
 DEFAULT_MODEL = "smollm2"
 """SmolLM2-135M-Instruct: small, real, and from the Python package index (`models/checkpoint/embedded.py`)."""
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, but float32 where bfloat16 is slow.")
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto: the checkpoint's own where it is quick here, else float32."
+    ),
 ]
 Device = Annotated[
     str,
@@ -299,8 +302,10 @@ def prompts_of(prompt: str | None, prompt_file: Path | None, prompts: Path | Non
     from selfdraft.files.records import read_prompts
     from selfdraft.prompts import read_prompt
 
-    if sum(given is not None for given in (prompt, prompt_file, prompts)) != 1:
-        raise RequestError("give one prompt, or a file with --prompts or --prompt-file, and not both")
+    count = sum(given is not None for given in (prompt, prompt_file, prompts))
+    if count != 1:
+        what = "more than one prompt is given" if count else "no prompt is given"
+        raise RequestError(f"{what}: give one text, or a file with --prompts or --prompt-file")
     if prompts is not None:
         return read_prompts(prompts, limit)
     if prompt == "-" or prompt_file is not None:

@@ -34,6 +34,8 @@ def pull(
         )
     if source is not None and not source.is_file():
         raise RequestError(f"--from {source}: there is no such file")
+    if source is not None and embedded.installed(model) is not None:
+        terminal.note(f"{model} is installed already; {source} was not read")
     ensure_installed(model, source)
     folder = embedded.folder_of(model)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6

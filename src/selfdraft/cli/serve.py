@@ -178,6 +178,7 @@ def serve(given: ServeOptions) -> None:
     sock = bind(given.host, given.port)  # a port that is taken is said before anything heavy is loaded
     llm = llm_of(given)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("uvicorn.error").name = "uvicorn"  # it says everything there, errors or not
     address = f"http://{given.host}:{sock.getsockname()[1]}"
     page = f"; the page: {address}/" if given.page else ""
     terminal.note(f"{settings.model_name} at {address}/v1 with drafter {llm.drafter_name}{page}; Ctrl-C ends")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -45,6 +46,17 @@ def write(text: str) -> None:
     """Text to the output, as it is."""
     out.file.write(text)
     out.file.flush()
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of the system where an output cannot take more."""
+
+
+def give_up_output() -> None:
+    """What is still to be written goes nowhere: else the interpreter would fail once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def dimmed(text: str) -> str:

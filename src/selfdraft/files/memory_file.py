@@ -39,6 +39,8 @@ def load_memory(path: Path, memory: Memory, tokenizer: str | None) -> str | None
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RequestError(f"memory {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is no memory file: it holds bytes that are no text") from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"memory {path} is broken: {error}") from error
     if not isinstance(value, dict) or value.get("selfdraft_memory") != FORMAT:

@@ -21,7 +21,8 @@ MOST_ID = 2**31
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """Prompts of a jsonl file, at most `limit`. Errors: RequestError names the file, the line and what is wrong."""
     if not path.is_file():
-        raise RequestError(f"there is no prompts file {str(path)!r}")
+        what = "is a folder; give a jsonl file" if path.is_dir() else "is not there"
+        raise RequestError(f"the prompts file {str(path)!r} {what}")
     prompts = [turns_of(record, place)[0] for place, record in islice(read_records(path), limit)]
     if not prompts:
         raise RequestError(f"{path} holds no prompt")

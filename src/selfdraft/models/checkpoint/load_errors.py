@@ -28,7 +28,8 @@ def blaming(where: str | Path, what: str = "model") -> Iterator[None]:
         raise LoadError(f"{where}: a package for this {what} is missing: {first_line(error)}{extra}") from error
     except Exception as error:
         said = next((text for mark, text in CLEARER.items() if mark in str(error)), first_line(error))
-        raise LoadError(f"{where}: cannot load the {what}: {said}{_hint(str(error))}") from error
+        hint = _hint(str(error))
+        raise LoadError(f"{where}: cannot load the {what}: {said.rstrip('.') if hint else said}{hint}") from error
 
 
 def _hint(text: str) -> str:
@@ -36,6 +37,9 @@ def _hint(text: str) -> str:
         "; read its code, then pass trust_remote_code=True": lambda t: "trust_remote_code" in t,
         "; the file is cut off or damaged: download it again": lambda t: "deserializing header" in t,
         "; it is no decoder-only language model": lambda t: "Unrecognized configuration class" in t,
+        "; there is no folder of this name here: check it, or give smollm2 or a GGUF file": lambda t: (
+            "huggingface.co" in t and ("connect" in t or "valid model identifier" in t)
+        ),
         "; only safetensors are read: convert the weights": lambda t: "model.safetensors" in t,
     }
     return next((hint for hint, fits in hints.items() if fits(text)), "")
