@@ -50,7 +50,7 @@ results: $(READY_DEV)
 	mkdir -p docs/results
 	$(BENCH) --temperature 0 --output docs/results/greedy.jsonl
 	$(BENCH) --temperature 0.8 --output docs/results/sampled.jsonl
-	$(BIN)/selfdraft results docs/results/*.jsonl --output docs/results.md --pictures docs/pictures/results
+	$(BIN)/selfdraft results docs/results/*.jsonl* --output docs/results.md --pictures docs/pictures/results
 
 planted: $(READY_DEV)
 	$(BIN)/python -m tests.planted

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from selfdraft.core.tree import EMPTY
 from selfdraft.core.verify import Result
 from selfdraft.errors import OptionError
 from selfdraft.outputs import Piece, PieceReader
-from selfdraft.serve.answers import padded
-from selfdraft.serve.app import FRAME
+from selfdraft.serve.answers import Writer, padded
+from selfdraft.serve.app import FRAME, Server
 from selfdraft.serve.guard import OPEN
+from selfdraft.serve.service import Job
 from selfdraft.serve.settings import Keys, Settings, read_keys
-from selfdraft.serve.worker import Update, together
+from selfdraft.serve.worker import Call, Update, together
 from tests.serving import Served, pocket, serving
 
 KEYS = ("first-key-1234", "second-key-5678")
@@ -246,6 +248,31 @@ def test_a_paced_part_is_one_event_whatever_steps_brought() -> None:
         assert piece.text == "".join(each.piece.text for each in updates) == piece.output.text
         assert piece.token_ids == tuple(request.output) == piece.output.token_ids
         assert (piece.sources, piece.finish_reason) == (("target",) * 20, "length")
+
+
+@pytest.mark.parametrize("pace", [0.0, 1.0])
+def test_only_a_paced_stream_puts_steps_together(pace: float) -> None:
+    request, pieces = pieces_of(20)
+    updates = [Update(0, piece) for piece in pieces]
+
+    class Ready:
+        """A call whose updates have all come when they are first asked for."""
+
+        async def updates(self, wanted: float) -> AsyncGenerator[list[Update], None]:
+            assert wanted == pace
+            yield updates
+
+    async def parts() -> list[bytes]:
+        server = Server(pocket("none", max_num_seqs=1), Settings(model_name="pocket", stream_pace=pace))
+        job = Job(
+            Call([request]), "pocket", 1, stream=True, include_usage=False, logprobs=False, details=False, trees=False
+        )
+        events = server._events(Ready(), Writer(server.llm, job, chat=True))  # type: ignore[arg-type]
+        return [part async for part in events]
+
+    content, end = asyncio.run(parts())
+    assert content.count(b"data: ") == (1 if pace else 20)
+    assert end.startswith(b"data: [DONE]")
 
 
 def test_steps_that_are_shown_stay_apart() -> None:

@@ -35,6 +35,13 @@ class Bug:
 
 BUGS = (
     Bug(
+        "paced-events-apart",
+        "serve/app.py",
+        "found = together(found)",
+        "found = list(found)",
+        "a paced part has as many events as there were steps, so its size tells how many",
+    ),
+    Bug(
         "ray-two-names",
         "integrations/ray/request_name.py",
         "del MutableHeaders(scope=message)[HEADER]",
@@ -1406,6 +1413,7 @@ ROWS_OF_VLLM = "tests/test_vllm_requests.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 RANKS = "tests/test_ranks.py::test_"
 QUICK = (
+    "tests/test_serve_security.py::test_only_a_paced_stream_puts_steps_together",
     "tests/test_told.py::test_a_sampling_that_looks_at_the_row_alone_needs_no_path",
     "tests/test_mask_tables.py::test_which_tokens_may_stand_before_a_mask",
     "tests/test_mask_tables.py::test_a_group_says_the_same_wherever_acceptance_ends",

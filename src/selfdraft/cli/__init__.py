@@ -90,7 +90,7 @@ def main() -> None:
         if error.errno not in terminal.FULL:
             raise
         terminal.give_up_output()
-        terminal.show_error(f"the output cannot be written: {error.strerror}")
+        terminal.show_error(f"{error.filename or 'the output'} cannot be written: {error.strerror}")
         code = 2
     if code == 130:
         terminal.note("interrupted")

@@ -17,7 +17,7 @@ import typer
 from selfdraft.cli import terminal
 from selfdraft.cli.options import DEFAULT_MODEL, Dtype, EngineSizes, Lora, Model, Threads, open_llm
 from selfdraft.errors import OptionError
-from selfdraft.types import comma_separated, within
+from selfdraft.types import within
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence
@@ -222,6 +222,6 @@ def training_bar(total: int, *, quiet: bool) -> Iterator[Callable[[Training], No
 def _widths(text: str | None) -> tuple[int, ...]:
     """The numbers of a list with commas. Errors: OptionError."""
     try:
-        return tuple(int(part) for part in comma_separated(text or ""))
+        return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
         raise OptionError(f"--skip-widths {text!r} is not a list of whole numbers such as 4,6,8") from None

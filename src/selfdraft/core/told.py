@@ -25,10 +25,6 @@ Top: TypeAlias = tuple[Tensor, Tensor]
 """The likeliest tokens of rows: logits float64 and ids int64, both [n, k], best first, on the CPU."""
 
 
-Beside: TypeAlias = Callable[[Tensor], Tensor | None]
-"""(what every row says [n], its best id where that is nothing) -> int64 numbers [m] on the device, or None."""
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """Rows of one request that lie together: how it chooses, and the positions where the chosen tokens will stand."""
@@ -55,12 +51,18 @@ class Told:
 
 
 def tell(
-    logits: Tensor, asked: SequenceOf[Asked], top: int = 0, *, chances: bool = False, beside: Beside | None = None
+    logits: Tensor,
+    asked: SequenceOf[Asked],
+    top: int = 0,
+    *,
+    chances: bool = False,
+    beside: Callable[[Tensor], Tensor | None] | None = None,
 ) -> Told:
     """What rows of logits [n, vocab] say, fetched at once; `asked` covers the rows in their order.
 
     `top`: how many likeliest tokens of each row are wanted; `chances`: those of the chosen tokens are wanted, too;
-    `beside`: so are its numbers. Rows are chosen in one call for each way of sampling.
+    `beside` is given what every row says [n] (its best id where that is nothing), and its answer, int64 numbers [m] on
+    the device or None, is fetched along. Rows are chosen in one call for each way of sampling.
     """
     best = logits.max(-1)
     ids = best.indices.masked_fill(best.values.isnan(), NAN)

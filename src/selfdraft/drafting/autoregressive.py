@@ -96,7 +96,7 @@ class Chain:
     scores: list[float] = field(default_factory=list)
     """The chance that the short pass gave to each."""
     path: list[int] = field(init=False)
-    """The sequence's tokens and the drafted ones: what processors see. Without any only the text's last token."""
+    """The sequence's tokens (only the last one where no processor looks at them), then the drafted ones."""
     going: bool = field(init=False)
     """It may be extended: it is shorter than `most` and does not end the text."""
 

@@ -124,7 +124,7 @@ def foresee(answers: SequenceOf[tuple[Tensor, Sequence]], masks: MaskTokens, mos
 
 
 @dataclass(slots=True)
-class Asked:
+class MaskRows:
     """Mask rows of one sequence: their numbers among its rows, and what may come before each."""
 
     rows: list[int] = field(default_factory=list)
@@ -134,23 +134,22 @@ class Asked:
     """For each of them the rows behind whose token it may be read first."""
 
 
-def mask_rows(span: Span, ids: range) -> Asked:
+def mask_rows(span: Span, ids: range) -> MaskRows:
     """The mask rows of a draft. Acceptance may end at any candidate: the rows that are read then are those of its own
     group, or the later ones of a group above it (`read_group`)."""
-    draft, found = span.draft, Asked()
+    draft, found = span.draft, MaskRows()
     groups: dict[int, list[int]] = {}
-    place: dict[int, int] = {}
+    group_of: dict[int, list[int]] = {}
     for node in range(draft.num_candidates, len(draft)):
         if draft.tokens[node] in ids:
             parent = draft.parents[node]
-            place[node] = len(found.rows)
+            if parent not in group_of:  # a group begins here
+                groups[parent] = group_of[parent] = []
+            group = group_of[node] = group_of[parent]
+            found.parents.append(group[-1] if group else ROOT)
+            group.append(len(found.rows))
             found.rows.append(1 + node)
-            found.parents.append(place.get(parent, ROOT))
             found.ends.append([])
-            if parent < draft.num_candidates:
-                groups[parent] = [place[node]]
-            elif parent in place:
-                next(group for group in groups.values() if group[-1] == place[parent]).append(place[node])
     for point in (ROOT, *range(draft.num_candidates)):
         above, ahead = point, 0
         while above not in groups and above != ROOT:
@@ -176,7 +175,7 @@ class MaskTables:
         self._asked, self._question, self._known = [], None, WeakKeyDictionary()
         parts, parents, ends, first = list[Scored](), list[int](), list[list[int]](), 0
         for span, sequence in zip(rows.spans, sequences, strict=True):
-            found = mask_rows(span, self.masks.ids) if sequence.sampling.local and span.num_logits else Asked()
+            found = mask_rows(span, self.masks.ids) if sequence.sampling.local and span.num_logits else MaskRows()
             if found.rows:
                 last = len(sequence.tokens)
                 positions = [last + span.draft.depths[row - 1] for row in found.rows]

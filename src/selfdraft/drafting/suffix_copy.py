@@ -52,7 +52,7 @@ class RequestCopy:
         self.copied = self.text[end : end + AHEAD] if self.length else []
         if BREAK in self.copied:
             del self.copied[self.copied.index(BREAK) :]
-        elif self.copied:
+        elif 0 < len(self.copied) < AHEAD:  # it runs into its own end
             self.copied = repeated(self.copied, AHEAD)
 
 

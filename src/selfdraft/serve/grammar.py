@@ -71,10 +71,11 @@ class Grammars:
     def json(self, schema: Mapping[str, object] | bool) -> str:
         """The grammar of a JSON schema. Errors: RequestError for a schema that cannot be compiled."""
         try:
-            grammar = str(self._of_schema(json.dumps(schema), overrides=STYLE))
+            return self.checked(str(self._of_schema(json.dumps(schema), overrides=STYLE)))
+        except RequestError:
+            raise
         except (ValueError, TypeError, RecursionError) as error:
             raise RequestError(f"the JSON schema cannot be used: {str(error)[:300]}") from error
-        return self.checked(grammar)
 
     def checked(self, grammar: str) -> str:
         """The grammar itself. Errors: RequestError when it matches nothing, or is too large."""

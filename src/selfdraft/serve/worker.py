@@ -50,15 +50,13 @@ class Update:
 def together(updates: SequenceOf[Update]) -> list[Update]:
     """Updates of one moment: what came for the same answer is one update; one that shows its step stays alone."""
     found: list[Update] = []
-    last: dict[int, int] = {}
+    open_at: dict[int, int | None] = {}  # of each answer the place of the update that the next one joins
     for update in updates:
-        place = last.get(update.index)
-        if update.result is None and place is not None:
+        place = open_at.get(update.index)
+        if place is not None and update.result is None:
             found[place] = replace(update, piece=found[place].piece.and_then(update.piece))
         else:
-            last.pop(update.index, None)
-            if update.result is None:
-                last[update.index] = len(found)
+            open_at[update.index] = len(found) if update.result is None else None
             found.append(update)
     return found
 

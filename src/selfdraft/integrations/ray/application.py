@@ -16,7 +16,7 @@ from selfdraft.integrations.ray.gateway import Gateway
 from selfdraft.integrations.ray.replica import Replica
 from selfdraft.integrations.ray.routing import ConversationRouter
 from selfdraft.integrations.ray.scaling import LoadPolicy
-from selfdraft.types import comma_separated, within
+from selfdraft.types import within
 
 GATEWAY, REPLICAS = "gateway", "replicas"
 """Names of the two deployments, as `serve status` shows them."""
@@ -111,7 +111,7 @@ def cpus_of(given: ServeOptions) -> float:
 
 def _several(value: object) -> object:
     """Several values out of a text with commas."""
-    return comma_separated(value) if isinstance(value, str) else value
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def _check(given: ServeOptions) -> None:
