@@ -507,7 +507,7 @@ def test_a_prompt_that_cannot_be_read(run: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "stdin", None)
     one_line(run("generate", "-"), "standard input is empty")
     one_line(run("generate", "--prompt-file", tmp_path / "no"), "no' cannot be read: No such file or directory")
-    one_line(run("generate", "hi", "--prompt-file", tmp_path / "no"), "and not both")
+    one_line(run("generate", "hi", "--prompt-file", tmp_path / "no"), "more than one prompt is given")
 
 
 def test_a_system_message(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
