@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.models.kv_cache import KVCacheDtype
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.models import VOCAB, tiny_llama, unavailable

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY
 from selfdraft.errors import EngineError, RunnerUnavailable
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.models import tiny_llama

@@ -23,7 +23,7 @@ from selfdraft.bench.run import Contender
 from selfdraft.cli.peers import FoundPeer, check_merged
 from selfdraft.errors import LoadError, OptionError
 from selfdraft.models import reference
-from selfdraft.models.checkpoint.end_ids import eos_ids, turn_end
+from selfdraft.models.checkpoint.end_ids import declared_ends, ends_of, turn_end
 from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.checkpoint.weights import LoadingInfo, check_weights
 from selfdraft.models.load import load_model, load_tokenizer
@@ -323,14 +323,16 @@ def test_the_end_of_a_turn_is_read_from_the_template(name: str) -> None:
     template, wanted = TEMPLATES[name]
     speaker = spoken(template)
     assert turn_end(speaker) == wanted
-    assert eos_ids(tiny_llama(), speaker) == {VOCAB - 1} | ({wanted} if wanted is not None else set())
+    assert ends_of(declared_ends(tiny_llama()), VOCAB, speaker) == {VOCAB - 1} | (
+        {wanted} if wanted is not None else set()
+    )
 
 
 def test_an_end_of_a_turn_that_the_model_does_not_know() -> None:
     speaker = spoken(EACH + "<|more|>{% endfor %}")
     speaker.add_special_tokens({"additional_special_tokens": ["<|more|>"]})
     assert turn_end(speaker) == VOCAB
-    assert eos_ids(tiny_llama(), speaker) == {VOCAB - 1}
+    assert ends_of(declared_ends(tiny_llama()), VOCAB, speaker) == {VOCAB - 1}
 
 
 # files

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Span, pack
 from selfdraft.core.sequence import open_sequence
-from selfdraft.core.tree import EMPTY, ROOT, Draft, merge
+from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import OptionError, SelfdraftError
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.types import Budget, SamplingParams, Skip, Stats
 
 # --- tree -------------------------------------------------------------------------------------------------------
@@ -81,28 +81,6 @@ def test_children_and_leaves(draft: Draft) -> None:
     ends = [n for n in nodes if not any(draft.parents[m] == n for m in nodes)]
     assert draft.leaves() == [line(draft, n) for n in ends]
     assert {n for path in draft.leaves() for n in path} == set(nodes)
-
-
-@given(first=st.lists(drafts(), max_size=4))
-def test_merge_is_the_union_and_keeps_every_source(first: list[Draft]) -> None:
-    whole = merge(first)
-    said: dict[tuple[int, ...], set[str]] = {}
-    for draft in first:
-        for node in range(draft.num_candidates):
-            said.setdefault(spelled(draft, node), set()).add(draft.sources[node])
-    nodes = [spelled(whole, node) for node in range(whole.num_candidates)]
-    assert len(nodes) == len(set(nodes)), "shared prefixes are one node"
-    assert {path: set(whole.sources[n].split("+")) for n, path in enumerate(nodes)} == said
-    assert all(len(s.split("+")) == len(set(s.split("+"))) for s in whole.sources), "a source is named once"
-    probes = [(spelled(d, n), d.sources[n]) for d in first for n in range(d.num_candidates, len(d))]
-    assert [(spelled(whole, n), whole.sources[n]) for n in range(whole.num_candidates, len(whole))] == probes
-
-
-@given(draft=drafts())
-def test_merge_of_one_or_none_changes_nothing_that_is_said(draft: Draft) -> None:
-    assert merge([]) == EMPTY
-    assert merge([EMPTY, draft, EMPTY]) == merge([draft])
-    assert merge([merge([draft]), draft]).num_candidates == merge([draft]).num_candidates
 
 
 @settings(max_examples=300)

@@ -12,7 +12,6 @@ import torch
 from transformers import LlamaForCausalLM
 
 from selfdraft import LLM
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models import device as devices
 from selfdraft.models.device import (
@@ -26,6 +25,7 @@ from selfdraft.models.device import (
     moved,
     pick_device,
 )
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.load import open_target
 from selfdraft.models.proof.whole_model import Report
 from selfdraft.models.runner.runner import Runner

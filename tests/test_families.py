@@ -25,7 +25,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models import views
 from selfdraft.models.attention import Group
-from selfdraft.models.checkpoint.end_ids import eos_ids
+from selfdraft.models.checkpoint.end_ids import declared_ends, ends_of
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.facts import context_of
 from selfdraft.models.load import check_supported, load_model, load_tokenizer, open_target
@@ -370,11 +370,11 @@ def test_a_model_in_training_mode_stays_in_it() -> None:
 
 def test_eos_ids() -> None:
     model = build("Llama", {})
-    assert eos_ids(model, None) == frozenset()
+    assert ends_of(declared_ends(model), VOCAB, None) == frozenset()
     model.config.eos_token_id = 3
-    assert eos_ids(model, None) == {3}
+    assert ends_of(declared_ends(model), VOCAB, None) == {3}
     model.generation_config.eos_token_id = [4, 5]
-    assert eos_ids(model, None) == {3, 4, 5}
+    assert ends_of(declared_ends(model), VOCAB, None) == {3, 4, 5}
 
 
 def saved(folder: Path, name: str = "llama") -> Path:

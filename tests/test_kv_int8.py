@@ -11,14 +11,14 @@ from torch import Tensor
 
 from selfdraft import LLM, SamplingParams
 from selfdraft.cli.doctor import bytes_per_token
-from selfdraft.core.kv_cache import KVCache
-from selfdraft.core.kv_codes import decode, encode, row_bytes
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import NAMES
 from selfdraft.errors import OptionError, UnsupportedModel
 from selfdraft.models.exactness import Shapes
+from selfdraft.models.kv_cache import KVCache
+from selfdraft.models.kv_codes import decode, encode, row_bytes
 from selfdraft.models.load import open_target
 from selfdraft.models.proof import whole_model
 from selfdraft.models.proof.kept import ProofStore, identity_of

@@ -29,8 +29,10 @@ def test_bugs_are_planted_in_all_that_runs_by_default() -> None:
     runner = {f"models/runner/{name}" for name in ("runner.py", "trace.py", "tape.py")}
     runner |= {f"models/runner/kernels/{name}.h" for name in ("attention", "glue", "linear", "products")}
     drafting = {f"drafting/{name}.py" for name in ("autoregressive", "suffix_copy", "mixing", "source_tree")}
-    models = {f"models/{name}.py" for name in ("attention", "target", "adapters", "early_states", "rounded")}
-    core = {f"core/{name}.py" for name in ("tree", "rows", "verify", "commit", "sampler", "noise", "kv_cache")}
+    models = {
+        f"models/{name}.py" for name in ("attention", "target", "adapters", "early_states", "kv_cache", "rounded")
+    }
+    core = {f"core/{name}.py" for name in ("tree", "rows", "verify", "commit", "sampler", "noise")}
     rest = {"core/detokenizer.py", "engine/engine.py", "engine/step.py", "llm.py", "hf.py", "sampling.py"}
     assert runner | drafting | models | core | rest <= {bug.file for bug in BUGS}
 

@@ -26,7 +26,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.tensor import DTensor, Shard
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
@@ -36,6 +35,7 @@ from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError, RankError, UnsupportedModel
 from selfdraft.methods import splittable
 from selfdraft.models.exactness import Shapes
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.load import open_target
 from selfdraft.models.target import HFTarget
 from selfdraft.parallel import join

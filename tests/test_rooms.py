@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,8 @@ FLOORS = {
 """Rooms that are not named stand on the top floor: llm, hf, cli, serve, __init__ and what belongs to them."""
 TOP = 9
 LONGEST = 50
+CORE = 1100
+"""Most lines of `core/`: a reader holds the rules of exactness in mind at once."""
 STEP = 72
 UNTYPED = 32
 """Most uses of `Any`, imports counted: hooks of torch and transformers, JSON, bodies of requests, untyped libraries."""
@@ -191,6 +194,35 @@ def test_pure_rooms_read_no_clock_and_cache_nothing(module: str) -> None:
 def test_the_clock_test_can_tell(line: str) -> None:
     assert list(kept_time(ast.parse(line)))
     assert not list(kept_time(ast.parse("from functools import partial\nself.time.observe(1)\nclock()")))
+
+
+def test_core_stays_small() -> None:
+    lines = sum(len(path.read_text().splitlines()) for path in (SOURCE / "core").glob("*.py"))
+    assert lines <= CORE
+
+
+UNCALLED = {
+    "attend_plainly": "the plain twin that the Triton kernel is compared with",
+    "run_floats": "one layer through the kernels, for comparison",
+    "initialize_state": "Ray Serve calls it",
+    "choose_replicas": "Ray Serve calls it",
+    "record_autoscaling_stats": "Ray Serve calls it",
+}
+"""What neither the house nor recipes and docs call, and why it is there."""
+
+
+def test_nothing_is_there_for_its_tests_alone() -> None:
+    home = Path(__file__).parents[1]
+    others = [*home.glob("*.md"), *home.glob("docs/*.md"), *home.glob("recipes/**/*.py"), *home.glob("examples/*.py")]
+    words = Counter(word for path in [*paths(), *others] for word in re.findall(r"\w+", path.read_text()))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    alone = {
+        node.name
+        for module in MODULES
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, kinds) and words[node.name] == 1 and not node.decorator_list
+    }
+    assert {name for name in alone if not name.startswith("__")} == UNCALLED.keys()
 
 
 FILES = {"open", "Path", "read_text", "write_text", "read_bytes", "write_bytes", "fdopen"}

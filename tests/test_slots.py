@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from selfdraft import LLM, SamplingParams
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY
@@ -17,6 +16,7 @@ from selfdraft.engine import scheduler
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.slots import LEAST, Held, Reuse, Slots, Taken
 from selfdraft.errors import MissingMasks
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.testing import FakeTarget
 from selfdraft.types import SamplingParams as Sampling
 

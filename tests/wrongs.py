@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Span
 from selfdraft.models import attention
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.proof.whole_model import window_of
 from selfdraft.models.target import HFTarget
 

@@ -22,7 +22,6 @@ from typing import Literal, Unpack
 import torch
 
 from selfdraft.core.detokenizer import TextStream
-from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.drafters import build, find, memory_of, table
 from selfdraft.drafters.lookahead import Lookahead
@@ -38,6 +37,7 @@ from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.checkpoint.end_ids import ends_of
 from selfdraft.models.checkpoint.places import find_gguf
 from selfdraft.models.device import chunk_on, dtype_on, file_bytes, pick_device
+from selfdraft.models.kv_cache import KVCacheDtype
 from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.models.start.opening import Wanted, open_model
 from selfdraft.outputs import CompletionOutput as CompletionOutput

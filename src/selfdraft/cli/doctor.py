@@ -29,8 +29,8 @@ from selfdraft.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from selfdraft.core.kv_cache import KVCache
     from selfdraft.llm import LLM
+    from selfdraft.models.kv_cache import KVCache
     from selfdraft.prove.doctor import Trial
 
 

@@ -151,33 +151,3 @@ def chances_of(draft: Draft) -> list[float]:
     for parent, own in zip(draft.parents[: draft.num_candidates], draft.probabilities, strict=False):
         reached.append(own * (reached[parent] if parent != ROOT else 1.0))
     return reached
-
-
-def merge(drafts: Sequence[Draft]) -> Draft:
-    """One tree out of many: shared prefixes become one node that keeps all its sources; probes follow unmerged."""
-    tokens: list[int] = []
-    parents: list[int] = []
-    sources: list[str] = []
-    known: dict[tuple[int, int], int] = {}
-    places: list[dict[int, int]] = []
-    for draft in drafts:
-        place = {ROOT: ROOT}
-        for node in range(draft.num_candidates):
-            key = (place[draft.parents[node]], draft.tokens[node])
-            if key not in known:
-                known[key] = len(tokens)
-                tokens.append(draft.tokens[node])
-                parents.append(key[0])
-                sources.append(draft.sources[node])
-            elif draft.sources[node] not in sources[known[key]].split("+"):
-                sources[known[key]] += "+" + draft.sources[node]
-            place[node] = known[key]
-        places.append(place)
-    candidates = len(tokens)
-    for draft, place in zip(drafts, places, strict=True):
-        for node in range(draft.num_candidates, len(draft)):
-            place[node] = len(tokens)
-            tokens.append(draft.tokens[node])
-            parents.append(place[draft.parents[node]])
-            sources.append(draft.sources[node])
-    return Draft(tuple(tokens), tuple(parents), tuple(sources), candidates)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import UnsupportedModel
 from selfdraft.models.exactness import Shapes
+from selfdraft.models.kv_cache import KVCache
 
 NAME = "selfdraft"
 UNPLANNED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

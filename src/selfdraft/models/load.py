@@ -26,7 +26,6 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from selfdraft.core.kv_cache import KVCacheDtype, check_kv_cache_dtype
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.checkpoint import gguf, gguf_blocks
@@ -47,6 +46,7 @@ from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
 from selfdraft.models.facts import GROWING, context_of, ropes_of
 from selfdraft.models.graph.cuda import cuda_settings, one_class
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
+from selfdraft.models.kv_cache import KVCacheDtype, check_kv_cache_dtype
 from selfdraft.models.packed.quantise import quantise_model
 from selfdraft.models.proof.kept import ProofStore, Record, identity_of
 from selfdraft.models.proof.one_class import equal_rows

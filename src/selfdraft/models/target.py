@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
 from selfdraft.core.rows import Rows, text_rows
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
@@ -27,6 +26,7 @@ from selfdraft.models.facts import Facts, Stock
 from selfdraft.models.graph.graph_runner import SPARE, GraphRunner, GraphSettings
 from selfdraft.models.graph.static_pass import StaticPlan
 from selfdraft.models.kinds import has_experts
+from selfdraft.models.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
 from selfdraft.models.rounded import Copy, rounding
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.runner import Runner
@@ -65,7 +65,7 @@ class HFTarget:
     `fast` runs passes as tapes (`runner/`) instead of through transformers; `traced` is the tape of the whole pass,
     `masked` that of one with masks, and `packer` has their weights, where they are known already; `ends` too are given
     where the model is not loaded yet. `kv_cache_dtype` is how keys and values are stored
-    (`core/kv_cache.py`). `clock` is what drafters and measurements read, in seconds. `graphs` makes decoding passes
+    (`models/kv_cache.py`). `clock` is what drafters and measurements read, in seconds. `graphs` makes decoding passes
     graphs of fixed shape (`graph/`): what a GPU replays, and what tests run on a CPU, where it brings nothing.
     Errors: RunnerUnavailable when that cannot be done; OptionError for another `kv_cache_dtype`.
     """

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import ROOT, Draft
 from selfdraft.core.verify import Result, verify
 from selfdraft.drafting.successors import said_after
 from selfdraft.errors import EngineError, RankError
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.parallel.ranks import Ranks
 from selfdraft.parallel.shares import Share, rows_of_share, split
 from selfdraft.protocols import DraftExtras, Target

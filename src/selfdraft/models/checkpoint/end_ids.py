@@ -23,11 +23,6 @@ def declared_ends(model: PreTrainedModel) -> dict[str, object]:
     return {name: getattr(owner, "eos_token_id", None) for name, owner in owners.items()}
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """`ends_of` what a model declares."""
-    return ends_of(declared_ends(model), int(model.config.get_text_config().vocab_size), tokenizer)
-
-
 def ends_of(
     declared: Mapping[str, object], vocabulary: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> frozenset[int]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.models.attention import Scores
+from selfdraft.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

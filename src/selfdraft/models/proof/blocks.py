@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows
 from selfdraft.errors import UnsupportedModel
 from selfdraft.models import views
 from selfdraft.models.attention import Plan
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.packed.layers import BlockLinear, block_layers, has_blocks
 from selfdraft.models.packed.twin import twin
 from selfdraft.models.runner.one_layer import run_blocks

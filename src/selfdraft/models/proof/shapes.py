@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.models import views
 from selfdraft.models.attention import kernel
 from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes, probe_rows
+from selfdraft.models.kv_cache import KVCacheDtype
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 

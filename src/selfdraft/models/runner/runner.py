@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import RunnerUnavailable
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.runner import kernel_build
 from selfdraft.models.runner.kernel_build import Pass
 from selfdraft.models.runner.packing import Packer

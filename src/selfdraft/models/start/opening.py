@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCacheDtype
 from selfdraft.core.rows import pack
 from selfdraft.core.sequence import open_sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
@@ -30,6 +29,7 @@ from selfdraft.models.checkpoint.folder import check_tokenizer_files, check_voca
 from selfdraft.models.checkpoint.lora import unwrapped
 from selfdraft.models.device import BEHIND, Room, bfloat16_units, free_bytes, moved
 from selfdraft.models.facts import Stock
+from selfdraft.models.kv_cache import KVCacheDtype
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable

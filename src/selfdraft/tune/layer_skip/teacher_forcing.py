@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_cache import KVCache
 from selfdraft.core.rows import Span
 from selfdraft.core.sampler import choose, process
 from selfdraft.core.tree import EMPTY
 from selfdraft.models import views
 from selfdraft.models.attention import Group, Plan
+from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.reference import Model
 from selfdraft.types import SamplingParams, Skip
 

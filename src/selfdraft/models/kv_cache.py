@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from selfdraft.core.kv_codes import decode, encode, row_bytes
 from selfdraft.errors import EngineError, OptionError
+from selfdraft.models.kv_codes import decode, encode, row_bytes
 
 KVCacheDtype = Literal["auto", "int8"]
 """How keys and values are stored: in the dtype of the model, or as codes of 8 bits."""
