@@ -345,3 +345,15 @@ def test_two_models_in_words(verb: Callable[..., Done]) -> None:
     assert done.code == 0
     assert "mean KL divergence 0.0" in done.out
     assert "equal argmax" in done.out
+
+
+def test_keys_and_values_in_8_bits_beside_those_of_the_model(verb: Callable[..., Done]) -> None:
+    options = ("--tokens", 64, "--window", 32, "--dtype", "float32")
+    done = verb(*options, "--kv-cache-dtype", "int8", "--against-kv-cache-dtype", "auto", "--json")
+    assert done.code == 0
+    assert done.said["conditions"]["kv_cache_dtype"] == "int8"
+    assert "kv_cache_dtype" not in done.said["against_conditions"]
+    assert 0 < done.said["mean_kl_divergence"] < 0.01
+    assert done.said["against"]["perplexity"] == verb(*options, "--json").said["perplexity"]
+    told = verb(*options, "--against-kv-cache-dtype", "int8").out
+    assert "values int8" in told

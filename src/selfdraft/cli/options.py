@@ -364,8 +364,9 @@ class Conditions:
 
     @property
     def weights(self) -> str:
-        """The weights in words: of block weights the formats and how many layers have each, else the dtype."""
-        return weights_in_words(self.formats, self.dtype)
+        """The numbers in words: of block weights the formats and how many layers have each, else the dtype."""
+        told = weights_in_words(self.formats, self.dtype)
+        return told if self.kv_cache_dtype == "auto" else f"{told}, keys and values {self.kv_cache_dtype}"
 
     def as_dict(self) -> dict[str, object]:
         """The conditions as they stand in JSON documents."""

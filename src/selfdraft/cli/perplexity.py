@@ -17,6 +17,7 @@ from selfdraft.cli.options import (
     Conditions,
     Device,
     Dtype,
+    KvCacheDtype,
     Lora,
     Model,
     NoCache,
@@ -44,6 +45,10 @@ AgainstQuantization = Annotated[
     Literal["auto", "none", "int8", "int4"] | None,
     typer.Option(help="Its quantization; alone: the same model again so. Default: as --quantization."),
 ]
+AgainstKvCacheDtype = Annotated[
+    Literal["auto", "int8"] | None,
+    typer.Option(help="How it stores keys and values; alone: the same model again so. Default: as --kv-cache-dtype."),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +67,12 @@ class PerplexityOptions:
     against: Against = None
     against_dtype: AgainstDtype = None
     against_quantization: AgainstQuantization = None
+    against_kv_cache_dtype: AgainstKvCacheDtype = None
     tokens: Annotated[int, typer.Option(help="Predict at most this many tokens.", min=1)] = 20_000
     window: Annotated[int, typer.Option(help="Tokens that are read together; each window begins anew.")] = 512
     dtype: Dtype = "auto"
     device: Device = "auto"
+    kv_cache_dtype: KvCacheDtype = "auto"
     threads: Threads = None
     no_cache: NoCache = False
     as_json: AsJson = False
@@ -91,12 +98,18 @@ def perplexity(given: PerplexityOptions) -> None:
 
 def subjects_of(given: PerplexityOptions) -> list[Subject]:
     """The model, and the second one where there is one."""
-    first = Subject(given.model, given.dtype, given.lora, given.quantization)
-    if given.against is None and given.against_dtype is None and given.against_quantization is None:
+    first = Subject(given.model, given.dtype, given.lora, given.quantization, given.kv_cache_dtype)
+    differs = given.against, given.against_dtype, given.against_quantization, given.against_kv_cache_dtype
+    if all(one is None for one in differs):
         return [first]
-    dtype, quantization = given.against_dtype or given.dtype, given.against_quantization or given.quantization
-    lora = given.lora if given.against is None else None
-    return [first, Subject(given.against or given.model, dtype, lora, quantization)]
+    second = Subject(
+        given.against or given.model,
+        given.against_dtype or given.dtype,
+        given.lora if given.against is None else None,
+        given.against_quantization or given.quantization,
+        given.against_kv_cache_dtype or given.kv_cache_dtype,
+    )
+    return [first, second]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +120,18 @@ class Subject:
     dtype: str
     lora: Path | None
     quantization: Quantization = "auto"
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
 
     def open(self, threads: int | None, *, no_cache: bool, device: str) -> LLM:
         """The model behind it. Errors: LoadError, OptionError."""
-        loading = partial(open_llm, no_cache=no_cache, lora=self.lora, quantization=self.quantization, device=device)
+        loading = partial(
+            open_llm,
+            no_cache=no_cache,
+            lora=self.lora,
+            quantization=self.quantization,
+            device=device,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
         return loading(self.model, "none", None, self.dtype, "bitwise", threads)
 
 
@@ -120,8 +141,8 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
         check_options(subject.model, None, None, subject.dtype, subject.lora)
     if len(set(subjects)) < len(subjects):
         raise OptionError(
-            f"--against {subjects[0].model} is the model itself, run in the same way: give another, --against-dtype or "
-            "--against-quantization"
+            f"--against {subjects[0].model} is the model itself, run in the same way: give another, --against-dtype, "
+            "--against-quantization or --against-kv-cache-dtype"
         )
 
 
