@@ -55,12 +55,13 @@ def broken_copy(bug: Bug | None, place: Path) -> None:
         file.write_text(file.read_text().replace(bug.old, bug.new))
 
 
-def run_tests(place: Path, note: Path, kernels: Path) -> int:
+def run_tests(place: Path, note: Path, kernels: Path, instructions: str) -> int:
     """In the fork: 0 when all quick tests pass, 1 when one fails, 3 when not the copy was tested."""
     own = note.with_name("cache")
     own.mkdir()
     (own / "kernels").symlink_to(kernels, target_is_directory=True)
     os.environ["SELFDRAFT_CACHE"] = str(own)
+    os.environ["SELFDRAFT_INSTRUCTIONS"] = instructions
     signal.alarm(PATIENCE)
     quiet = os.open(note.with_name("log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(quiet, 1)
@@ -83,7 +84,7 @@ def replay(bug: Bug | None, kernels: Path) -> tuple[bool, str]:
         if child == 0:
             code = 3
             try:
-                code = run_tests(place, note, kernels)
+                code = run_tests(place, note, kernels, bug.instructions if bug else "native")
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -96,6 +97,16 @@ def replay(bug: Bug | None, kernels: Path) -> tuple[bool, str]:
         return os.WEXITSTATUS(status) != 0, note.read_text() if note.exists() else ""
 
 
+def left_out(bug: Bug) -> str:
+    """Why this machine cannot show a bug; nothing where it can."""
+    if bug.compiled and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "there is no C++ compiler"
+    facts = Path("/proc/cpuinfo")
+    if bug.instructions == "avx2" and not (facts.is_file() and " avx2 " in facts.read_text()):
+        return "this processor has no AVX2"
+    return ""
+
+
 def main(names: list[str]) -> int:
     unknown = set(names) - {bug.name for bug in BUGS}
     if unknown:
@@ -104,10 +115,10 @@ def main(names: list[str]) -> int:
         importlib.import_module(module)
     importlib.import_module("torch").set_num_threads(1)
     chosen: list[Bug | None] = [bug for bug in BUGS if bug.name in names] if names else [None, *BUGS]
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        left = [bug for bug in chosen if bug and bug.compiled]
-        print(f"there is no C++ compiler: {len(left)} bugs of the fast runner are left out")
-        chosen = [bug for bug in chosen if bug not in left]
+    for bug in [bug for bug in chosen if bug is not None]:
+        if why := left_out(bug):
+            print(f"--  {bug.name:24} left out: {why}")
+            chosen.remove(bug)
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(os.environ.get("SELFDRAFT_CACHE", folder)).resolve() / "kernels"
         kernels.mkdir(parents=True, exist_ok=True)

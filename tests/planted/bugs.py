@@ -17,6 +17,9 @@ class Bug:
     """Occurs exactly once in the file."""
     new: str
     what: str
+    instructions: str = "native"
+    """What kernels may use of the processor while it is looked for, as SELFDRAFT_INSTRUCTIONS says: a loop that only
+    processors with less than this one run is not compiled otherwise."""
 
     @property
     def compiled(self) -> bool:
@@ -499,6 +502,15 @@ BUGS = (
         "ceiling(std::min(UNIT, K - first), pair) * pair",
         "std::min(UNIT, K - first) / pair * pair",
         "a last number alone is left out of a product",
+        "generic",
+    ),
+    Bug(
+        "kernel-tail-of-one-avx2",
+        "models/runner/kernels/products_avx2.h",
+        "ceiling(std::min(UNIT, K - first), pair)",
+        "std::min(UNIT, K - first) / pair",
+        "a last number alone is left out of a product",
+        "avx2",
     ),
     Bug(
         "kernel-inner",
@@ -506,6 +518,15 @@ BUGS = (
         "rows += (R - 1) * UNIT)",
         "rows += 0)",
         "behind the first 64 inputs a row goes on with the numbers of the next row",
+        "generic",
+    ),
+    Bug(
+        "kernel-inner-avx2",
+        "models/runner/kernels/products_avx2.h",
+        "rows += R * UNIT)",
+        "rows += UNIT)",
+        "behind the first 64 inputs a row goes on with the numbers of the next row",
+        "avx2",
     ),
     Bug(
         "kernel-bias",
