@@ -34,7 +34,7 @@ def row(drafter: str, key: str = "1", temperature: float = 0.0, **other: Any) ->
         "fingerprint": f"{drafter} {temperature} {machine}",
     }
     made |= {"tokens": 8, "seconds": 1.0 if drafter == "none" else 0.5, "plain_seconds": 1.0, "texts_equal": True}
-    made |= {"first_difference": None, "load_average": 1.0, "scores": {}, "conditions": facts}
+    made |= {"finish_reason": "stop", "first_difference": None, "load_average": 1.0, "scores": {}, "conditions": facts}
     made |= {"stats": {"num_steps": 4, "mean_acceptance_length": 2.0}}
     return made | other
 
@@ -55,6 +55,17 @@ def test_a_page_of_two_files(tmp_path: Path) -> None:
     assert "| lookup | 2.00x (2.00), 1 of 2 | 2.00x (2.00), 1 of 2 | yes, 1 |" in text
     assert "| plain, tokens/s | 8.0 | 8.0 | |" in text
     assert text.count("p.png") == 1
+
+
+def test_scores_say_how_many_answers_were_cut(tmp_path: Path) -> None:
+    scored = [row("none", key, task="gsm8k", group=None, scores={"accuracy": 1.0}) for key in "123"]
+    for one, reason in zip(scored, ("length", "stop", "length"), strict=True):
+        one["finish_reason"] = reason
+    text = page(sheets_of(read_rows([write(tmp_path / "a.jsonl", *scored)])), {})
+    assert "how many of them were cut at the limit of tokens: gsm8k accuracy 1.000 (2 of 3)." in text
+    for one in scored:
+        one["finish_reason"] = "stop"
+    assert "accuracy 1.000." in page(sheets_of(read_rows([write(tmp_path / "b.jsonl", *scored)])), {})
 
 
 def test_models_beside_bf16() -> None:

@@ -150,9 +150,20 @@ def _table(sheet: Sheet) -> list[str]:
         cells = [_cell(sheet.of(label, column), len(sheet.of(plain, column))) for column in columns]
         lines.append(f"| {label} | {' | '.join(cells)} | {_equal(sheet.of(label))} |")
     lines += _engines(sheet)
-    scores = {column: scores_of(sheet.of(plain, column)) for column in sheet.columns}
-    said = [f"{name} " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()) for name, found in scores.items() if found]
-    return [*lines, *(["", "Scores of the plain texts: " + "; ".join(said) + "."] if said else [])]
+    said = [told for column in sheet.columns if (told := _scored(column, sheet.of(plain, column)))]
+    return [*lines, *(["", f"{SCORED}: {'; '.join(said)}."] if said else [])]
+
+
+SCORED = "Scores of the plain texts, in brackets how many of them were cut at the limit of tokens"
+
+
+def _scored(column: str, rows: SequenceOf[JsonObject]) -> str:
+    """The scores of a column's answers, and how many of them were cut; nothing where there are none."""
+    found = scores_of(rows)
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    limit = f" ({cut} of {len(rows)})" if cut else ""
+    return f"{column} {figures}{limit}" if found else ""
 
 
 def _engines(sheet: Sheet) -> list[str]:
