@@ -1175,8 +1175,8 @@ BUGS = (
     Bug(
         "grammar-open-end",
         "serve/grammar.py",
-        "banned = torch.ones(len(logits), dtype=torch.bool)",
-        "banned = torch.zeros(len(logits), dtype=torch.bool)",
+        "banned[self._ends] = False",
+        "banned[:] = False",
         "text goes on behind a whole JSON document",
     ),
     Bug(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,13 +98,16 @@ class Grammar:
         """Tokens that the matcher stands behind."""
 
     def __call__(self, path: SequenceOf[int], logits: Tensor) -> Tensor:
+        banned = np.ones(len(logits), dtype=np.bool_)
         if self._move(path[self._first :]):
-            found = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: len(logits)]
-            banned = torch.nn.functional.pad(found == 0, (0, len(logits) - len(found)), value=True)
+            found = np.frombuffer(self._matcher.compute_logit_bias(), dtype=np.uint8)[: len(logits)]
+            np.equal(found, 0, out=banned[: len(found)])
         else:  # the text is whole: nothing but its end may come
-            banned = torch.ones(len(logits), dtype=torch.bool)
             banned[self._ends] = False
-        return logits.masked_fill(banned.to(logits.device), float("-inf"))
+        if logits.device.type != "cpu":
+            return logits.masked_fill(torch.from_numpy(banned).to(logits.device), float("-inf"))
+        # one thread of numpy: a row is so short that torch's threads wait longer for one another than they work
+        return torch.from_numpy(np.where(banned, np.float32("-inf"), logits.numpy()))
 
     def forced(self, path: SequenceOf[int]) -> list[int]:
         """Tokens that must come behind `path`, prompt and output, as the tokenizer would write them."""
