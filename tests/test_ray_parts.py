@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -218,6 +219,20 @@ class TestWithRay:
 
         found = options_from({"model": "pocket", "max_batch": "4", "page": "false", "api_key": "aaaaaaaa, bbbbbbbb"})
         assert found == ServeOptions(model="pocket", max_batch=4, page=False, api_key=["aaaaaaaa", "bbbbbbbb"])
+
+    @pytest.mark.parametrize("own", [None, "7"])
+    def test_ray_waits_for_its_proxy_on_a_busy_machine(self, monkeypatch: pytest.MonkeyPatch, own: str | None) -> None:
+        from selfdraft.integrations.ray import cluster
+
+        (name,) = cluster.PATIENT
+        seen: list[str | None] = []
+        monkeypatch.setattr(cluster.ray, "init", lambda *_, **__: seen.append(os.environ.get(name)))
+        monkeypatch.setenv(name, "7")  # so that it is put back afterwards
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if own is None:
+            monkeypatch.delenv(name)
+        cluster.start_ray(1)
+        assert seen == [own or "60"]
 
     def test_a_port_in_use_is_said_before_ray_is_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from selfdraft.integrations.ray import command

@@ -12,6 +12,11 @@ from selfdraft.cli import terminal
 from selfdraft.errors import OptionError
 
 
+PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+"""Ray's settings of its own processes, unless the operator has set them. Its proxy is killed when it has not started
+within 5 seconds, which on a busy machine it never has."""
+
+
 def cluster_address() -> str | None:
     """The cluster that Ray's own variable RAY_ADDRESS names; None where Ray is to be started here."""
     return os.environ.get("RAY_ADDRESS")
@@ -26,6 +31,8 @@ def start_ray(cpus: float) -> None:
     address = cluster_address()
     sizes: dict[str, object] = {}
     if address is None:
+        for name, value in PATIENT.items():
+            os.environ.setdefault(name, value)  # Ray's processes inherit them
         sizes = {"num_cpus": max(os.cpu_count() or 1, math.ceil(cpus) + 1), "include_dashboard": False}
     logging.getLogger("ray").setLevel(logging.ERROR)
     with terminal.waiting("starting Ray"):
