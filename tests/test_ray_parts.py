@@ -226,7 +226,7 @@ class TestWithRay:
 
         (name,) = cluster.PATIENT
         seen: list[str | None] = []
-        monkeypatch.setattr(cluster.ray, "init", lambda *_, **__: seen.append(os.environ.get(name)))
+        monkeypatch.setattr("ray.init", lambda *_, **__: seen.append(os.environ.get(name)))
         monkeypatch.setenv(name, "7")  # so that it is put back afterwards
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         if own is None:
