@@ -28,8 +28,8 @@ DEADLINES = {
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60",
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60",
 }
-"""A replica that does not say within 0.1 s how long its queue is, as on a busy machine, is passed over by Ray: a turn of
-a conversation then goes to the other one, which has not prefilled it."""
+"""A replica that does not say within 0.1 s how long its queue is, as on a busy machine, is passed over by Ray: then a
+turn of a conversation goes to the other one, which has not prefilled it."""
 
 
 @pytest.fixture(scope="module")
