@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from statistics import median
 
 from selfdraft import LLM, SamplingParams
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
+from selfdraft.prove.record import Record, decode
 from selfdraft.serve.grammar import GrammarDrafter, Grammars
 
 PERSON = {
@@ -88,66 +87,51 @@ WAYS = {
 """Each way's drafter, and whether what the grammar forces is drafted."""
 
 
-@dataclass(slots=True)
-class Told:
-    """What a way needed: seconds of each run over all answers, steps and tokens of one, and the answers."""
-
-    seconds: list[float] = field(default_factory=list)
-    steps: int = 0
-    tokens: int = 0
-    texts: list[tuple[int, ...]] = field(default_factory=list)
-
-
-def engine_of(llm: LLM, way: str) -> Engine:
-    """A fresh engine, which knows nothing of answers before."""
+def answers(llm: LLM, grammars: Grammars, way: str, prompts: SequenceOf[list[int]], tokens: int) -> list[Record]:
+    """All answers of one way by a fresh engine, one after the other; drafting and the grammar are in their times."""
     drafter, forced = WAYS[way]
     built = build(drafter, llm.target)
-    return Engine(llm.target, GrammarDrafter(built) if forced else built, slots=1)
-
-
-def answer(llm: LLM, grammars: Grammars, way: str, prompts: SequenceOf[list[int]], tokens: int) -> Told:
-    """All answers of one way, one after the other; the time of drafting and of the grammar counts."""
-    engine, told = engine_of(llm, way), Told()
-    spent = 0.0
+    engine = Engine(llm.target, GrammarDrafter(built) if forced else built, slots=1)
+    found = []
     for (schema, _), prompt in zip(ASKED, prompts, strict=True):
         processor = grammars.processor(grammars.json(schema), len(prompt))
-        sequence = llm.requests(prompt, SamplingParams(max_tokens=tokens, logits_processors=(processor,)))[0]
-        engine.submit(sequence)
-        start = time.perf_counter()
-        while not sequence.finished:
-            engine.advance()
-        spent += time.perf_counter() - start
-        told.texts.append(tuple(sequence.output))
-        told.steps += sequence.stats.num_steps
-        told.tokens += len(sequence.output)
-    told.seconds.append(spent)
-    return told
+        (sequence,) = llm.requests(prompt, SamplingParams(max_tokens=tokens, logits_processors=(processor,)))
+        found.append(decode(engine, sequence))
+    return found
+
+
+def row(way: str, plain: SequenceOf[list[Record]], runs: SequenceOf[list[Record]]) -> str:
+    """A line of the table: medians over the runs, each against the plain run of its turn; all texts are compared."""
+    seconds, base = ([sum(one.seconds for one in run) for run in taken] for taken in (runs, plain))
+    written = sum(len(one.tokens) for one in runs[0])
+    steps = sum(one.stats.num_steps for one in runs[0])
+    equal = all(one.tokens == other.tokens for run in runs for one, other in zip(run, plain[0], strict=True))
+    ratio = median(a / b for a, b in zip(base, seconds, strict=True))
+    rate = written / median(seconds)
+    return f"| {way} | {rate:.1f} | {ratio:.2f}x | {written / steps:.2f} | {'yes' if equal else 'NO'} |"
 
 
 def main(argv: SequenceOf[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=160, help="most tokens of an answer")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="turns of all ways that count")
     given = parser.parse_args(argv)
     llm = LLM(given.model, drafter="none")
     assert llm.tokenizer is not None
     grammars = Grammars(llm.tokenizer, llm.eos, llm.target.vocab)
     prompts = [llm.encode(llm.render([{"role": "user", "content": text}])) for _, text in ASKED]
-    found = {way: answer(llm, grammars, way, prompts, given.tokens) for way in WAYS}  # this run warms up
-    for told in found.values():
-        told.seconds.clear()
-    for run in range(given.runs):
-        for way in [*WAYS][run % len(WAYS) :] + [*WAYS][: run % len(WAYS)]:
-            found[way].seconds += answer(llm, grammars, way, prompts, given.tokens).seconds
-    plain = found["plain"]
+    runs: dict[str, list[list[Record]]] = {way: [] for way in WAYS}
+    for turn in range(1 + given.runs):
+        first = turn % len(WAYS)
+        for way in [*WAYS][first:] + [*WAYS][:first]:
+            runs[way].append(answers(llm, grammars, way, prompts, given.tokens))
+    measured = {way: taken[1:] for way, taken in runs.items()}  # the first turn warms up
     print("| way | tokens/s | against plain | tokens per pass | texts equal |\n|---|---:|---:|---:|---|")
-    for way, told in found.items():
-        rate, equal = told.tokens / median(told.seconds), told.texts == plain.texts
-        ratio = median(a / b for a, b in zip(plain.seconds, told.seconds, strict=True))
-        print(f"| {way} | {rate:.1f} | {ratio:.2f}x | {told.tokens / told.steps:.2f} | {'yes' if equal else 'NO'} |")
-    for (_, text), tokens in zip(ASKED, plain.texts, strict=True):
-        print(json.dumps({"question": text, "answer": llm.decode(tokens)}))
+    for way, taken in measured.items():
+        print(row(way, measured["plain"], taken))
+    for (_, text), one in zip(ASKED, measured["plain"][0], strict=True):
+        print(json.dumps({"question": text, "answer": llm.decode(one.tokens)}))
 
 
 if __name__ == "__main__":

@@ -323,9 +323,8 @@ def test_the_end_of_a_turn_is_read_from_the_template(name: str) -> None:
     template, wanted = TEMPLATES[name]
     speaker = spoken(template)
     assert turn_end(speaker) == wanted
-    assert ends_of(declared_ends(tiny_llama()), VOCAB, speaker) == {VOCAB - 1} | (
-        {wanted} if wanted is not None else set()
-    )
+    turn = {wanted} if wanted is not None else set()
+    assert ends_of(declared_ends(tiny_llama()), VOCAB, speaker) == {VOCAB - 1} | turn
 
 
 def test_an_end_of_a_turn_that_the_model_does_not_know() -> None:

@@ -55,13 +55,14 @@ def broken_copy(bug: Bug | None, place: Path) -> None:
         file.write_text(file.read_text().replace(bug.old, bug.new))
 
 
-def run_tests(place: Path, note: Path, kernels: Path, instructions: str) -> int:
+def run_tests(place: Path, note: Path, kernels: Path, instructions: str | None) -> int:
     """In the fork: 0 when all quick tests pass, 1 when one fails, 3 when not the copy was tested."""
     own = note.with_name("cache")
     own.mkdir()
     (own / "kernels").symlink_to(kernels, target_is_directory=True)
     os.environ["SELFDRAFT_CACHE"] = str(own)
-    os.environ["SELFDRAFT_INSTRUCTIONS"] = instructions
+    if instructions is not None:
+        os.environ["SELFDRAFT_INSTRUCTIONS"] = instructions
     signal.alarm(PATIENCE)
     quiet = os.open(note.with_name("log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(quiet, 1)
@@ -84,7 +85,7 @@ def replay(bug: Bug | None, kernels: Path) -> tuple[bool, str]:
         if child == 0:
             code = 3
             try:
-                code = run_tests(place, note, kernels, bug.instructions if bug else "native")
+                code = run_tests(place, note, kernels, bug.instructions if bug else None)
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -17,9 +17,8 @@ class Bug:
     """Occurs exactly once in the file."""
     new: str
     what: str
-    instructions: str = "native"
-    """What kernels may use of the processor while it is looked for, as SELFDRAFT_INSTRUCTIONS says: a loop that only
-    processors with less than this one run is not compiled otherwise."""
+    instructions: str | None = None
+    """The value of SELFDRAFT_INSTRUCTIONS under which its loop is compiled; None where every value does."""
 
     @property
     def compiled(self) -> bool:

@@ -17,6 +17,7 @@ from selfdraft.types import JsonObject
 
 VARIED = ("temperature", "top_p")
 """Conditions that part tables, not sections."""
+SCORED = "Scores of the plain texts, in brackets how many of them were cut at the limit of tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,6 @@ def _table(sheet: Sheet) -> list[str]:
     lines += _engines(sheet)
     said = [told for column in sheet.columns if (told := _scored(column, sheet.of(plain, column)))]
     return [*lines, *(["", f"{SCORED}: {'; '.join(said)}."] if said else [])]
-
-
-SCORED = "Scores of the plain texts, in brackets how many of them were cut at the limit of tokens"
 
 
 def _scored(column: str, rows: SequenceOf[JsonObject]) -> str:

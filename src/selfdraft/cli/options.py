@@ -363,8 +363,8 @@ class Conditions:
     machine: Mapping[str, object]
 
     @property
-    def weights(self) -> str:
-        """The numbers in words: of block weights the formats and how many layers have each, else the dtype."""
+    def numbers(self) -> str:
+        """How weights are stored (block weights by format, else the dtype); keys and values where it differs."""
         told = weights_in_words(self.formats, self.dtype)
         return told if self.kv_cache_dtype == "auto" else f"{told}, keys and values {self.kv_cache_dtype}"
 

@@ -215,7 +215,7 @@ def show_perplexity(found: Perplexity, facts: Sequence[Conditions], text: str, w
     for one, fact in zip((found.model, found.against), facts, strict=False):
         if one is not None:
             figures = (f"{one.nats.value:.4f}", f"{one.perplexity:.4f}", f"{one.error:.4f}")
-            table.add_row(fact.model, fact.weights, fact.runner, *figures)
+            table.add_row(fact.model, fact.numbers, fact.runner, *figures)
     terminal.out.print(table)
     if found.against is not None:
         terminal.out.print(

@@ -12,8 +12,8 @@ from selfdraft.cli import terminal
 from selfdraft.errors import OptionError
 
 PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-"""Ray's settings of its own processes, unless the operator has set them. Its proxy is killed when it has not started
-within 5 seconds, which on a busy machine it never has."""
+"""Environment variables of Ray's processes, where the operator has not set them. By itself Ray kills its proxy when it
+has not started within 5 seconds, and on a busy machine it may take longer."""
 
 
 def cluster_address() -> str | None:
