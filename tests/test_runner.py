@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from selfdraft.core.rows import Rows, chain_rows, pack
@@ -257,3 +258,24 @@ def test_a_machine_without_a_compiler_runs_plainly(monkeypatch: pytest.MonkeyPat
     assert target.runner is None
     plainly, wanted = (run(each, "none", [[3, 1, 4]], SamplingParams(max_tokens=9)) for each in (target, stock))
     assert plainly[0].output == wanted[0].output
+
+
+@pytest.mark.parametrize("runner", ["fast", "plain"])
+def test_the_proof_leaves_no_weights_to_the_collector(runner: str) -> None:
+    """The command line loads with the collector off and then freezes what is there: that once kept 1 GB for good."""
+    model = tiny_llama(torch.float32)
+    weights = sum(p.nbytes for p in model.parameters())
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        open_target(model, slots=1, runner=runner)
+        gc.collect()
+        left = {
+            one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in gc.garbage if is_tensor(one)
+        }
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert sum(left.values()) < weights / 2  # states of a few tokens

@@ -51,20 +51,21 @@ class Blocks:
         self.before: dict[int, Tensor] = {}
         self.behind: dict[int, Tensor] = {}
         self.logits = torch.empty(0)
-        self.model = views.rearranged(stock, count, lambda i, block: _Noted(block, i, self))
+        notes = self.before, self.behind  # not `self`: the view would hold itself
+        self.model = views.rearranged(stock, count, lambda i, block: _Noted(block, i, *notes))
 
 
 class _Noted(nn.Module):
-    def __init__(self, block: nn.Module, index: int, notes: Blocks) -> None:
+    def __init__(self, block: nn.Module, index: int, before: dict[int, Tensor], behind: dict[int, Tensor]) -> None:
         super().__init__()
-        self.block, self.index, self.notes = block, index, notes
+        self.block, self.index, self.before, self.behind = block, index, before, behind
         if hasattr(block, "attention_type"):
             self.attention_type = block.attention_type
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> views.States:
         said: views.States = self.block(hidden_states, *args, **kwargs)
-        self.notes.before[self.index] = hidden_states
-        self.notes.behind[self.index] = said[0] if isinstance(said, tuple) else said
+        self.before[self.index] = hidden_states
+        self.behind[self.index] = said[0] if isinstance(said, tuple) else said
         return said
 
 

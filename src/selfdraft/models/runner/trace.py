@@ -147,23 +147,6 @@ class _Writer:
         self.instrs: list[Instr] = []
         self.heads: dict[int, tuple[int, int, int]] = {}
         self.known: dict[Node, Known] = {}
-        self.direct: dict[str, Callable[..., Known]] = {
-            "mm.default": self._mm,
-            "addmm.default": self._addmm,
-            "bmm.default": self._bmm,
-            "embedding.default": self._embedding,
-            "index.Tensor": self._index,
-            "cat.default": self._cat,
-            "stack.default": self._stack,
-            "native_layer_norm.default": self._layer_norm,
-            "_to_copy.default": self._to_copy,
-            "gelu.default": self._gelu,
-            "pow.Tensor_Scalar": self._pow,
-            "rsub.Scalar": self._rsub,
-            "clamp.default": self._clamp,
-            "zeros_like.default": self._zeros,
-            "new_zeros.default": self._zeros,
-        }
 
     def write(self, calls: tuple[tuple[int, int | None], ...]) -> Traced:
         slots = (Slot.TOKENS, Slot.POSITIONS, Slot.ASKED, Slot.EMBEDS, Slot.ENTERING)
@@ -217,8 +200,8 @@ class _Writer:
             if family in SAME:
                 same: Known = args[0]
                 return same
-            if short in self.direct:
-                return self.direct[short](example, *args, **kwargs)
+            if short in DIRECT:
+                return DIRECT[short](self, example, *args, **kwargs)
             if short in UNARY:
                 return self._each(UNARY[short], example, args[0])
             if family in BINARY and not (kwargs or len(args) > 2):
@@ -515,6 +498,24 @@ class _Writer:
 
 
 OUTPUTS = (Slot.LOGITS, Slot.HIDDEN)
+DIRECT: dict[str, Callable[..., Known]] = {
+    "mm.default": _Writer._mm,
+    "addmm.default": _Writer._addmm,
+    "bmm.default": _Writer._bmm,
+    "embedding.default": _Writer._embedding,
+    "index.Tensor": _Writer._index,
+    "cat.default": _Writer._cat,
+    "stack.default": _Writer._stack,
+    "native_layer_norm.default": _Writer._layer_norm,
+    "_to_copy.default": _Writer._to_copy,
+    "gelu.default": _Writer._gelu,
+    "pow.Tensor_Scalar": _Writer._pow,
+    "rsub.Scalar": _Writer._rsub,
+    "clamp.default": _Writer._clamp,
+    "zeros_like.default": _Writer._zeros,
+    "new_zeros.default": _Writer._zeros,
+}
+"""Translations by name. Functions, not a writer's methods: it would hold itself, and with it the weights of a trace."""
 
 
 def _multiplied(graph: Graph) -> set[int]:
