@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from typing import Literal
 
 import pytest
 import torch
@@ -261,7 +262,7 @@ def test_a_machine_without_a_compiler_runs_plainly(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("runner", ["fast", "plain"])
-def test_the_proof_leaves_no_weights_to_the_collector(runner: str) -> None:
+def test_the_proof_leaves_no_weights_to_the_collector(runner: Literal["fast", "plain"]) -> None:
     """The command line loads with the collector off and then freezes what is there: that once kept 1 GB for good."""
     model = tiny_llama(torch.float32)
     weights = sum(p.nbytes for p in model.parameters())
