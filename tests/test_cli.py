@@ -246,6 +246,14 @@ def test_generate(run: Any, folder: Path) -> None:
     )
 
 
+def test_an_answer_that_fills_the_context_says_so(run: Any, folder: Path) -> None:
+    room = LLM(model(), tokenizer=tokenizer(), drafter="none").target.max_length
+    options = ("--model", folder, "--ignore-eos", "--drafter", "none", "--max-new-tokens")
+    full = f"the answer ended at the {room} tokens that the model takes, prompt and answer together"
+    assert full in run("generate", PROMPT, *options, 10_000).err
+    assert full not in run("generate", PROMPT, *options, 9).err
+
+
 def test_text_is_written_as_it_is(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tabs, control characters and what looks like markup are the model's words."""
     words = "a\tb :smile: [bold]c[/bold]\r\x07 \x1b[0m 🐕"

@@ -13,7 +13,7 @@ from rich.style import Style
 from selfdraft.cli import terminal
 
 if TYPE_CHECKING:
-    from selfdraft.llm import Piece
+    from selfdraft.llm import LLM, Piece
     from selfdraft.types import Stats
 
 Drafter = Annotated[str | None, typer.Option(help="Who guesses; 'none' is plain decoding. Default: auto.")]
@@ -90,3 +90,11 @@ def show_figures(stats: Stats, clock: Clock, drafter: str) -> None:
         line += f", {drafter}"
     terminal.write("\n")
     terminal.show_dim(line)
+
+
+def show_full(last: Piece, asked: int, llm: LLM) -> None:
+    """Say of an answer of fewer tokens than were asked for that the model has no room for more."""
+    if last.finish_reason == "length" and last.num_output_tokens < asked:
+        terminal.show_dim(
+            f"the answer ended at the {llm.target.max_length:,} tokens that the model takes, prompt and answer together"
+        )
