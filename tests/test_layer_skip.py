@@ -20,16 +20,13 @@ from selfdraft.drafters.layer_skip import LayerSkip, choose_skip
 from selfdraft.drafting.draft_length import ExitThreshold, StepSeconds, ThroughputExit, Verified
 from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import read_skip, skip_of
-from selfdraft.llm import LLM
 from selfdraft.models import pocket
 from selfdraft.models.exactness import NATURAL, Shapes
-from selfdraft.models.identity import base_hash
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams, Skip
 from tests.clocks import Ticking
-from tests.models import run, tiny_llama, tiny_target
+from tests.models import run, tiny_target
 from tests.outside import WANTED, outside
-from tests.test_llm import tokenizer
 
 PUBLISHED = outside("data/published_skip_layers.json")
 
@@ -303,23 +300,6 @@ def test_the_checkpoints_own_set_comes_first() -> None:
     assert LayerSkip(target, skip_mlp=[1]).skip == Skip(frozenset(), frozenset({1}))
     target.tuned.clear()
     assert LayerSkip(target).skip == choose_skip(4, None, None, None)
-
-
-def test_a_set_that_is_shipped_for_these_weights_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfdraft.llm.SHIPPED", tmp_path)
-    model = tiny_llama()
-    assert "layer_skip" not in LLM(model, runner="plain").target.tuned
-    write(tmp_path / base_hash(model) / "selfdraft_skip.json", {"attention": [1], "mlp": [2]})
-    assert LLM(model, runner="plain").target.tuned["layer_skip"] == {"skip_set": Skip(frozenset({1}), frozenset({2}))}
-    model.save_pretrained(tmp_path / "own")
-    write(tmp_path / "own" / "selfdraft_skip.json", {"attention": [3], "mlp": [3]})
-    own = LLM(tmp_path / "own", runner="plain", tokenizer=tokenizer())
-    assert own.target.tuned["layer_skip"] == {"skip_set": Skip(frozenset({3}), frozenset({3}))}
-
-
-def write(place: Path, skip: dict[str, list[int]]) -> None:
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(json.dumps({"one": skip}))
 
 
 # the exit that follows the throughput

@@ -33,7 +33,7 @@ from selfdraft.files.memory_file import fingerprint, load_memory, save_memory
 from selfdraft.files.skip_sets import read_skip
 from selfdraft.files.token_log import entry
 from selfdraft.methods import drafter_of, splittable
-from selfdraft.models.adapters import SHIPPED, MaskAdapter
+from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.checkpoint.end_ids import ends_of
 from selfdraft.models.checkpoint.places import find_gguf
 from selfdraft.models.device import chunk_on, dtype_on, file_bytes, pick_device
@@ -65,8 +65,7 @@ from selfdraft.types import Clock, Quantization, SamplingParams, Stats, check_qu
 __all__ = ["LLM", "CompletionOutput", "Job", "Message", "Piece", "Prompt", "RequestOutput", "naming"]
 _log = logging.getLogger("selfdraft")
 SKIP_FILE = "selfdraft_skip.json"
-"""The searched skip set of a checkpoint, in its folder or shipped for its weights: what `layer_skip` leaves out when it
-is told nothing else."""
+"""The searched skip set of a checkpoint, in its folder: what `layer_skip` leaves out when it is told nothing else."""
 
 
 def _sizes(slots: int, chunk: int, rows: int) -> dict[str, int]:
@@ -181,7 +180,7 @@ class LLM:
         return name, options
 
     def _take_facts(self, folder: Path | None, settings: Mapping[str, object] | None) -> None:
-        """What the checkpoint says of ends and sampling, and the skip set found for it, which `layer_skip` takes.
+        """What the checkpoint says of ends and sampling, and the skip set beside it, which `layer_skip` leaves out.
 
         Errors: OptionError.
         """
@@ -191,8 +190,7 @@ class LLM:
         self.exactness, facts = self.target.exactness, self.target.facts
         self.eos = ends_of(facts.ends, facts.vocab, self.tokenizer)
         self._defaults = generation_defaults(facts.generation if settings is None else settings)
-        places = [place / SKIP_FILE for place in (folder, SHIPPED / self._stock.frame.base) if place is not None]
-        if (searched := next(filter(Path.is_file, places), None)) is not None:
+        if folder is not None and (searched := folder / SKIP_FILE).is_file():
             self.target.tuned["layer_skip"] = {"skip_set": read_skip(searched, self.target.layers)}
 
     def _take(self, drafter: str, options: Mapping[str, object]) -> None:
