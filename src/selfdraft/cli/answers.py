@@ -92,7 +92,7 @@ def show_figures(stats: Stats, clock: Clock, drafter: str) -> None:
     terminal.show_dim(line)
 
 
-def show_full(last: Piece, asked: int, llm: LLM) -> None:
+def note_full_context(last: Piece, asked: int, llm: LLM) -> None:
     """Say of an answer of fewer tokens than were asked for that the model has no room for more."""
     if last.finish_reason == "length" and last.num_output_tokens < asked:
         terminal.show_dim(

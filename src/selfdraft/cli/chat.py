@@ -10,7 +10,17 @@ import typer
 from rich.text import Text
 
 from selfdraft.cli import terminal
-from selfdraft.cli.answers import Clock, Drafter, Seed, System, Temperature, TopP, show_figures, show_full, show_piece
+from selfdraft.cli.answers import (
+    Clock,
+    Drafter,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    note_full_context,
+    show_figures,
+    show_piece,
+)
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
@@ -140,7 +150,7 @@ def reply(llm: LLM, messages: list[dict[str, str]], sampling: SamplingParams) ->
         terminal.note("stopped; the text so far stays in the conversation")
     else:
         show_figures(piece.stats, clock, llm.drafter_name)
-        show_full(piece, sampling.max_tokens, llm)
+        note_full_context(piece, sampling.max_tokens, llm)
     return last.output.text if last is not None else ""
 
 

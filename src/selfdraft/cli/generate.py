@@ -11,7 +11,17 @@ import typer
 from rich.text import Text
 
 from selfdraft.cli import terminal
-from selfdraft.cli.answers import Clock, Drafter, Seed, System, Temperature, TopP, show_figures, show_full, show_piece
+from selfdraft.cli.answers import (
+    Clock,
+    Drafter,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    note_full_context,
+    show_figures,
+    show_piece,
+)
 from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
@@ -297,7 +307,7 @@ def answer_one(
     times = (clock.seconds, clock.first or 0.0, clock.speed(len(output.token_ids)))
     if not quiet:
         show_figures(output.stats, clock, llm.drafter_name)
-        show_full(last, sampling.max_tokens, llm)
+        note_full_context(last, sampling.max_tokens, llm)
     if not compare:
         return Answer(text, output, *times, None)
     comparison = against_plain(llm.engine_for("none"), llm.engine, lambda: llm.requests(ids, sampling)[0])

@@ -51,7 +51,7 @@ class Blocks:
         self.before: dict[int, Tensor] = {}
         self.behind: dict[int, Tensor] = {}
         self.logits = torch.empty(0)
-        notes = self.before, self.behind  # not `self`: the view would hold itself
+        notes = self.before, self.behind  # not `self`: the view and the notes would hold each other
         self.model = views.rearranged(stock, count, lambda i, block: _Noted(block, i, *notes))
 
 
