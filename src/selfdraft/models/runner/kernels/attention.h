@@ -317,15 +317,14 @@ template <class T, class S> struct Attention {
     v16 tops = load16(scores + from);
     for (word j = from + 16; j < to; j += 16) {
       const v16 next = load16(scores + j);
-      tops = tops < next ? next : tops;
+      tops = chosen((u32x16)(tops < next), next, tops);
     }
     float most = -INFINITY;
     for (int i = 0; i < 16; i++) most = std::max(most, tops[i]);
     v16 sums = {};
     for (word j = from; j < to; j += 16) {
-      float part[16];
-      for (int i = 0; i < 16; i++) part[i] = scores[j + i] == -INFINITY ? 0.0f : exp_(scores[j + i] - most);
-      v16 weights = load16(part);
+      const v16 given = load16(scores + j);
+      v16 weights = chosen((u32x16)(given != -INFINITY), exp16(given - most), v16{});
       sums += weights;
       if (S::scaled) {
         if (begin + j < whole(row)) weights *= load16(scales + j);

@@ -15,7 +15,7 @@ template <int M> constexpr int eights = M == 1 ? 8 : M <= 3 ? 4 : 2;
 // acc[m][v] += number c of row m times eight numbers of line c, for `count` lines that are `step` floats apart; the next
 // sixteen numbers of a line lie `far` behind.
 template <int M, int V>
-inline __attribute__((always_inline)) void add_lines(const float *const *x, const float *lines, word count, word step,
+INLINED void add_lines(const float *const *x, const float *lines, word count, word step,
                                                      word far, __m256 (&acc)[M][V]) {
   for (word c = 0; c < count; c++, lines += step) {
     __m256 part[V];

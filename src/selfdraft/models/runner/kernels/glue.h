@@ -102,22 +102,48 @@ struct Source {
     const float first = narrow ? widen(*(const bf16 *)p) : *(const float *)p;
     if (single) same = ::same(first);
   }
-  inline v16 at(word i) const {
+  INLINED v16 at(word i) const {
     return single ? same : narrow ? load16((const bf16 *)p + i) : load16((const float *)p + i);
   }
   // the first `count` of them
-  inline v16 some(word i, word count) const {
-    if (single || count == 16) return at(i);
+  v16 some(word i, word count) const {
+    if (single) return same;
     return narrow ? load_part((const bf16 *)p + i, count) : load_part((const float *)p + i, count);
   }
+  static INLINED void store(v16 v, char *to, word type, word i) {
+    if (type == BF16) store16(v, (bf16 *)to + i);
+    else store16(v, (float *)to + i);
+  }
+  static void store_some(v16 v, char *to, word type, word i, word count) {
+    if (type == BF16) store_part(v, (bf16 *)to + i, count);
+    else store_part(v, (float *)to + i, count);
+  }
 };
+
+// Numbers that lie in order, all operands and the result being of type T.
+template <class T> struct Line {
+  const T *p;
+  Line(const char *p, const Arg &) : p((const T *)p) {}
+  INLINED v16 at(word i) const { return load16(p + i); }
+  INLINED v16 some(word i, word count) const { return load_part(p + i, count); }
+  static INLINED void store(v16 v, char *to, word, word i) { store16(v, (T *)to + i); }
+  static INLINED void store_some(v16 v, char *to, word, word i, word count) { store_part(v, (T *)to + i, count); }
+};
+
+// Calls `go` with a null pointer to what reads the first `count` operands and writes the result.
+template <class Go> inline void with_operands(const Instr &op, int count, const Go &go) {
+  const Arg *const all[] = {&op.a, &op.b, &op.c};
+  bool alike = op.out.step[3] == 1;
+  for (int i = 0; i < count; i++) alike = alike && all[i]->type == op.out.type && all[i]->step[3] == 1;
+  if (!alike) go((Source *)nullptr);
+  else if (op.out.type == BF16) go((Line<bf16> *)nullptr);
+  else go((Line<float> *)nullptr);
+}
 
 template <class F> inline word direct(const Instr &op, char *to, const Source &a, const Source &b, const F &f) {
   const word count = op.d[3] & ~word(15);
   for (word i = 0; i < count; i += 16) {
-    const v16 said = f(a.at(i), b.at(i));
-    if (op.out.type == BF16) store16(said, (bf16 *)to + i);
-    else store16(said, (float *)to + i);
+    Source::store(f(a.at(i), b.at(i)), to, op.out.type, i);
   }
   return count;
 }
@@ -129,12 +155,12 @@ inline word directly(const Instr &op, char *to, const char *left, const char *ri
   if (op.d[3] < 16 || !plain(op.out) || !op.out.step[3] || !plain(op.a) || (two && !plain(op.b))) return 0;
   const Source a(left, op.a), b(two ? right : left, two ? op.b : op.a);
   switch (op.code) {
-  case COPY: return direct(op, to, a, a, [](v16 x, v16) { return x; });
-  case NEG: return direct(op, to, a, a, [](v16 x, v16) { return -x; });
-  case SQUARE: return direct(op, to, a, a, [](v16 x, v16) { return x * x; });
-  case ADD: return direct(op, to, a, b, [](v16 x, v16 y) { return x + y; });
-  case SUB: return direct(op, to, a, b, [](v16 x, v16 y) { return x - y; });
-  case MUL: return direct(op, to, a, b, [](v16 x, v16 y) { return x * y; });
+  case COPY: return direct(op, to, a, a, [](v16 x, v16) ALWAYS { return x; });
+  case NEG: return direct(op, to, a, a, [](v16 x, v16) ALWAYS { return -x; });
+  case SQUARE: return direct(op, to, a, a, [](v16 x, v16) ALWAYS { return x * x; });
+  case ADD: return direct(op, to, a, b, [](v16 x, v16 y) ALWAYS { return x + y; });
+  case SUB: return direct(op, to, a, b, [](v16 x, v16 y) ALWAYS { return x - y; });
+  case MUL: return direct(op, to, a, b, [](v16 x, v16 y) ALWAYS { return x * y; });
   }
   return 0;
 }
@@ -219,43 +245,46 @@ void norm(const Instr &op, char *out, const char *a, const char *b, const char *
 // What follows is several small operations in one pass over memory (fuse.py). Operands lie in order, or are one number
 // for all (Source). more[0]: what stood between the operations is rounded to bfloat16.
 
-// `each(first, count)` for every 16 numbers of `wide`; the last may be fewer.
-template <class F> inline void by16(word wide, const F &each) {
-  for (word i = 0; i < wide; i += 16) each(i, std::min<word>(16, wide - i));
-}
-
-inline void store(v16 v, char *to, word type, word i, word count) {
-  if (type == BF16) count == 16 ? store16(v, (bf16 *)to + i) : store_part(v, (bf16 *)to + i, count);
-  else count == 16 ? store16(v, (float *)to + i) : store_part(v, (float *)to + i, count);
+// `whole(first)` for every 16 numbers of `wide`, and `rest(first, count)` for what is left.
+template <class F, class G> INLINED void by16(word wide, const F &whole, const G &rest) {
+  word i = 0;
+  for (; i + 16 <= wide; i += 16) whole(i);
+  if (i < wide) rest(i, wide - i);
 }
 
 // RMS norm of the innermost dimension, times a weight (b) if there is one; number[0] is epsilon.
 void rms_norm(const Instr &op, char *out, const char *a, const char *b) {
-  const word wide = op.d[3];
-  outer(op, out, a, b, nullptr, [&](char *to, const char *from, const char *weights, const char *) {
-    const Source x(from, op.a);
-    v16 squares = {};
-    by16(wide, [&](word i, word count) {
-      const v16 part = x.some(i, count);
-      squares += part * part;
-    });
-    const float scale = 1.0f / std::sqrt(total(squares) / float(wide) + float(op.number[0]));
-    const Source w(weights ? weights : from, weights ? op.b : op.a);
-    by16(wide, [&](word i, word count) {
-      v16 y = x.some(i, count) * scale;
-      if (op.more[0]) y = rounded16(y);
-      if (weights) y *= w.some(i, count);
-      store(y, to, op.out.type, i, count);
+  const word wide = op.d[3], type = op.out.type;
+  const bool rounding = op.more[0];
+  with_operands(op, b ? 2 : 1, [&](auto *kind) {
+    typedef std::remove_pointer_t<decltype(kind)> K;
+    outer(op, out, a, b, nullptr, [&](char *to, const char *from, const char *weights, const char *) {
+      const K x(from, op.a), w(weights ? weights : from, weights ? op.b : op.a);
+      v16 squares = {};
+      const auto add = [&](v16 part) ALWAYS { squares += part * part; };
+      by16(wide, [&](word i) ALWAYS { add(x.at(i)); }, [&](word i, word count) { add(x.some(i, count)); });
+      const float scale = 1.0f / std::sqrt(total(squares) / float(wide) + float(op.number[0]));
+      const auto scaled = [&](v16 part) ALWAYS { return rounding ? rounded16(part * scale) : part * scale; };
+      by16(wide,
+           [&](word i) ALWAYS { K::store(weights ? scaled(x.at(i)) * w.at(i) : scaled(x.at(i)), to, type, i); },
+           [&](word i, word count) {
+             const v16 y = scaled(x.some(i, count));
+             K::store_some(weights ? y * w.some(i, count) : y, to, type, i, count);
+           });
     });
   });
 }
 
 template <class F> void activated(const Instr &op, char *out, const char *a, const char *b, const F &activation) {
-  outer(op, out, a, b, nullptr, [&](char *to, const char *left, const char *right, const char *) {
-    const Source x(left, op.a), y(right, op.b);
-    by16(op.d[3], [&](word i, word count) {
-      const v16 inner = activation(x.some(i, count));
-      store((op.more[0] ? rounded16(inner) : inner) * y.some(i, count), to, op.out.type, i, count);
+  const word type = op.out.type;
+  const bool rounding = op.more[0];
+  with_operands(op, 2, [&](auto *kind) {
+    typedef std::remove_pointer_t<decltype(kind)> K;
+    outer(op, out, a, b, nullptr, [&](char *to, const char *left, const char *right, const char *) {
+      const K x(left, op.a), y(right, op.b);
+      const auto gate = [&](v16 part) ALWAYS { return rounding ? rounded16(activation(part)) : activation(part); };
+      by16(op.d[3], [&](word i) ALWAYS { K::store(gate(x.at(i)) * y.at(i), to, type, i); },
+           [&](word i, word count) { K::store_some(gate(x.some(i, count)) * y.some(i, count), to, type, i, count); });
     });
   });
 }
@@ -263,37 +292,61 @@ template <class F> void activated(const Instr &op, char *out, const char *a, con
 // activation(a) * b, the gated linear unit; more[1] is the code of the activation.
 void glu(const Instr &op, char *out, const char *a, const char *b) {
   switch (op.more[1]) {
-  case SILU: return activated(op, out, a, b, [](v16 x) { return silu16(x); });
-  case GELU: return activated(op, out, a, b, [](v16 x) { return gelu16(x); });
-  case GELU_TANH: return activated(op, out, a, b, [](v16 x) { return gelu_tanh16(x); });
+  case SILU: return activated(op, out, a, b, [](v16 x) ALWAYS { return silu16(x); });
+  case GELU: return activated(op, out, a, b, [](v16 x) ALWAYS { return gelu16(x); });
+  case GELU_TANH: return activated(op, out, a, b, [](v16 x) ALWAYS { return gelu_tanh16(x); });
   }
 }
 
 // x * cos + y * sin
-inline v16 turn(v16 x, v16 cosine, v16 y, v16 sine, bool rounding) {
+INLINED v16 turn(v16 x, v16 cosine, v16 y, v16 sine, bool rounding) {
   return rounding ? rounded16(x * cosine) + rounded16(y * sine) : x * cosine + y * sine;
+}
+
+// The halves of a head turn against one another.
+template <class K> INLINED void turn_halves(const Instr &op, char *to, const K &x, const K &cosine, const K &sine) {
+  const word half = op.d[3] / 2, type = op.out.type;
+  const bool rounding = op.more[0];
+  by16(half,
+       [&](word i) ALWAYS {
+         const v16 low = x.at(i), high = x.at(half + i);
+         K::store(turn(low, cosine.at(i), -high, sine.at(i), rounding), to, type, i);
+         K::store(turn(high, cosine.at(half + i), low, sine.at(half + i), rounding), to, type, half + i);
+       },
+       [&](word i, word count) {
+         const auto some = [&](const K &from, word first) { return from.some(first + i, count); };
+         const v16 low = some(x, 0), high = some(x, half);
+         const v16 first = turn(low, some(cosine, 0), -high, some(sine, 0), rounding);
+         const v16 second = turn(high, some(cosine, half), low, some(sine, half), rounding);
+         K::store_some(first, to, type, i, count);
+         K::store_some(second, to, type, half + i, count);
+       });
+}
+
+// Every number of a head turns against its neighbour.
+inline void turn_pairs(const Instr &op, char *to, const Source &x, const Source &cosine, const Source &sine) {
+  for (word i = 0; i < op.d[3]; i += 16) {
+    const word count = std::min<word>(16, op.d[3] - i);
+    const v16 straight = x.some(i, count);
+    v16 turned;
+    for (int n = 0; n < 16; n += 2) turned[n] = -straight[n + 1], turned[n + 1] = straight[n];
+    const v16 said = turn(straight, cosine.some(i, count), turned, sine.some(i, count), op.more[0]);
+    Source::store_some(said, to, op.out.type, i, count);
+  }
 }
 
 // Rotary embedding of every head a by cosines b and sines c: its two halves turn against one another, or with more[1]
 // every number and its neighbour.
 void rotary(const Instr &op, char *out, const char *a, const char *b, const char *c) {
-  const bool rounding = op.more[0];
-  outer(op, out, a, b, c, [&](char *to, const char *from, const char *cosines, const char *sines) {
-    const Source x(from, op.a), cosine(cosines, op.b), sine(sines, op.c);
-    if (op.more[1])
-      return by16(op.d[3], [&](word i, word count) {
-        const v16 straight = x.some(i, count);
-        v16 turned;
-        for (int n = 0; n < 16; n += 2) turned[n] = -straight[n + 1], turned[n + 1] = straight[n];
-        store(turn(straight, cosine.some(i, count), turned, sine.some(i, count), rounding), to, op.out.type, i, count);
-      });
-    const word half = op.d[3] / 2;
-    by16(half, [&](word i, word count) {
-      const v16 low = x.some(i, count), high = x.some(half + i, count);
-      const v16 first = turn(low, cosine.some(i, count), -high, sine.some(i, count), rounding);
-      const v16 second = turn(high, cosine.some(half + i, count), low, sine.some(half + i, count), rounding);
-      store(first, to, op.out.type, i, count);
-      store(second, to, op.out.type, half + i, count);
+  const bool pairs = op.more[1];
+  if (pairs)
+    return outer(op, out, a, b, c, [&](char *to, const char *from, const char *cosines, const char *sines) {
+      turn_pairs(op, to, Source(from, op.a), Source(cosines, op.b), Source(sines, op.c));
+    });
+  with_operands(op, 3, [&](auto *kind) {
+    typedef std::remove_pointer_t<decltype(kind)> K;
+    outer(op, out, a, b, c, [&](char *to, const char *from, const char *cosines, const char *sines) {
+      turn_halves(op, to, K(from, op.a), K(cosines, op.b), K(sines, op.c));
     });
   });
 }
@@ -322,10 +375,11 @@ template <class T> void embed(const Instr &op, char *out, word id) {
   else unpack<T>(op.more[3], (const char *)op.more[0], wide, id, (T *)out);
 }
 
-// What an instruction costs a row, in bytes that could be read from memory meanwhile.
+// What an instruction costs a row, in bytes that could be read from memory meanwhile: 0.44 ns for a number of a norm and
+// of a sum, 1.6 of a gate, where two threads read 25 bytes in 1 ns (AVX2; docs/log.md, "Vectors of 16").
 inline word glue_cost(const Instr &op) {
   const word numbers = op.d[0] * op.d[1] * op.d[2] * op.d[3];
-  return PART / 64 + numbers * (op.code == GLU ? 6 : 2);
+  return PART / 64 + numbers * (op.code == GLU ? 40 : 12);
 }
 
 void glue(const Pass &pass, const Instr &op, word row, int thread) {

@@ -15,9 +15,9 @@ namespace {
 template <class T> struct KvUnits {
   static constexpr word per = 1;
   typedef v16 part;
-  static inline part load(const float *p) { return load16(p); }
-  static inline v16 add(v16 acc, part line, const float *x) { return acc + line * *x; }
-  static inline void weights(v16 from, float *to) { store16(from, to); }
+  static INLINED part load(const float *p) { return load16(p); }
+  static INLINED v16 add(v16 acc, part line, const float *x) { return acc + line * *x; }
+  static INLINED void weights(v16 from, float *to) { store16(from, to); }
 };
 #if defined(__AVX512BF16__)
 template <> struct KvUnits<bf16> {
@@ -116,16 +116,14 @@ struct KvCoded {
   }
 
   template <class A> static bool direct(word) { return false; }
-  static inline v16 load(const int8_t *codes) {
+  static INLINED v16 load(const int8_t *codes) {
 #if defined(__AVX512F__)
     return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
 #elif defined(__AVX2__)
-    __m256 part[2];
-    for (int i = 0; i < 2; i++)
-      part[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * i))));
-    v16 out;
-    memcpy(&out, part, 64);
-    return out;
+    const auto eight = [](const int8_t *codes) ALWAYS {
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
+    };
+    return {eight(codes), eight(codes + 8)};
 #else
     v16 out;
     for (int i = 0; i < 16; i++) out[i] = float(codes[i]);
@@ -169,18 +167,15 @@ struct KvCoded {
       }
       // the floats of codes end in sixteen zeros: their upper halves are the bfloat16 numbers
       const v16 b = full ? load(y + i) : load_some(y + i, deep - i);
-      u32x16 low, high;
-      memcpy(&low, &a, 64);
-      memcpy(&high, &b, 64);
-      const u32x16 both = (low >> 16) | high;
-      memcpy(to + i, &both, 64);
+      const u32x16 both = ((u32x16)a >> 16) | (u32x16)b;
+      stored(both, to + i);
     }
   }
   template <class A> static void order(float *, word) {}
 };
 
 // Sixteen rows of `cols` floats, `row(i)` being where they begin, to [cols][16].
-template <class Row> inline __attribute__((always_inline)) void turn(const Row &row, word cols, float *to) {
+template <class Row> INLINED void turn(const Row &row, word cols, float *to) {
   word c = 0;
 #if defined(__AVX512F__)
   auto four = [&](int i) { return _mm_loadu_si128((const __m128i *)(row(i) + 4 * c)); };

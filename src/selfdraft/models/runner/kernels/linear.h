@@ -48,8 +48,7 @@ struct Stage {
 };
 
 // Puts the sums of one group of outputs where they belong.
-template <class T>
-inline void finish(v16 acc, const Layer &layer, word n, char *Y) {
+template <class T> INLINED void finish(v16 acc, const Layer &layer, word n, char *Y) {
   const word wide = std::min(LANES, layer.outputs - n);
   const T *bias = (const T *)layer.bias;
   if (wide == LANES) {
@@ -61,6 +60,11 @@ inline void finish(v16 acc, const Layer &layer, word n, char *Y) {
     store16(acc, said);
     memcpy((T *)Y + n, said, wide * sizeof(T));
   }
+}
+
+// The same as a call: products of blocks are many functions, and each with it inside would take a compiler longer.
+template <class T> __attribute__((noinline)) void finish_called(const v16 &acc, const Layer &layer, word n, char *Y) {
+  finish<T>(acc, layer, n, Y);
 }
 
 // Groups from .. to of a layer of floats, for all rows.
@@ -86,7 +90,7 @@ void block_products(const Layer &layer, const Stage &stage, char *Y, word y_row,
       v16 acc[R] = {};
       block_group<CODE, R>(layer.weights + g * bytes, stage.blocks + first * row, layer.inputs, acc);
       for (word r = 0; r < std::min<word>(R, rows - first); r++)
-        finish<T>(acc[r], layer, g * LANES, Y + (first + r) * y_row);
+        finish_called<T>(acc[r], layer, g * LANES, Y + (first + r) * y_row);
     }
 }
 

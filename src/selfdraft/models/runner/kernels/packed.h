@@ -80,11 +80,7 @@ template <bool WIDE> inline v16 load_scales(const char *p) {
 #if defined(__AVX512F__)
   return (v16)_mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p));
 #elif defined(__F16C__)
-  v16 v;
-  const __m256 parts[2] = {_mm256_cvtph_ps(_mm_load_si128((const __m128i *)p)),
-                           _mm256_cvtph_ps(_mm_load_si128((const __m128i *)p + 1))};
-  memcpy(&v, parts, 64);
-  return v;
+  return {_mm256_cvtph_ps(_mm_load_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_load_si128((const __m128i *)p + 1))};
 #else
   v16 v;
   for (int i = 0; i < LANES; i++) v[i] = widen_half(((const half *)p)[i]);

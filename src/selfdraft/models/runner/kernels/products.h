@@ -23,7 +23,7 @@ namespace {
 #if !defined(OWN_FLOATS)
 
 #if defined(BF16_PAIRS)
-template <int R> inline __attribute__((always_inline)) void float_step(const bf16 *w, const bf16 *x, v16 (&acc)[VECTORS][R]) {
+template <int R> INLINED void float_step(const bf16 *w, const bf16 *x, v16 (&acc)[VECTORS][R]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
     int32_t row;
@@ -38,15 +38,14 @@ template <int R> inline __attribute__((always_inline)) void float_step(const bf1
 
 // One step of inputs, all numbers float32 or made so.
 template <class T, int R>
-inline __attribute__((always_inline)) void float_step(const T *w, const float *x, v16 (&acc)[VECTORS][R]) {
+INLINED void float_step(const T *w, const float *x, v16 (&acc)[VECTORS][R]) {
   constexpr int inputs = Pack<T>::inputs;
   v16 part[inputs][VECTORS];
 #pragma GCC unroll 2
   for (int v = 0; v < VECTORS; v++)
     if constexpr (inputs == 2) {
-      u32x16 both;
-      memcpy(&both, __builtin_assume_aligned(w + v * 32, 64), 64);
-      part[0][v] = (v16)(both << 16), part[inputs - 1][v] = (v16)(both & 0xffff0000);
+      const u32x16 both = loaded<u32x16>(w + v * 32);
+      part[0][v] = (v16)(both << 16), part[inputs - 1][v] = (v16)(both & 0xffff0000u);
     } else part[0][v] = load16((const float *)w + v * 16);
 #pragma GCC unroll 2
   for (int i = 0; i < inputs; i++)
@@ -78,8 +77,6 @@ __attribute__((noinline)) void float_group_sums(const char *w, const char *x, wo
 // ---- Blocks
 
 #if !defined(OWN_BLOCKS)
-
-typedef int32_t i32x16 __attribute__((vector_size(64)));
 
 // Whether products of bytes take weights as signed numbers: codes of 8 bits then have their top bits turned, which takes
 // 128 from them.
@@ -114,11 +111,6 @@ inline i32x16 dot(i32x16 sums, i32x16 w, int32_t x) {
 #endif
 }
 
-inline i32x16 load_codes(const char *p) {
-  i32x16 v;
-  memcpy(&v, __builtin_assume_aligned(p, 64), 64);
-  return v;
-}
 inline float number(const char *p) {
   float v;
   memcpy(&v, p, 4);
@@ -128,11 +120,11 @@ inline float number(const char *p) {
 // sums[r] of one block of weights, its codes at `w`, with the rows of a chunk; `first` is its first input in the block
 // of activations at `x`.
 template <class F, int R>
-inline __attribute__((always_inline)) void block_sums(const char *w, const char *x, int first, i32x16 (&sums)[R]) {
+INLINED void block_sums(const char *w, const char *x, int first, i32x16 (&sums)[R]) {
   if constexpr (F::bits == 8)
 #pragma GCC unroll 8
     for (int v = 0; v < F::block / 4; v++) {
-      const i32x16 codes = SIGNED ? load_codes(w + v * 64) ^ int32_t(0x80808080) : load_codes(w + v * 64);
+      const i32x16 codes = SIGNED ? loaded<i32x16>(w + v * 64) ^ int32_t(0x80808080) : loaded<i32x16>(w + v * 64);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const int32_t row = four(x + r * BLOCK + first + 4 * v);
@@ -142,7 +134,7 @@ inline __attribute__((always_inline)) void block_sums(const char *w, const char 
   else
 #pragma GCC unroll 4
     for (int v = 0; v < F::block / 8; v++) {
-      const i32x16 both = load_codes(w + v * 64), low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
+      const i32x16 both = loaded<i32x16>(w + v * 64), low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) sums[r] = dot(sums[r], low, four(x + r * BLOCK + first + 8 * v));
 #pragma GCC unroll 16
@@ -178,7 +170,7 @@ template <int CODE, int R> __attribute__((noinline)) void block_group(const char
       if (F::min) min = load_scales<F::wide>(w + F::scales + b * (F::scales / F::blocks));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        acc[r] = fma16(__builtin_convertvector(sums[r], v16) * number(numbers + r * 4), scale, acc[r]);
+        acc[r] = fma16(floats(sums[r]) * number(numbers + r * 4), scale, acc[r]);
         if (F::min) acc[r] = fma16(min, same(number(numbers + (3 * R + r) * 4)), acc[r]);
       }
     }

@@ -23,7 +23,7 @@ template <int I> inline __m256 float_weights(const bf16 *w, int v) {
 // The fewer of rows and weights wait in registers while the others come one by one: there are 16, and a sum that does not
 // find one goes through memory at every input.
 template <class T, int I, int V, int M>
-inline __attribute__((always_inline)) void float_input(const T *w, const float *x, __m256 (&acc)[M][V]) {
+INLINED void float_input(const T *w, const float *x, __m256 (&acc)[M][V]) {
   if constexpr (V < M) {
     __m256 part[V];
 #pragma GCC unroll 8
@@ -49,7 +49,7 @@ inline __attribute__((always_inline)) void float_input(const T *w, const float *
 
 // `steps` of a unit for M rows and V eights of outputs of a group; `kept` holds the sums between units.
 template <class T, int V, int M>
-inline __attribute__((always_inline)) void float_unit(const char *w, const float *x, word steps, float *kept, bool fetch) {
+INLINED void float_unit(const char *w, const float *x, word steps, float *kept, bool fetch) {
   constexpr word pair = Pack<T>::inputs, wide = VECTORS * LANES;
   __m256 acc[M][V];
 #pragma GCC unroll 8
@@ -115,7 +115,7 @@ template <class F> struct Part {
   __m256i codes[split ? 2 * words : words];
 
   // `from` is where the codes of the part begin, for the outputs wanted.
-  inline __attribute__((always_inline)) void load(const char *from) {
+  INLINED void load(const char *from) {
     const __m256i mask = _mm256_set1_epi8(15);
     constexpr int second = split ? words : 1, step = F::bits == 4 ? 2 : 1;
 #pragma GCC unroll 8
@@ -128,7 +128,7 @@ template <class F> struct Part {
     }
   }
   // sums + the products with the words of a row
-  inline __attribute__((always_inline)) __m256i add(__m256i sums, const char *row) const {
+  INLINED __m256i add(__m256i sums, const char *row) const {
 #if defined(__AVXVNNI__)
 #pragma GCC unroll 8
     for (int i = 0; i < words; i++) sums = _mm256_dpbusd_avx_epi32(sums, codes[i], spread_whole(row + 4 * i));
@@ -151,7 +151,7 @@ template <class F> struct Part {
 };
 
 // What makes up for the unsigned codes of row `r`: the numbers of stage.h times the sum of the row's codes.
-template <class F, int R> inline __attribute__((always_inline)) __m256i start_of(const char *numbers, int r, int first) {
+template <class F, int R> INLINED __m256i start_of(const char *numbers, int r, int first) {
   if (F::min) return _mm256_setzero_si256();
   if (F::bits == 4) return spread_whole(numbers + (2 * R + r) * 4);
   const char *whole = numbers + (R + r) * 4, *half = numbers + (4 * R + r) * 4;
@@ -161,7 +161,7 @@ template <class F, int R> inline __attribute__((always_inline)) __m256i start_of
 
 // Block `b` of a unit for the outputs of one half of a group.
 template <class F, int R>
-inline __attribute__((always_inline)) void half_block(const char *w, const char *x, int b, int half, __m256 (&acc)[R]) {
+INLINED void half_block(const char *w, const char *x, int b, int half, __m256 (&acc)[R]) {
   typedef Part<F> P;
   const char *rows = x + b * F::block / BLOCK * R * STAGED, *numbers = rows + R * BLOCK;
   const char *codes = w + F::front + b * F::block * LANES * F::bits / 8 + half * 32;
@@ -173,7 +173,7 @@ inline __attribute__((always_inline)) void half_block(const char *w, const char 
   P part;
   for (int p = 0; p < P::count; p++) {
     part.load(codes + p * P::bytes);
-    const auto one = [&](int r) __attribute__((always_inline)) {
+    const auto one = [&](int r) ALWAYS {
       const __m256i begun = p ? kept[r] : start_of<F, R>(numbers, r, first);
       const __m256i sums = part.add(begun, rows + r * BLOCK + first + p * P::words * 4);
       if (p + 1 < P::count) {

@@ -59,18 +59,14 @@ template <class T> inline Rounded round_block(const T *x, word count) {
   const __m512i most = _mm512_max_epi32(_mm512_and_si512((__m512i)low, mask), _mm512_and_si512((__m512i)high, mask));
   const uint32_t bits = uint32_t(_mm512_reduce_max_epi32(most));
 #elif defined(__AVX2__)
-  __m256i part[4];
-  memcpy(part, &low, 64), memcpy(part + 2, &high, 64);
+  __m256i part[4] = {(__m256i)low.low, (__m256i)low.high, (__m256i)high.low, (__m256i)high.high};
   __m256i most = _mm256_setzero_si256();
   for (int i = 0; i < 4; i++) most = _mm256_max_epi32(most, _mm256_and_si256(part[i], _mm256_set1_epi32(0x7fffffff)));
   __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
   four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   const uint32_t bits = uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1))));
 #else
-  typedef int32_t i32x16 __attribute__((vector_size(64)));
-  i32x16 a, b;
-  memcpy(&a, &low, 64), memcpy(&b, &high, 64);
-  a &= 0x7fffffff, b &= 0x7fffffff;
+  const i32x16 a = (i32x16)low & 0x7fffffff, b = (i32x16)high & 0x7fffffff;
   uint32_t bits = 0;
   for (int i = 0; i < LANES; i++) bits = std::max(bits, uint32_t(std::max(a[i], b[i])));
 #endif

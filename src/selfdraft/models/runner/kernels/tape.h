@@ -82,13 +82,16 @@ inline void share(word count, word unit, word mine, word parts, word &from, word
   to = std::min(count, units * (mine + 1) / parts * unit);
 }
 
-// Into how many parts to cut work of `cost` bytes read: enough to go round, none so small that taking it costs more, and
-// about `each` for a thread.
+// Into how many parts to cut work of `cost` bytes read, which consists of `most` things: enough to go round, none so small
+// that taking it costs more, about `each` for a thread, and equal ones where that can be.
 inline word cut(word cost, word most, word threads, word each = PARTS) {
   if (threads == 1) return 1;
   word parts = std::min({cost / PART, most, each * threads});
-  if (parts > threads) parts = parts / threads * threads; // or one thread waits for the last part of another
-  return std::max<word>(1, parts);
+  if (parts <= threads) return std::max<word>(1, parts);
+  parts = parts / threads * threads; // or one thread waits for the last part of another
+  for (word equal = parts; 2 * equal >= parts && equal >= threads; equal -= threads)
+    if (most % equal == 0) return equal;
+  return parts;
 }
 
 } // namespace
