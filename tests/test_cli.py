@@ -203,7 +203,7 @@ def test_usage(run: Any) -> None:
     assert bare.err.startswith("Usage: selfdraft")
 
 
-SUB_COMMANDS = ["bench serve", "tune machine", "tune layer-skip", "tune s3d", "tune lookahead"]
+SUB_COMMANDS = ["bench serve", "tune machine", "tune layer-skip", "tune s3d", "tune lookahead", "tune task"]
 
 
 @pytest.mark.parametrize("command", [*VERBS[:-1], *SUB_COMMANDS])

@@ -160,6 +160,7 @@ OWN = {
     },
     "s3d": {"--adapter", "--sweep", "--runs"},
     "lookahead": set[str](),
+    "task": set[str](),
 }
 """Options of a sub-command that not all of them have, those about prompts left out."""
 OF_PROMPTS = {"--prompts", "--limit", "--chat", "--max-new-tokens", "--temperature", "--seed", "--output"}

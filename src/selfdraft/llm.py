@@ -23,7 +23,7 @@ import torch
 
 from selfdraft.core.detokenizer import TextStream
 from selfdraft.core.sequence import Sequence, open_sequence
-from selfdraft.drafters import build, find, memory_of, table
+from selfdraft.drafters import build, find, learned_by, memory_of, table
 from selfdraft.drafters.lookahead import Lookahead
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.shared import SharedEngine
@@ -31,6 +31,7 @@ from selfdraft.engine.slots import Reuse
 from selfdraft.errors import EngineError, OptionError, PromptTooLong, RequestError, SelfdraftError, shown
 from selfdraft.files.memory_file import fingerprint, load_memory, save_memory
 from selfdraft.files.skip_sets import read_skip
+from selfdraft.files.task_profiles import write_task_profile
 from selfdraft.files.token_log import entry
 from selfdraft.methods import drafter_of, splittable
 from selfdraft.models.adapters import MaskAdapter
@@ -498,6 +499,14 @@ class LLM:
     def save_memory(self, path: str | Path) -> None:
         """Write the drafter's memory of earlier outputs. Errors: RequestError, OptionError."""
         save_memory(Path(path), memory_of(self.engine.drafter), self.fingerprint)
+
+    def save_task_profile(self, path: str | Path, name: str = "") -> None:
+        """Write what the drafter learned about the text so far: counts, and no token of it.
+
+        Later runs take it as the option `task_profile` of the drafters auto, merged and cascade. Errors: OptionError.
+        """
+        learned, tokens = learned_by(self.engine.drafter), self.stats.num_output_tokens
+        write_task_profile(Path(path), learned, name=name, tokens=tokens, tokenizer=self.fingerprint)
 
     @property
     def fingerprint(self) -> str:

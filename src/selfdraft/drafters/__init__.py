@@ -20,7 +20,9 @@ from selfdraft.drafters.recycling import Recycling
 from selfdraft.drafters.s3d import S3D
 from selfdraft.drafters.space import Space
 from selfdraft.drafters.suffix import Suffix
+from selfdraft.drafting.mixing import TaskProfile
 from selfdraft.drafting.output_memory import MOST, Memory
+from selfdraft.drafting.source_tree import SourceTree
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter, Target
 
@@ -78,6 +80,14 @@ def with_memory(name: str, options: Mapping[str, object]) -> dict[str, object]:
         able = ", ".join(known for known, factory in table().items() if "memory" in options_of(factory))
         raise OptionError(f"drafter {name!r} keeps no memory of earlier outputs; these do: {able}")
     return {**options, "memory": options.get("memory") or MOST}
+
+
+def learned_by(drafter: Drafter) -> TaskProfile:
+    """What a drafter learned about the text so far. Errors: OptionError when it learns nothing that could be kept."""
+    tree = getattr(drafter, "tree", None)
+    if not isinstance(tree, SourceTree):
+        raise OptionError("this drafter keeps no task profile; take auto, merged or cascade")
+    return tree.credit.learned()
 
 
 def memory_of(drafter: Drafter) -> Memory:

@@ -6,6 +6,7 @@ What pays is measured, before and while decoding (`drafting/cost_guard.py`); `do
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import ClassVar
 
 from selfdraft.core.sequence import Sequence
@@ -16,6 +17,7 @@ from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
 from selfdraft.drafting.successors import RUNNERS_UP
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
+from selfdraft.files.task_profiles import read_task_profile
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget
 
@@ -29,6 +31,7 @@ class Auto:
     """`merged` under a cost guard: trees are cut where a row does not pay, and steps are plain where nothing pays.
 
     Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
+    `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
     Errors: OptionError for values out of range.
     """
 
@@ -44,10 +47,12 @@ class Auto:
         memory: int = 0,
         recycling: bool = True,
         masks: bool = False,
+        task_profile: str | Path | None = None,
     ) -> None:
         self.memory = Memory(memory) if memory else None
         rows, clock = wanted_masks(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock
-        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows)
+        before = None if task_profile is None else read_task_profile(task_profile)
+        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows, before)
         self.beside = self.tree.beside
         self.copies = SuffixCopy()
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from selfdraft.core.rows import chain_rows, tree_rows
@@ -23,6 +24,7 @@ from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source
 from selfdraft.drafting.step_timer import StepTimer
+from selfdraft.files.task_profiles import read_task_profile
 from selfdraft.protocols import Needs, Target
 from selfdraft.types import Budget, Rounded
 
@@ -38,8 +40,8 @@ HOPE = 3.0
 class Cascade:
     """A chain that inner passes with weights of `bits` bits agreed to, and what costs no pass under its end.
 
-    `memory` and `recycling` are those of `merged`. The rounded copy is made when it is first drafted with.
-    Errors: OptionError for values out of range.
+    `memory`, `recycling` and `task_profile` are those of `merged`. The rounded copy is made when it is first drafted
+    with. Errors: OptionError for values out of range.
     """
 
     needs: ClassVar[Needs] = Needs(logits_options=("recycling",), prediction=True, pass_cost=True)
@@ -52,11 +54,14 @@ class Cascade:
         num_speculative_tokens: int = 64,
         memory: int = 0,
         recycling: bool = True,
+        task_profile: str | Path | None = None,
     ) -> None:
         self.target, self.short = target, Rounded(bits)
         target.extras.check_rounding(SOURCE)
         self.memory = Memory(memory) if memory else None
-        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, target.extras.clock, self.memory)
+        before = None if task_profile is None else read_task_profile(task_profile)
+        clock, sources = target.extras.clock, every_source(recycling)
+        self.tree = SourceTree(sources, num_speculative_tokens, clock, self.memory, before=before)
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)
         self.rule = InnerPassRule()
         self._opened = False

@@ -8,11 +8,13 @@ Duplicates are one node that keeps all its sources; how likely a node is follows
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTreeDrafter, every_source, wanted_masks
 from selfdraft.drafting.successors import RUNNERS_UP
+from selfdraft.files.task_profiles import read_task_profile
 from selfdraft.protocols import Needs, Target
 
 MASKED = "space"
@@ -24,7 +26,8 @@ class Merged(SourceTreeDrafter):
 
     `memory`: most tokens of earlier outputs that are remembered; 0 remembers nothing. It is this drafter's alone.
     `recycling`: the model's runners-up at every row that was run are guesses, too. `masks`: so are those of mask tokens
-    trained with `selfdraft train --recipe space`, whose rows are hung where they are worth it.
+    trained with `selfdraft train --recipe space`, whose rows are hung where they are worth it. `task_profile`: a file
+    of `selfdraft tune task`, what was learned earlier on text of the same kind.
     """
 
     needs: ClassVar[Needs] = Needs(
@@ -39,9 +42,11 @@ class Merged(SourceTreeDrafter):
         memory: int = 0,
         recycling: bool = True,
         masks: bool = False,
+        task_profile: str | Path | None = None,
         min_probability: float | None = None,
     ) -> None:
         past = Memory(memory) if memory else None
         rows = wanted_masks(target.extras.mask_tokens.get(MASKED), masks)
         clock, sources = target.extras.clock, every_source(recycling)
-        super().__init__(sources, num_speculative_tokens, min_probability, clock, past, rows)
+        before = None if task_profile is None else read_task_profile(task_profile)
+        super().__init__(sources, num_speculative_tokens, min_probability, clock, past, rows, before)

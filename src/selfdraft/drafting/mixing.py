@@ -43,10 +43,25 @@ FLOOR = 0.002
 """A node less likely than this is not worth its row, however cheap rows are."""
 
 
+KEPT = 50.0
+"""What was learned earlier counts as at most 50 measurements, so that text of another kind is soon followed."""
+Learned = tuple[float, float, float, float]
+"""A cell and its mean: number of the cell, guess, total and weight of what was measured."""
+
+
+def _numbers(mean: Mean) -> tuple[float, float, float]:
+    return mean.guess, mean.total, mean.weight
+
+
+def _mean(guess: float, total: float, weight: float) -> Mean:
+    share = min(1.0, KEPT / weight) if weight else 1.0
+    return Mean(guess, PRIOR, FADE, share * total, share * weight)
+
+
 class Counts:
     """How often one source's guesses of each kind and depth came true."""
 
-    def __init__(self, beliefs: tuple[float, ...], unit: int) -> None:
+    def __init__(self, beliefs: tuple[float, ...], unit: int, learned: SequenceOf[Learned] = ()) -> None:
         self.unit = unit
         """What one level counts in the key of a joint cell."""
         first = [unit * (1 + bisect(STEPS, belief)) for belief in beliefs]
@@ -54,6 +69,15 @@ class Counts:
         """By depth class, then by kind: the level, times the unit."""
         self._beliefs = beliefs
         self._means: dict[int, Mean] = {}
+        for cell, *numbers in sorted(learned):
+            kind, depth = divmod(int(cell), CLASSES)
+            if kind < len(beliefs):
+                mean = self._means[int(cell)] = _mean(*numbers)
+                self._move(kind, depth, unit * (1 + bisect(STEPS, mean.value)))
+
+    def learned(self) -> list[Learned]:
+        """What was counted, for a task profile."""
+        return [(cell, *_numbers(mean)) for cell, mean in self._means.items()]
 
     def observe(self, guesses: Guesses, depth: int, token: int) -> None:
         """Book the guesses at a place where the text went on with `token`."""
@@ -93,10 +117,15 @@ class Paths:
     paths that are deep are those of the easy stretches, and would be foretold too low.
     """
 
-    def __init__(self) -> None:
-        self.ratios = [1.0] * CLASSES
+    def __init__(self, learned: tuple[SequenceOf[float], SequenceOf[float]] | None = None) -> None:
+        foretold, accepted = learned or ([WEIGHT] * CLASSES, [WEIGHT] * CLASSES)
+        self._foretold, self._accepted = [*foretold], [*accepted]
+        self.ratios = [right / expected for right, expected in zip(accepted, foretold, strict=True)]
         """By depth class."""
-        self._foretold, self._accepted = [WEIGHT] * CLASSES, [WEIGHT] * CLASSES
+
+    def learned(self) -> tuple[list[float], list[float]]:
+        """What was foretold and what was accepted, by depth class, for a task profile."""
+        return self._foretold, self._accepted
 
     def observe(self, foretold: SequenceOf[float], accepted: int) -> None:
         """Book a tree: its nodes' products, summed up by depth class, and how deep it was accepted."""
@@ -110,23 +139,52 @@ class Paths:
                 self.ratios[depth] = self._accepted[depth] / self._foretold[depth]
 
 
-class Credit:
-    """What the evidence of all sources together is worth. Outlives the requests; knows no token."""
+class TaskProfile(NamedTuple):
+    """What a credit has learned, in plain numbers: good for later text of the same kind."""
 
-    def __init__(self) -> None:
+    alone: dict[str, list[Learned]]
+    """By source; the order is that of the keys in `together`."""
+    families: list[tuple[tuple[int, ...], tuple[float, float, float]]]
+    together: list[Learned]
+    paths: tuple[list[float], list[float]]
+
+
+class Credit:
+    """What the evidence of all sources together is worth. Outlives the requests; knows no token.
+
+    `before`: what was learned earlier on text of the same kind.
+    """
+
+    def __init__(self, before: TaskProfile | None = None) -> None:
         self.counts: dict[str, Counts] = {}
-        self.paths = Paths()
+        self._before: dict[str, list[Learned]] = {} if before is None else dict(before.alone)
+        self._order = {name: number for number, name in enumerate(self._before)}
+        """The place of each source in the key of a joint cell."""
+        self.paths = Paths(before.paths if before else None)
         self._cells: dict[int, Cell] = {}
         self._families: dict[tuple[int, ...], Mean] = {}
         self._chances: dict[int, float] = {}
         self._names: dict[int, str] = {}
+        if before is not None:
+            self._families = {family: _mean(*numbers) for family, numbers in before.families}
+            for key, *numbers in before.together:
+                self._cells[int(key)] = self._cell(int(key))._replace(mean=_mean(*numbers))
+
+    def learned(self) -> TaskProfile:
+        """What was learned so far."""
+        alone = {
+            name: self.counts[name].learned() if name in self.counts else self._before[name] for name in self._order
+        }
+        families = [(family, _numbers(mean)) for family, mean in self._families.items()]
+        together: list[Learned] = [(key, *_numbers(cell.mean)) for key, cell in self._cells.items()]
+        return TaskProfile(alone, families, together, self.paths.learned())
 
     def counts_of(self, source: Source) -> Counts:
         """The counts of a source by its name; the same for all requests."""
         found = self.counts.get(source.name)
         if found is None:
-            unit = _COARSE * (LEVELS + 1) ** len(self.counts)
-            found = self.counts[source.name] = Counts(source.beliefs, unit)
+            unit = _COARSE * (LEVELS + 1) ** self._order.setdefault(source.name, len(self._order))
+            found = self.counts[source.name] = Counts(source.beliefs, unit, self._before.get(source.name, ()))
         return found
 
     def chance(self, key: int) -> float:
@@ -171,7 +229,7 @@ class Credit:
         """The sources that speak for a token, joined by '+'."""
         known = self._names.get(key)
         if known is None:
-            pairs = zip(self.counts, self._levels(key), strict=False)
+            pairs = zip(self._order, self._levels(key), strict=False)
             known = self._names[key] = "+".join(name for name, level in pairs if level)
         return known
 

@@ -19,7 +19,7 @@ from selfdraft.drafting.cost_guard import LossBudget
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.drafting.mask_source import MaskGroups, MaskSource
-from selfdraft.drafting.mixing import Credit, Merger
+from selfdraft.drafting.mixing import Credit, Merger, TaskProfile
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
 from selfdraft.drafting.step_timer import StepTimer
@@ -109,7 +109,7 @@ class SourceTree:
     """Trees of at most `nodes` candidates out of `sources`; the notes of each request, and what all requests taught.
 
     `masks`: trained mask tokens are a source, too. `memory` gets every output that is finished. What sources are worth
-    outlives a request, what they read does not.
+    outlives a request, what they read does not; `before`: what was learned earlier on text of the same kind.
     The successor table costs time at every step: it is read as long as what it alone brought is worth that (`book`).
     Errors: OptionError for values out of range.
     """
@@ -121,13 +121,14 @@ class SourceTree:
         clock: Clock,
         memory: Memory | None = None,
         masks: MaskTokens | None = None,
+        before: TaskProfile | None = None,
     ) -> None:
         within("num_speculative_tokens", nodes, 1, 256)
         self.sources, self.most, self.memory, self.clock = sources, nodes, memory, clock
         self.groups = MaskGroups(masks) if masks else None
         self.beside = self.groups.tables if self.groups else None
         """What is asked of the rows of a step beside likeliest tokens."""
-        self.credit = Credit()
+        self.credit = Credit(before)
         self.successors = LossBudget()
         """What reading the successor table may still lose."""
         self._reading = 0.0
@@ -240,8 +241,9 @@ class SourceTreeDrafter:
         clock: Clock,
         memory: Memory | None = None,
         masks: MaskTokens | None = None,
+        before: TaskProfile | None = None,
     ) -> None:
-        self.tree = SourceTree(sources, nodes, clock, memory, masks)
+        self.tree = SourceTree(sources, nodes, clock, memory, masks, before)
         self.memory, self.beside = memory, self.tree.beside
         self.row_cost = RowCost(min_probability)
         self.timer = StepTimer(clock)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from selfdraft.cli.tune import layer_skip, lookahead, machine, s3d
+from selfdraft.cli.tune import layer_skip, lookahead, machine, s3d, task
 
 METHODS = {"auto": "machine", "layer_skip": "layer-skip", "s3d": "s3d", "lookahead": "lookahead"}
 """What --method, the older spelling, calls the sub-commands."""
@@ -60,3 +60,4 @@ app.command("machine")(machine.tune_machine)
 app.command("layer-skip")(layer_skip.tune_layer_skip)
 app.command("s3d")(s3d.tune_s3d)
 app.command("lookahead")(lookahead.tune_lookahead)
+app.command("task")(task.tune_task)

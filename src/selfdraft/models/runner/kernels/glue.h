@@ -194,11 +194,17 @@ void pointwise(const Instr &op, char *out, const char *a, const char *b) {
   });
 }
 
+// `whole(first)` for every 16 numbers of `wide`, and `rest(first, count)` for what is left.
+template <class F, class G> INLINED void by16(word wide, const F &whole, const G &rest) {
+  word i = 0;
+  for (; i + 16 <= wide; i += 16) whole(i);
+  if (i < wide) rest(i, wide - i);
+}
+
 // sums + the numbers, sixteen at a time
 inline v16 summed(const float *x, word count, v16 sums) {
-  word n = 0;
-  for (; n + 16 <= count; n += 16) sums += load16(x + n);
-  return n < count ? sums + load_part(x + n, count - n) : sums;
+  by16(count, [&](word n) ALWAYS { sums += load16(x + n); }, [&](word n, word rest) { sums += load_part(x + n, rest); });
+  return sums;
 }
 
 // Sum, mean or largest of the innermost dimension.
@@ -228,12 +234,13 @@ void norm(const Instr &op, char *out, const char *a, const char *b, const char *
     const float *x = fetch(from, op.a.type, op.a.step[3], wide, xs.data());
     const float mean = total(summed(x, wide, v16{})) / float(wide);
     v16 squares = {};
-    for (word n = 0; n < wide; n += 16) {
-      v16 part = wide - n >= 16 ? load16(x + n) : load_part(x + n, wide - n);
-      part -= mean;
-      for (word i = wide - n; i < 16; i++) part[i] = 0.0f;
-      squares += part * part;
-    }
+    const auto add = [&](v16 part) ALWAYS { squares += part * part; };
+    by16(wide, [&](word n) ALWAYS { add(load16(x + n) - mean); },
+         [&](word n, word count) {
+           v16 part = load_part(x + n, count) - mean;
+           for (word i = count; i < 16; i++) part[i] = 0.0f;
+           add(part);
+         });
     const float scale = 1.0f / std::sqrt(total(squares) / float(wide) + float(op.number[0]));
     float *y = xs.data();
     for (word n = 0; n < wide; n++)
@@ -244,13 +251,6 @@ void norm(const Instr &op, char *out, const char *a, const char *b, const char *
 
 // What follows is several small operations in one pass over memory (fuse.py). Operands lie in order, or are one number
 // for all (Source). more[0]: what stood between the operations is rounded to bfloat16.
-
-// `whole(first)` for every 16 numbers of `wide`, and `rest(first, count)` for what is left.
-template <class F, class G> INLINED void by16(word wide, const F &whole, const G &rest) {
-  word i = 0;
-  for (; i + 16 <= wide; i += 16) whole(i);
-  if (i < wide) rest(i, wide - i);
-}
 
 // RMS norm of the innermost dimension, times a weight (b) if there is one; number[0] is epsilon.
 void rms_norm(const Instr &op, char *out, const char *a, const char *b) {
