@@ -18,6 +18,7 @@ from selfdraft.models.packed import layout
 from selfdraft.models.packed.formats import FORMATS
 from selfdraft.models.packed.twin import twin
 from selfdraft.models.runner import kernel_build, levels
+from selfdraft.models.runner.one_layer import run_floats
 from tests.models import unavailable
 from tests.test_packed_formats import blocks, odd_rows
 
@@ -57,6 +58,19 @@ for out, wide in ((5, 1), (17, 33), (33, 200)):
         torch.testing.assert_close(alone[near], exact[near], rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
 print("checked", len(FORMATS))
 """
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_sums_in_the_middle_of_two_numbers_go_to_the_even_one(rows: int) -> None:
+    """So rare in text that comparisons of whole passes do not see it. Whole vectors of results, and the rest of one."""
+    step = 2.0**-7  # from one bfloat16 number to the next, above 1
+    sums = torch.tensor([[1, step / 2], [1 + step, step / 2], [-1, -step / 2], [-1 - step, -step / 2], [1, 0]])
+    x = sums.bfloat16().repeat(8, 1)[:rows] if rows > 1 else sums[1:2].bfloat16()
+    said = run_floats(x, torch.ones(33, 2, dtype=torch.bfloat16))
+    wanted = x.float().sum(1, keepdim=True).bfloat16().expand(-1, 33)
+    assert said.tolist() == wanted.tolist()
+    assert rows == 1 or {1.0, 1 + 2 * step} <= set(said.flatten().tolist())
 
 
 @compiled
