@@ -61,7 +61,7 @@ def test_what_was_learned_comes_back(tmp_path: Path) -> None:
     assert again.learned().alone.keys() == credit.learned().alone.keys()
 
 
-def test_sources_keep_their_places_in_any_order(tmp_path: Path) -> None:
+def test_sources_keep_their_places_in_any_order() -> None:
     """Keys of joint cells count sources by place: a run that meets them in another order must read the same."""
     credit = taught()
     again = Credit(credit.learned())
@@ -132,6 +132,8 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         "is broken": json.dumps({**good, "paths": [[1.0], [1.0]]}),
         "is no chance": json.dumps({**good, "together": [[3, 0.5, 7.0, 2.0]]}),
         "number of a cell": json.dumps({**good, "together": [[-3, 0.5, 1.0, 2.0]]}),
+        "names no source": json.dumps({**good, "together": [[3, 0.5, 1.0, 2.0]]}),
+        "has no attribute 'items'": json.dumps({**good, "alone": []}),
         "above 0": json.dumps({**good, "paths": [[0.0] * CLASSES, [1.0] * CLASSES]}),
         "is broken \\('alone'\\)": json.dumps({key: value for key, value in good.items() if key != "alone"}),
     }

@@ -51,7 +51,7 @@ class Auto:
     ) -> None:
         self.memory = Memory(memory) if memory else None
         rows, clock = wanted_masks(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock
-        before = None if task_profile is None else read_task_profile(task_profile)
+        before = read_task_profile(task_profile)
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows, before)
         self.beside = self.tree.beside
         self.copies = SuffixCopy()

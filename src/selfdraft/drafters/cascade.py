@@ -59,7 +59,7 @@ class Cascade:
         self.target, self.short = target, Rounded(bits)
         target.extras.check_rounding(SOURCE)
         self.memory = Memory(memory) if memory else None
-        before = None if task_profile is None else read_task_profile(task_profile)
+        before = read_task_profile(task_profile)
         clock, sources = target.extras.clock, every_source(recycling)
         self.tree = SourceTree(sources, num_speculative_tokens, clock, self.memory, before=before)
         self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)

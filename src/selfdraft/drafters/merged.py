@@ -48,5 +48,5 @@ class Merged(SourceTreeDrafter):
         past = Memory(memory) if memory else None
         rows = wanted_masks(target.extras.mask_tokens.get(MASKED), masks)
         clock, sources = target.extras.clock, every_source(recycling)
-        before = None if task_profile is None else read_task_profile(task_profile)
+        before = read_task_profile(task_profile)
         super().__init__(sources, num_speculative_tokens, min_probability, clock, past, rows, before)

@@ -31,7 +31,7 @@ CLASSES = len(DEPTHS) + 1
 _CLASS = [bisect(DEPTHS, depth) for depth in range(DEPTHS[-1] + 1)]
 TOGETHER = [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
 """The coarser class of a depth for all sources together: each alone knows the depth already."""
-_COARSE = TOGETHER[-1] + 1
+COARSE = TOGETHER[-1] + 1
 _CHANCE = itemgetter(1)
 PRIOR, FADE = 4.0, 0.998
 WEIGHT = 20.0
@@ -183,7 +183,7 @@ class Credit:
         """The counts of a source by its name; the same for all requests."""
         found = self.counts.get(source.name)
         if found is None:
-            unit = _COARSE * (LEVELS + 1) ** self._order.setdefault(source.name, len(self._order))
+            unit = COARSE * (LEVELS + 1) ** self._order.setdefault(source.name, len(self._order))
             found = self.counts[source.name] = Counts(source.beliefs, unit, self._before.get(source.name, ()))
         return found
 
@@ -209,7 +209,7 @@ class Credit:
         cell = self._cells.get(key)
         if cell is None:
             best, *rest = sorted(filter(None, self._levels(key)), reverse=True)
-            family = key % _COARSE, best, *rest[:1]
+            family = key % COARSE, best, *rest[:1]
             if family not in self._families:
                 lower = [MIDDLES[level] for level in rest] or [MIDDLES[best]]
                 start = TRUST * MIDDLES[best] + (1 - TRUST) * sum(lower) / len(lower)
@@ -235,7 +235,7 @@ class Credit:
 
     @staticmethod
     def _levels(key: int) -> list[int]:
-        key //= _COARSE
+        key //= COARSE
         found = []
         while key:
             key, level = divmod(key, LEVELS + 1)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from selfdraft.drafting.mixing import CLASSES, LEVELS, Learned, TaskProfile
+from selfdraft.drafting.mixing import CLASSES, COARSE, LEVELS, Learned, TaskProfile
 from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import write_json
 from selfdraft.types import JsonObject
@@ -21,8 +21,13 @@ MOST = 100_000
 """Most counts of a file; a drafter that decoded a million tokens has some thousands."""
 
 
-def read_task_profile(place: str | Path) -> TaskProfile:
-    """The profile in a file that `write_task_profile` wrote. Errors: OptionError says what is wrong with the file."""
+def read_task_profile(place: str | Path | None) -> TaskProfile | None:
+    """The profile in a file that `write_task_profile` wrote; None without a file.
+
+    Errors: OptionError says what is wrong with the file.
+    """
+    if place is None:
+        return None
     if not isinstance(place, str | Path):
         raise OptionError(f"task_profile={place!r} is no path; give the file that 'selfdraft tune task' wrote")
     try:
@@ -41,7 +46,7 @@ def read_task_profile(place: str | Path) -> TaskProfile:
         )
     try:
         return _profile(value)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise OptionError(f"task_profile {str(place)!r} is broken ({error}): write it anew") from error
 
 
@@ -61,9 +66,11 @@ def _rounded(cells: Iterable[Iterable[float]]) -> list[list[float]]:
 
 
 def _profile(value: JsonObject) -> TaskProfile:
-    """Errors: KeyError, TypeError, ValueError for what no drafter has written."""
+    """Errors: AttributeError, KeyError, TypeError, ValueError for what no drafter has written."""
     alone = {str(name): [_learned(cell) for cell in cells] for name, cells in value["alone"].items()}
     together = [_learned(cell) for cell in value["together"]]
+    if any(key < COARSE for key, *_ in together):
+        raise ValueError("a count of all sources together names no source")
     families = [(tuple(map(_whole, family)), _measured(*mean)) for family, mean in value["families"]]
     foretold, accepted = ([_positive(number) for number in part] for part in value["paths"])
     if not len(foretold) == len(accepted) == CLASSES:

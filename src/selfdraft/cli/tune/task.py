@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,10 @@ from selfdraft.cli.options import (
     encode_all,
     open_llm,
 )
-from selfdraft.cli.tune.prompts import InTemplate, Limit, Prompts, Temperature, read_prompts, sampling_of
+from selfdraft.cli.tune.prompts import InTemplate, Limit, OwnTokens, Prompts, Temperature, read_prompts, sampling_of
 
 Name = Annotated[str, typer.Argument(help="What the text is, such as 'code': a name for the file, and a note in it.")]
 Output = Annotated[Path | None, typer.Option(help="Where the profile goes. Default: task-NAME.json here.")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens of the model's own text for each prompt.")]
 
 
 def tune_task(
@@ -34,7 +34,7 @@ def tune_task(
     prompts: Prompts = None,
     limit: Limit = None,
     chat: InTemplate = False,
-    max_new_tokens: Tokens = 128,
+    max_new_tokens: OwnTokens = 128,
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same own text.")] = 0,
     output: Output = None,
@@ -68,5 +68,5 @@ def tune_task(
     if as_json:
         terminal.print_json(told)
     else:
-        config = f'{{"method": "auto", "task_profile": "{place}"}}'
+        config = json.dumps({"method": "auto", "task_profile": str(place)})
         terminal.out.print(f"written to {place}; use it: --speculative-config '{config}'", soft_wrap=True)

@@ -25,13 +25,6 @@ typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 
-template <class V, class T> INLINED V loaded(const T *p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V, class T> INLINED void stored(const V &v, T *p) { memcpy(p, &v, sizeof v); }
-
 INLINED v16 same(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINED v16 floats(i32x16 x) { return __builtin_convertvector(x, v16); }
 
@@ -69,9 +62,9 @@ template <class T, int COUNT> struct Halves {
   INLINED T operator[](int i) const { return i < COUNT / 2 ? low[i] : high[i - COUNT / 2]; }
   INLINED T &operator[](int i) { return ((T *)this)[i]; }
 
-#define OPERATOR(type, sign)                                                    \
+#define OPERATOR(type, sign)                                                           \
   friend INLINED Halves<type, COUNT> operator sign(const Halves &a, const Halves &b) { \
-    return {a.low sign b.low, a.high sign b.high};                              \
+    return {a.low sign b.low, a.high sign b.high};                                     \
   }
   OPERATOR(T, +)
   OPERATOR(T, -)
@@ -96,6 +89,16 @@ typedef Halves<float, 16> v16;
 typedef Halves<uint32_t, 16> u32x16;
 typedef Halves<int32_t, 16> i32x16;
 
+INLINED v16 same(float x) { return x; }
+template <int COUNT> INLINED Halves<float, COUNT> floats(const Halves<int32_t, COUNT> &x) {
+  typedef Halves<float, COUNT> Said;
+  if constexpr (Said::held)
+    return {__builtin_convertvector(x.low, typename Said::Half), __builtin_convertvector(x.high, typename Said::Half)};
+  else return {floats(x.low), floats(x.high)};
+}
+
+#endif
+
 // Half by half: copied as one block, they would go through memory in pieces smaller than a register.
 template <class V, class T> INLINED V loaded(const T *p) {
   if constexpr (std::is_class_v<V>) {
@@ -111,16 +114,6 @@ template <class V, class T> INLINED void stored(const V &v, T *p) {
   if constexpr (std::is_class_v<V>) stored(v.low, p), stored(v.high, p + sizeof v.low / sizeof(T));
   else memcpy(p, &v, sizeof v);
 }
-
-INLINED v16 same(float x) { return x; }
-template <int COUNT> INLINED Halves<float, COUNT> floats(const Halves<int32_t, COUNT> &x) {
-  typedef Halves<float, COUNT> Said;
-  if constexpr (Said::held)
-    return {__builtin_convertvector(x.low, typename Said::Half), __builtin_convertvector(x.high, typename Said::Half)};
-  else return {floats(x.low), floats(x.high)};
-}
-
-#endif
 
 // a where the mask has ones, else b
 template <class V> INLINED V chosen(u32x16 mask, V a, V b) { return (V)(((u32x16)a & mask) | ((u32x16)b & ~mask)); }
