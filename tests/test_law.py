@@ -23,7 +23,8 @@ from torch import Tensor
 
 from selfdraft.core import verify as verify_module
 from selfdraft.core.commit import commit
-from selfdraft.core.noise import gumbel, uniform
+from selfdraft.core.noise import gumbel, random_bits, uniform
+from selfdraft.core.one_row import Ids
 from selfdraft.core.rows import Rows
 from selfdraft.core.sampler import choose, process
 from selfdraft.core.sequence import Sequence, open_sequence
@@ -391,15 +392,16 @@ def test_gumbel_max_draws_from_the_softmax() -> None:
     assert chi_square(spoilt, SCORES[:7].softmax(-1)) < ALPHA, "the test sees noise that is five hundredths too wide"
 
 
-@pytest.mark.parametrize("bug", ["uniform", "no position", "no token"])
+@pytest.mark.parametrize("bug", ["half of the noise", "no position", "no token"])
 def test_bad_noise_is_rejected(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: the same test with the noise spoilt."""
-    spoilt: dict[str, Callable[[int, int, Tensor], Tensor]] = {
-        "uniform": uniform,
-        "no position": lambda seed, position, tokens: gumbel(seed, 0, tokens),
-        "no token": lambda seed, position, tokens: gumbel(seed, position, tokens * 0),
+    spoilt: dict[str, Callable[[int, SequenceOf[int], Ids], Ids]] = {
+        "half of the noise": lambda seed, positions, tokens: random_bits(seed, positions, tokens) >> 1,
+        "no position": lambda seed, positions, tokens: random_bits(seed, [0] * len(positions), tokens),
+        "no token": lambda seed, positions, tokens: random_bits(seed, positions, tokens * 0),
     }
-    monkeypatch.setattr("selfdraft.core.sampler.gumbel", spoilt[bug])
+    monkeypatch.setattr("selfdraft.core.noise.random_bits", spoilt[bug])
+    monkeypatch.setattr("selfdraft.core.one_row.random_bits", spoilt[bug])
     assert chi_square(draws([(5, i) for i in range(5_000)])[:-1], SCORES[:-1].softmax(-1)) < ALPHA
 
 

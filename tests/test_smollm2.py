@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from selfdraft import LLM, SamplingParams
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters import NAMES
 from selfdraft.errors import MissingMasks
-from selfdraft.prove.record import decode
+from selfdraft.prove.record import Record, decode
 from tests.clocks import on_passes
 from tests.smollm2 import smollm2_or_skip
 
@@ -36,21 +39,30 @@ def requests(llm: LLM, sampling: SamplingParams) -> list[Sequence]:
     return [llm.requests(llm.render([{"role": "user", "content": prompt}]), sampling)[0] for prompt in PROMPTS]
 
 
+@pytest.fixture(scope="module")
+def plain(llm: LLM) -> Callable[[str], list[Record]]:
+    """Plain decoding of the prompts, by the name of the sampling: once for all drafters."""
+    engine = llm.engine_for("none")
+    return cache(lambda name: [decode(engine, one, bits=True) for one in requests(llm, SAMPLINGS[name])])
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
-def test_every_token_and_every_bit_is_that_of_plain_decoding(llm: LLM, drafter: str, sampling: str) -> None:
+def test_every_token_and_every_bit_is_that_of_plain_decoding(
+    llm: LLM, plain: Callable[[str], list[Record]], drafter: str, sampling: str
+) -> None:
     method, _, masks = drafter.partition(" with ")
-    plain, drafted = llm.engine_for("none"), llm.engine_for(method, {masks: True} if masks else None)
-    for one, other in zip(requests(llm, SAMPLINGS[sampling]), requests(llm, SAMPLINGS[sampling]), strict=True):
-        expected, got = decode(plain, one, bits=True), decode(drafted, other, bits=True)
+    drafted = llm.engine_for(method, {masks: True} if masks else None)
+    for expected, one in zip(plain(sampling), requests(llm, SAMPLINGS[sampling]), strict=True):
+        got = decode(drafted, one, bits=True)
         assert got.tokens == expected.tokens
         if llm.exactness.level == "bitwise":
             assert got.digests == expected.digests
 
 
 @pytest.mark.parametrize("drafter", ["auto", "lookahead"])
-def test_a_batch_says_what_each_says_alone(llm: LLM, drafter: str) -> None:
-    alone = [decode(llm.engine_for("none"), one).tokens for one in requests(llm, SAMPLINGS["sampled"])]
+def test_a_batch_says_what_each_says_alone(llm: LLM, plain: Callable[[str], list[Record]], drafter: str) -> None:
+    alone = [one.tokens for one in plain("sampled")]
     together = requests(llm, SAMPLINGS["sampled"])
     for _ in llm.engine_for(drafter).generate(together):
         pass

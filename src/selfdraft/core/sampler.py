@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from selfdraft.core.noise import gumbel, gumbel_at
+from selfdraft.core.noise import gumbel_at
+from selfdraft.core.one_row import BANNED, alive, apart, contenders, cooled, drawn, leading, widened
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob, SamplingParams
 
-BANNED = float("-inf")
 NOTHING = -2
 """Stands for the choice where every token is banned."""
 NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words_ids, logit_bias or the processors"
@@ -27,16 +28,28 @@ def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -
 
     Errors: EngineError when the options of the request ban every token.
     """
-    if sampling.greedy:
-        token = int(scores.argmax())
-        if scores[token] == BANNED:
+    if not apart(scores):
+        row = scores.numpy()
+        token = int(row.argmax()) if sampling.greedy else drawn(row, seed, position)
+        if token is None or row[token] == BANNED:
             raise EngineError(NOTHING_LEFT)
         return token
-    alive = torch.isfinite(scores).nonzero().squeeze(1)  # ascending, so ties go to the lowest id
-    if not len(alive):
+    noisy = scores if sampling.greedy else _noisy(scores[None], [(seed, position)])[0]
+    best = noisy.max(-1)
+    if best.values == BANNED:
         raise EngineError(NOTHING_LEFT)
-    noisy = scores[alive].double() + gumbel(seed, position, alive)
-    return int(alive[noisy.argmax()])
+    return int(best.indices)
+
+
+def within_reach(scores: Tensor, sampling: SamplingParams, seed: int, position: int, count: int) -> Tensor:
+    """Ids that are not banned; on a CPU only those that may be among the `count` best, with noise where there is some.
+
+    Of a sampled request they ascend.
+    """
+    if apart(scores):
+        return torch.isfinite(scores).nonzero().squeeze(1)
+    row = scores.numpy()
+    return torch.from_numpy(alive(row, count) if sampling.greedy else contenders(row, seed, position, count))
 
 
 def choose_rows(logits: Tensor, sampling: SamplingParams, places: Sequence[tuple[int, int]]) -> Tensor:
@@ -47,11 +60,15 @@ def choose_rows(logits: Tensor, sampling: SamplingParams, places: Sequence[tuple
     """
     scores = score_rows(logits, sampling)
     if not sampling.greedy:
-        ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        noisy = scores.double() + gumbel_at(places, ids)
-        scores = torch.where(torch.isfinite(scores), noisy, BANNED)
+        scores = _noisy(scores, places)
     best = scores.max(-1)  # of equals the first
     return best.indices.masked_fill(best.values == BANNED, NOTHING)
+
+
+def _noisy(scores: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Scores [n, vocab] with the noise of `places`, float64; of those that are not finite -inf."""
+    ids = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    return torch.where(torch.isfinite(scores), scores.double() + gumbel_at(places, ids), BANNED)
 
 
 def score_rows(logits: Tensor, sampling: SamplingParams) -> Tensor:
@@ -77,7 +94,10 @@ def process(
 
 def _biased(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Scores [..., vocab], a copy: only the allowed tokens, with their biases."""
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if apart(logits):
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    else:
+        scores = torch.from_numpy(np.array(widened(logits)))
     if sampling.allowed_token_ids is not None:
         allowed = torch.tensor(sampling.allowed_token_ids, device=scores.device)
         scores = torch.full_like(scores, BANNED).index_copy_(-1, allowed, scores.index_select(-1, allowed))
@@ -90,6 +110,8 @@ def _cooled(scores: Tensor, sampling: SamplingParams) -> Tensor:
     """Scores [..., vocab] at the temperature, truncated; those of a greedy request as they are."""
     if sampling.greedy:
         return scores
+    if not apart(scores) and scores.dim() == 1:
+        return torch.from_numpy(cooled(scores.numpy(), sampling))
     # the best score becomes 0, so that no temperature however small lifts it to infinity
     coolest = max(sampling.temperature, torch.finfo(scores.dtype).tiny)
     return _truncate((scores - scores.amax(-1, keepdim=True)) / coolest, sampling)
@@ -100,7 +122,8 @@ def _checked(returned: Tensor, given: Tensor) -> Tensor:
     if not isinstance(returned, Tensor) or returned.shape != given.shape:
         what = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise EngineError(f"a logits processor returned {what} instead of a tensor of {tuple(given.shape)} scores")
-    if returned.max().isnan():  # NaN is more than any number
+    worst = returned.max() if apart(returned) else widened(returned).max()  # NaN is more than any number
+    if worst != worst:
         raise EngineError("a logits processor returned NaN; return -inf for tokens that must not come")
     return returned
 
@@ -151,7 +174,6 @@ def _truncate(scores: Tensor, sampling: SamplingParams) -> Tensor:
 
 def logprob(logits: Tensor, token: int, count: int) -> Logprob:
     """Log-probability of `token` and of the `count` likeliest tokens under the raw logits [vocab]."""
-    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    best = logs.sort(descending=True, stable=True)
-    top = zip(best.indices[:count].tolist(), best.values[:count].tolist(), strict=True)
-    return Logprob(token, float(logs[token]), tuple(top))
+    logs = torch.from_numpy(widened(logits.cpu())).log_softmax(-1).numpy()
+    best = leading(logs, count)
+    return Logprob(token, float(logs[token]), tuple(zip(best.tolist(), logs[best].tolist(), strict=True)))

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from selfdraft.core import told
+from selfdraft.core.one_row import apart, widened
 from selfdraft.core.rows import Rows
 from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, logprob, process
 from selfdraft.core.sequence import Sequence
@@ -78,17 +79,12 @@ def walk(draft: Draft, say: Callable[[int], int]) -> tuple[list[int], list[int]]
         node = child
 
 
-def apart(logits: Tensor) -> bool:
-    """Whether looking at them makes the host wait."""
-    return logits.device.type != "cpu"
-
-
 def argmaxes(logits: Tensor) -> list[int]:
     """The best id of every row of [n, vocab], ties to the lowest id; NAN where a score is NaN."""
     if apart(logits):
         return told.tell(logits, []).best
     # torch compares number by number here, numpy sixteen at once; for both NaN is more than any number
-    scores = (logits.float() if logits.itemsize < 4 else logits).numpy()
+    scores = widened(logits)
     places: list[int] = scores.argmax(axis=-1).tolist()
     return [place if row[place] == row[place] else NAN for row, place in zip(scores, places, strict=True)]
 

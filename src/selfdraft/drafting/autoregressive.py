@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from selfdraft.core import told, verify
+from selfdraft.core import told
+from selfdraft.core.one_row import apart, chance, widened
 from selfdraft.core.rows import Rows, chain_rows
 from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, process
 from selfdraft.core.sequence import Sequence
@@ -119,12 +120,13 @@ class Chain:
     def said(self, logits: Tensor) -> tuple[int, float]:
         """What a row of the short pass says behind the path, and the chance that it gives to it."""
         sequence, sampling = self.sequence, self.sequence.sampling
+        row = widened(logits.cpu())
         if sampling.plain:
-            token = int(logits.argmax())
+            token = int(row.argmax())
         else:
             scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.stop_ids)
             token = choose(scores, sampling, sequence.seed, self.place)
-        return token, float(logits.float().softmax(-1)[token])
+        return token, chance(row, token)
 
     def add(self, token: int, score: float) -> None:
         """The chain goes on with this token."""
@@ -140,7 +142,7 @@ def said_by(chains: SequenceOf[Chain], logits: Tensor) -> list[tuple[int, float]
 
     Errors: EngineError where the options of a request ban every token.
     """
-    if not verify.apart(logits):
+    if not apart(logits):
         return [chain.said(row) for chain, row in zip(chains, logits, strict=True)]
     asked = [Asked(chain.sequence.sampling, chain.sequence.seed, [chain.place]) for chain in chains]
     found = told.tell(logits, asked, chances=True)

@@ -15,14 +15,15 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from selfdraft.core import verify
 from selfdraft.core.noise import gumbel, gumbel_at
-from selfdraft.core.sampler import process, score_rows
+from selfdraft.core.one_row import apart
+from selfdraft.core.sampler import process, score_rows, within_reach
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
+from selfdraft.drafting.successors import topk
 from selfdraft.types import Budget, SamplingParams, within
 
 CANDIDATES = 128
@@ -76,7 +77,7 @@ class Place:
         shift = link(token, self.ids)
         logits = self.logits if shift is None else self.logits + shift.to(self.logits.dtype) / self.temperature
         best = (logits + self.noise).softmax(-1).topk(min(most, len(self.ids)))
-        if verify.apart(logits):  # both in one wait
+        if apart(logits):  # both in one wait
             ids, chances = torch.stack([self.ids[best.indices].double(), best.values.double()]).tolist()
             return Guess(tuple(map(int, ids)), tuple(chances))
         return Guess(tuple(self.ids[best.indices].tolist()), tuple(best.values.tolist()))
@@ -91,14 +92,14 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         sequence.sampling,
         logits[: sequence.remaining],
     )  # no processor is asked about a place behind the end
-    if sampling.plain or (sampling.local and verify.apart(logits)):
+    if sampling.plain or (sampling.local and apart(logits)):
         end = len(sequence.tokens)
         said = scored(logits, sampling, sequence.seed, range(end, end + len(logits)))
         return [Place(*row, said.temperature) for row in zip(said.ids, said.logits, said.noise, strict=True)]
     path, found = [] if sampling.local else list(sequence.tokens), []
     for position, row in enumerate(logits, len(sequence.tokens)):
         scores = process(row, sampling, path, sequence.prompt_length, sequence.stop_ids)
-        alive = torch.isfinite(scores).nonzero().squeeze(1)
+        alive = within_reach(scores, sampling, sequence.seed, position, CANDIDATES)
         noise = torch.zeros(len(alive), dtype=scores.dtype, device=scores.device)
         if not sampling.greedy:
             noise = gumbel(sequence.seed, position, alive).to(scores.dtype)
@@ -125,9 +126,9 @@ def scored(logits: Tensor, sampling: SamplingParams, seed: int, positions: Seque
     `positions`: where the tokens will stand that they speak of. A token that is banned keeps its place, and no chance.
     """
     if sampling.plain:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        best = wide.topk(min(CANDIDATES, wide.shape[-1]))
-        return Scored(best.indices, best.values, torch.zeros_like(best.values), 1.0)
+        values, ids = topk(logits, CANDIDATES)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        return Scored(ids, values, torch.zeros_like(values), 1.0)
     scores = score_rows(logits, sampling)
     noise = torch.zeros_like(scores)
     if not sampling.greedy:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from selfdraft.core import verify
+from selfdraft.core.one_row import apart
 from selfdraft.core.rows import Rows, Span
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import ROOT
@@ -100,7 +100,7 @@ def foresee(answers: SequenceOf[tuple[Tensor, Sequence]], masks: MaskTokens, mos
 
     On a device all sequences are asked in one wait, but for those whose sampling looks at more than the row.
     """
-    together = [number for number, (logits, one) in enumerate(answers) if verify.apart(logits) and one.sampling.local]
+    together = [number for number, (logits, one) in enumerate(answers) if apart(logits) and one.sampling.local]
     found: list[list[Ahead]] = []
     for number, (logits, sequence) in enumerate(answers):
         found.append([] if number in together else [*places(logits, sequence)])

@@ -6,17 +6,20 @@ Source: Token Recycling (arXiv 2408.08696), section 3; the noise of a sampled re
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from selfdraft.core.noise import gumbel, gumbel_rows
+from selfdraft.core.noise import gumbel_rows
+from selfdraft.core.one_row import BANNED, Ids
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.told import Top
 from selfdraft.types import SamplingParams
 
+Scores: TypeAlias = NDArray[np.float64]
 RUNNERS_UP = 64
 """Likeliest tokens that are looked at after a row."""
 BLOCK = 128
@@ -41,9 +44,9 @@ class Answers:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, Tensor, bool]] = {}
+        self._known: dict[int, tuple[Scores, Ids, bool]] = {}
 
-    def learn(self, token: int, scores: Tensor, ids: Tensor, probe: bool) -> None:
+    def learn(self, token: int, scores: Scores, ids: Ids, probe: bool) -> None:
         """Scores [k] after temperature and their token ids, best first; `probe`: the window asked there."""
         self._known[token] = (scores, ids, probe)
 
@@ -53,31 +56,31 @@ class Answers:
             return [], False
         scores, ids, probe = self._known[token]
         if not sequence.sampling.greedy:
-            ids = ids[(scores + gumbel(sequence.seed, position, ids)).topk(min(count, len(ids))).indices]
+            noisy = scores + gumbel_rows(sequence.seed, [position], ids[None])[0]
+            ids = ids[np.argsort(-noisy)[:count]]
         return ids[:count].tolist(), probe
 
 
 def likeliest(
     logits: Tensor, sampling: SamplingParams, most: int = RUNNERS_UP, *, known: Top | None = None
-) -> tuple[Tensor, Tensor]:
-    """Likeliest tokens of rows [n, vocab]: scores after temperature and truncation, and ids, both [n, k] on the CPU.
+) -> tuple[Scores, Ids]:
+    """Likeliest tokens of rows [n, vocab]: scores after temperature and truncation, and ids, both [n, k].
 
     `known`: the likeliest tokens of these rows, where they came with the answers; nothing is asked then.
     Penalties and processors are left out, and what top-p keeps is judged by these tokens alone: they are only guesses.
     """
-    if known is None:
-        values, indices = topk(logits, most)
-        scores, ids = values.double().cpu(), indices.cpu()
-    else:
-        scores, ids = known[0][:, :most], known[1][:, :most]
+    values, indices = topk(logits, most) if known is None else (known[0][:, :most], known[1][:, :most])
+    scores, ids = values.double().cpu().numpy(), indices.cpu().numpy()
     if sampling.greedy:
         return scores, ids
     scores = (scores - scores[:, :1]) / max(sampling.temperature, 1e-300)
-    chances = scores.softmax(-1)
+    chances = np.exp(scores)
+    chances /= chances.sum(-1, keepdims=True)
     outside = (chances.cumsum(-1) - chances >= sampling.top_p) | (chances < sampling.min_p * chances[:, :1])
     if sampling.top_k:
         outside[:, sampling.top_k :] = True
-    return scores.masked_fill(outside, float("-inf")), ids
+    scores[outside] = BANNED
+    return scores, ids
 
 
 def said_after(sequence: Sequence, logits: Tensor, places: SequenceOf[int]) -> list[int]:
@@ -85,10 +88,11 @@ def said_after(sequence: Sequence, logits: Tensor, places: SequenceOf[int]) -> l
     return choose_likeliest(sequence, *likeliest(logits, sequence.sampling), places)
 
 
-def choose_likeliest(sequence: Sequence, scores: Tensor, ids: Tensor, places: SequenceOf[int]) -> list[int]:
+def choose_likeliest(sequence: Sequence, scores: Scores, ids: Ids, places: SequenceOf[int]) -> list[int]:
     """Of each row of what `likeliest` found the token that the noise of its place chooses."""
-    chosen = (scores + gumbel_rows(sequence.seed, places, ids)).argmax(-1, keepdim=True)
-    return [int(token) for token in ids.gather(1, chosen).squeeze(1)]
+    chosen = (scores + gumbel_rows(sequence.seed, places, ids)).argmax(-1)
+    found: list[int] = ids[range(len(ids)), chosen].tolist()
+    return found
 
 
 def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,7 @@ from itertools import takewhile
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
-
+from selfdraft.core.one_row import Ids
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
@@ -27,7 +26,14 @@ from selfdraft.drafters.lookahead.guesses import Guess, Node, cut, trie
 from selfdraft.drafters.lookahead.pool import ANSWERS, TEXT, WINDOW, Pool
 from selfdraft.drafters.lookahead.statistics import Counts, PoolStatistics
 from selfdraft.drafters.lookahead.window import Window, window_parents
-from selfdraft.drafting.successors import RUNNERS_UP, Answers, choose_likeliest, likeliest, order_of_learning
+from selfdraft.drafting.successors import (
+    RUNNERS_UP,
+    Answers,
+    Scores,
+    choose_likeliest,
+    likeliest,
+    order_of_learning,
+)
 from selfdraft.drafting.trials import Trials
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Needs, Target
@@ -247,16 +253,14 @@ class Lookahead:
             sizes.gain.observe(len(hits) - alone)
         return hits
 
-    def _recall(self, answers: Answers, last: int, result: Result, scores: Tensor, ids: Tensor) -> None:
+    def _recall(self, answers: Answers, last: int, result: Result, scores: Scores, ids: Ids) -> None:
         """Note the likeliest tokens after every row; what rows of the text say stands above the rest."""
         draft = result.draft
         tokens = [last, *draft.tokens]
         for row in order_of_learning(len(tokens), result.path):  # probes first, then branches
             answers.learn(tokens[row], scores[row], ids[row], row > draft.num_candidates)
 
-    def _answers(
-        self, window: Window, sequence: Sequence, result: Result, top: tuple[Tensor, Tensor] | None
-    ) -> list[int]:
+    def _answers(self, window: Window, sequence: Sequence, result: Result, top: tuple[Scores, Ids] | None) -> list[int]:
         """What the model says after the deepest cells, column by column, up to the first that was clipped away."""
         first = len(result.proposed) - window.width
         place = {old: new for new, old in enumerate(result.nodes)}
