@@ -57,7 +57,8 @@ def test_measure() -> None:
     assert found["lookup"].median.stats.num_accepted_draft_tokens > 0
 
 
-def test_every_second_round_goes_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_second_round_goes_backwards(backwards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[Engine] = []
 
     def note(engine: Engine, *arguments: Any) -> Any:
@@ -66,9 +67,10 @@ def test_every_second_round_goes_backwards(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(measuring, "take", note)
     them = engines("none", "lookup", "suffix")
-    measure(them, request, 2, Gauge(CPU), idle)
+    measure(them, request, 2, Gauge(CPU), idle, backwards=backwards)
     names = [next((name for name, one in them.items() if one is engine), "apart") for engine in order]
-    assert names == ["apart"] * 3 + ["none", "lookup", "suffix", "suffix", "lookup", "none"]
+    rounds = ["none", "lookup", "suffix", "suffix", "lookup", "none"]
+    assert names == ["apart"] * 3 + (rounds[3:] + rounds[:3] if backwards else rounds)
 
 
 class Bent:

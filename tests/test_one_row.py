@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfdraft.core.noise import gumbel
-from selfdraft.core.one_row import chance, contenders, cooled, leading, widened
+from selfdraft.core.one_row import chance, contenders, cooled, drawn, leading, widened
 from selfdraft.core.sampler import logprob, score_rows
 from selfdraft.models.exactness import NATURAL
+from selfdraft.models.runner.draw import search_by
+from selfdraft.models.runner.kernel_build import library
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.models import run, tiny_llama, unavailable
@@ -22,6 +24,14 @@ VOCAB = 50_000
 WARM = SamplingParams(temperature=0.8)
 SHAPES = {"peaked": 6.0, "usual": 3.0, "flat": 0.3, "level": 0.0}
 """Spread of the logits: from one clear best to all alike."""
+TRUNCATED = {
+    "none": WARM,
+    "top_k": replace(WARM, top_k=50),
+    "top_p": replace(WARM, top_p=0.95),
+    "all of it": replace(WARM, top_p=0.9999999),
+    "min_p": replace(WARM, min_p=0.02),
+    "together": replace(WARM, temperature=1.5, top_k=3000, top_p=0.7, min_p=0.001),
+}
 GRAIN = 32_768
 """So many numbers torch leaves to one thread (its GRAIN_SIZE)."""
 PICKING = {f"aten.{name}" for name in ("embedding.default", "index.Tensor", "index_put_.default", "gather.default")}
@@ -34,6 +44,34 @@ def row(shape: str, number: int = 0) -> Tensor:
     drawn = torch.randn(VOCAB, generator=torch.Generator().manual_seed(number)) * SHAPES[shape]
     drawn[7::1000] = float("-inf")
     return drawn
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernels_look_for_the_same_token(shape: str) -> None:
+    """Of a row of odd length, too, of one that is cut, and of one where nothing is left."""
+    if unavailable():
+        pytest.skip(unavailable())
+    search = search_by(library())
+    for seed in range(20):
+        scores = cooled(row(shape, seed)[: VOCAB - 37 * seed].numpy(), TRUNCATED["top_k"] if seed % 3 == 0 else WARM)
+        found = search(scores, seed, 3 * seed)
+        assert drawn(scores, seed, 3 * seed, search) == drawn(scores, seed, 3 * seed)
+        assert np.isfinite(scores[found]).all()
+        assert (np.diff(found) > 0).all()
+        assert len(found) < 100
+    assert not len(search(np.full(50, -np.inf, np.float32), 1, 2))
+    assert search(np.array([-700.0, 0.0, -np.inf], np.float32), 1, 2).tolist() == [1]
+
+
+def test_a_row_that_the_kernels_cannot_take_is_looked_through_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    if unavailable():
+        pytest.skip(unavailable())
+    search, scores = search_by(library()), cooled(row("flat").numpy(), WARM)
+    for other in (scores.astype(np.float64), scores[::3]):
+        assert search(other, 5, 6).tolist() == contenders(other, 5, 6).tolist()
+    assert len(search(scores, 5, 6)) > 1
+    monkeypatch.setattr("selfdraft.models.runner.draw.MOST", 1)
+    assert search(scores, 5, 6).tolist() == contenders(scores, 5, 6).tolist()
 
 
 @pytest.mark.parametrize("count", [1, 128])
@@ -70,16 +108,6 @@ def test_contenders_where_little_or_nothing_is_left() -> None:
     assert contenders(few, 1, 2).tolist() == [9]
     assert contenders(few, 1, 2, 5).tolist() == [4, 9]
     assert contenders(few[[4, 9]], 1, 2, 5).tolist() == [0, 1], "fewer tokens than are wanted"
-
-
-TRUNCATED = {
-    "none": WARM,
-    "top_k": replace(WARM, top_k=50),
-    "top_p": replace(WARM, top_p=0.95),
-    "all of it": replace(WARM, top_p=0.9999999),
-    "min_p": replace(WARM, min_p=0.02),
-    "together": replace(WARM, temperature=1.5, top_k=3000, top_p=0.7, min_p=0.001),
-}
 
 
 @pytest.mark.parametrize("name", TRUNCATED)

@@ -32,7 +32,7 @@ def test_bugs_are_planted_in_all_that_runs_by_default() -> None:
     models = {
         f"models/{name}.py" for name in ("attention", "target", "adapters", "early_states", "kv_cache", "rounded")
     }
-    core = {f"core/{name}.py" for name in ("tree", "rows", "verify", "commit", "sampler", "noise")}
+    core = {f"core/{name}.py" for name in ("tree", "rows", "verify", "commit", "sampler", "noise", "one_row")}
     rest = {"core/detokenizer.py", "engine/engine.py", "engine/step.py", "llm.py", "hf.py", "sampling.py"}
     assert runner | drafting | models | core | rest <= {bug.file for bug in BUGS}
 

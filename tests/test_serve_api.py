@@ -253,6 +253,14 @@ def test_tokens_and_back(served: Served) -> None:
     assert chat["tokens"] == plain().render(STORY)
 
 
+def test_a_developers_message_is_the_systems_where_the_template_knows_no_other(served: Served) -> None:
+    def ids(role: str) -> object:
+        messages = [{"role": role, "content": "Be brief."}, *STORY]
+        return httpx.post(served.url + "/tokenize", json={"messages": messages}).json()["tokens"]
+
+    assert ids("developer") == ids("system") != ids("user")
+
+
 def test_about_the_server(served: Served, client: Any) -> None:
     assert [one.id for one in client.models.list()] == ["pocket"]
     assert client.models.retrieve("pocket").max_model_len == plain().target.max_length

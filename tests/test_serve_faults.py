@@ -291,6 +291,7 @@ def test_sigterm_lets_requests_end_and_takes_no_new_ones(tmp_path: Path) -> None
     wait_until(refuses)
     reader.join()
     assert server.end() == 0
+    assert server.text.startswith(b"loading pocket ...\n"), "a log is not silent while kernels are built"
     assert "data: [DONE]" in texts
     assert not any('"error"' in text for text in texts)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from selfdraft.core.one_row import Search, contenders
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
@@ -66,7 +67,8 @@ class Target(Protocol):
     """The model that decides, together with its KV cache of every slot.
 
     It keeps no length of its own: every span of `rows` says how many tokens of its slot are cached, so a
-    drafter may write behind that and need not clean up, even when it raises.
+    drafter may write behind that and need not clean up, even when it raises. One whose machine looks quicker for the
+    token of a sampled row has an attribute `search` (`selfdraft.core.one_row.Search`).
     """
 
     @property
@@ -132,6 +134,12 @@ class Drafter(Protocol):
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         """Learn from what the target answered at every row. Called after the tokens were committed."""
+
+
+def search_of(target: object) -> Search:
+    """How the token of a sampled row is looked for on a CPU: as a target does it, or by numpy."""
+    search: Search | None = getattr(target, "search", None)
+    return search or contenders
 
 
 def needs_of(drafter: object) -> Needs:

@@ -158,8 +158,8 @@ BUGS = (
     Bug(
         "noise-by-step",
         "core/verify.py",
-        "sequence.seed, end + (draft.depths[node] if node != ROOT else 0))",
-        "sequence.seed, end)",
+        "place = end + (draft.depths[node] if node != ROOT else 0)",
+        "place = end",
         "all rows of a step share their noise",
     ),
     Bug(

@@ -92,13 +92,15 @@ def measure(
     settle: Callable[[], None],
     peers: Mapping[str, Peer] | None = None,
     lost: dict[str, PeerError] | None = None,
+    *,
+    backwards: bool = False,
 ) -> dict[str, Measured]:
     """Run a request through all engines: once to split its time and warm up, then `runs` rounds with clean clocks.
 
     The first engine is the yardstick (plain decoding). Every second round goes backwards, so that none of them
-    always runs after the same neighbour. `settle` waits for the accelerator. Peers write as many tokens as the first
-    engine did, whatever ends a text there. One that fails is not in the result, and why goes into `lost`; without
-    that, errors: PeerError.
+    always runs after the same neighbour; `backwards`: the first one does. `settle` waits for the accelerator. Peers
+    write as many tokens as the first engine did, whatever ends a text there. One that fails is not in the result, and
+    why goes into `lost`; without that, errors: PeerError.
     """
     peers = dict(peers or {})
     found: dict[str, Measured] = {}
@@ -116,7 +118,7 @@ def measure(
         if name in found:
             found[name].takes.clear()  # the first one warms up
     for number in range(runs):
-        for name in [*engines, *peers][:: -1 if number % 2 else 1]:
+        for name in [*engines, *peers][:: -1 if number % 2 != backwards else 1]:
             if name in engines:
                 taken = take(engines[name], request(), settle)
                 found[name].takes.append(taken)

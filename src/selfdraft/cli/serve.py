@@ -176,6 +176,8 @@ def serve(given: ServeOptions) -> None:
         raise SystemExit(run_on_ray(given))
     check_no_ray_options(given)
     sock = bind(given.host, given.port)  # a port that is taken is said before anything heavy is loaded
+    if not terminal.err.is_terminal:  # a log must not be silent while kernels are built for the first time
+        terminal.note(f"loading {given.model} ...")
     llm = llm_of(given)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("uvicorn.error").name = "uvicorn"  # it says everything there, errors or not

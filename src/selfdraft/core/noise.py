@@ -28,7 +28,7 @@ def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
 
 def gumbel_at(places: Sequence[tuple[int, int]], tokens: Tensor) -> Tensor:
     """The same where each row has its own (seed, position): noise of `tokens` [n, k] at `places` [n]."""
-    keys = torch.tensor([_signed(_key(seed, position)) for seed, position in places], device=tokens.device)
+    keys = torch.tensor([_signed(key_of(seed, position)) for seed, position in places], device=tokens.device)
     return -torch.log(-torch.log(_uniform(keys[:, None], tokens)))
 
 
@@ -40,12 +40,12 @@ def gumbel_rows(seed: int, positions: Sequence[int], tokens: NDArray[np.int64]) 
 
 def uniform(seed: int, position: int, tokens: Tensor) -> Tensor:
     """Uniform noise in the open interval (0, 1), float64, one value per token id."""
-    return _uniform(_signed(_key(seed, position)), tokens)
+    return _uniform(_signed(key_of(seed, position)), tokens)
 
 
 def random_bits(seed: int, positions: Sequence[int], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     """The whole numbers below 2**53 that noise is made of: those of `tokens` [n, k] at `positions` [n]."""
-    keys = np.array([_key(seed, position) for position in positions], np.uint64)
+    keys = np.array([key_of(seed, position) for position in positions], np.uint64)
     bits = tokens.view(np.uint64) ^ keys[:, None]
     spare = np.empty_like(bits)  # large arrays are dear to make
     for _ in range(2):
@@ -58,7 +58,8 @@ def random_bits(seed: int, positions: Sequence[int], tokens: NDArray[np.int64]) 
     return bits.view(np.int64)
 
 
-def _key(seed: int, position: int) -> int:
+def key_of(seed: int, position: int) -> int:
+    """What the ids of tokens are mixed with: below 2**64."""
     return _mix_int(_mix_int(seed & _MASK) ^ (position & _MASK))
 
 

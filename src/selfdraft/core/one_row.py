@@ -7,6 +7,7 @@ top. What is said here is what `sampler.py` says of many rows on another device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -21,6 +22,8 @@ Ids: TypeAlias = NDArray[np.int64]
 """Token ids [n]."""
 Scores: TypeAlias = NDArray[np.floating]
 """Scores [vocab], float32 or wider."""
+Search: TypeAlias = Callable[[Scores, int, int], Ids]
+"""`contenders` of one token, or what says as much: (scores, seed, position) -> ids, ascending."""
 BANNED = float("-inf")
 FIRST = 64
 """Likeliest tokens that are sorted first, to see whether they reach top-p; then 16 times as many."""
@@ -127,9 +130,9 @@ def contenders(scores: Scores, seed: int, position: int, count: int = 1) -> Ids:
     return ids[np.flatnonzero(ratios <= SLACK * 2.0**BITS * np.exp(least - floor))]
 
 
-def drawn(scores: Scores, seed: int, position: int) -> int | None:
+def drawn(scores: Scores, seed: int, position: int, search: Search = contenders) -> int | None:
     """The id whose sum of score and noise is largest, of equals the lowest; None where all tokens are banned."""
-    ids = contenders(scores, seed, position)
+    ids = search(scores, seed, position)
     if not len(ids):
         return None
     return int(ids[(scores[ids] + gumbel_rows(seed, [position], ids[None])[0]).argmax()])

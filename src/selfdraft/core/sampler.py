@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel_at
-from selfdraft.core.one_row import BANNED, alive, apart, contenders, cooled, drawn, leading, widened
+from selfdraft.core.one_row import BANNED, Search, alive, apart, contenders, cooled, drawn, leading, widened
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob, SamplingParams
 
@@ -23,14 +23,14 @@ NOTHING = -2
 NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words_ids, logit_bias or the processors"
 
 
-def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -> int:
+def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int, search: Search = contenders) -> int:
     """The token the target says, from processed scores [vocab]; `position` is where the token will stand.
 
-    Errors: EngineError when the options of the request ban every token.
+    `search` looks for it on a CPU. Errors: EngineError when the options of the request ban every token.
     """
     if not apart(scores):
         row = scores.numpy()
-        token = int(row.argmax()) if sampling.greedy else drawn(row, seed, position)
+        token = int(row.argmax()) if sampling.greedy else drawn(row, seed, position, search)
         if token is None or row[token] == BANNED:
             raise EngineError(NOTHING_LEFT)
         return token

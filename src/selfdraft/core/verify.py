@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from selfdraft.core import told
-from selfdraft.core.one_row import apart, widened
+from selfdraft.core.one_row import Search, apart, contenders, widened
 from selfdraft.core.rows import Rows
 from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, logprob, process
 from selfdraft.core.sequence import Sequence
@@ -90,12 +90,17 @@ def argmaxes(logits: Tensor) -> list[int]:
 
 
 def verify(
-    rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int = 0, beside: Beside | None = None
+    rows: Rows,
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    top: int = 0,
+    beside: Beside | None = None,
+    search: Search = contenders,
 ) -> list[Result]:
     """Walk every sequence's tree. `logits` [len(rows.logit_rows), vocab] are the answers, in the order of the rows.
 
     `top`: how many likeliest tokens of each row come with the answers, where asking for them later would be a wait;
-    `beside`: what else does.
+    `beside`: what else does. `search`: how a sampled row's token is looked for on a CPU.
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
     said = _told(rows, logits, sequences, top, beside)
@@ -110,7 +115,7 @@ def verify(
             continue
         try:
             chosen = said.chosen[start:stop] if said.chosen else [UNSAID] * (stop - start)
-            result = _follow(sequence, span.draft, logits[start:stop], answers[start:stop], chosen)
+            result = _follow(sequence, span.draft, logits[start:stop], answers[start:stop], chosen, search)
             if said.top is not None:
                 result.top = said.top[0][start:stop], said.top[1][start:stop]
             results.append(result)
@@ -141,7 +146,9 @@ def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int,
     return found
 
 
-def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int], chosen: list[int]) -> Result:
+def _follow(
+    sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int], chosen: list[int], search: Search
+) -> Result:
     sampling = sequence.sampling
     path_tokens = [] if sampling.local else list(sequence.tokens)  # a long text is copied only where it is looked at
     end = len(sequence.tokens)
@@ -158,7 +165,8 @@ def _follow(sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int]
             token = chosen[node + 1]
         else:
             scores = process(logits[node + 1], sampling, path_tokens, sequence.prompt_length, sequence.stop_ids)
-            token = choose(scores, sampling, sequence.seed, end + (draft.depths[node] if node != ROOT else 0))
+            place = end + (draft.depths[node] if node != ROOT else 0)
+            token = choose(scores, sampling, sequence.seed, place, search)
         if sampling.logprobs is not None:
             logprobs.append(logprob(logits[node + 1], token, sampling.logprobs))
         return token

@@ -14,7 +14,7 @@ from selfdraft.engine import scheduler
 from selfdraft.engine.slots import ONE_PROMPT, Reuse, Slots
 from selfdraft.engine.step import Choose, step
 from selfdraft.errors import EngineError, PromptTooLong, RequestError
-from selfdraft.protocols import Drafter, Target, beside_of, needs_of
+from selfdraft.protocols import Drafter, Target, beside_of, needs_of, search_of
 from selfdraft.types import within
 
 
@@ -49,7 +49,7 @@ class Engine:
         self.slots = Slots(slots, chunk, reuse)
         self._owners: WeakKeyDictionary[Sequence, str] = WeakKeyDictionary()
         self._drafters: WeakKeyDictionary[Sequence, Drafter] = WeakKeyDictionary()
-        self._last, self._verify = drafter, verify_for(drafter)
+        self._last, self._verify = drafter, verify_for(drafter, target)
         """The drafter of the last step, and what follows the target's choices for it."""
 
     def submit(self, sequence: Sequence, *, owner: str | None = None, drafter: Drafter | None = None) -> None:
@@ -104,7 +104,7 @@ class Engine:
                 raise EngineError(f"{len(self.waiting)} requests wait and none runs, but no slot is free")
             return []
         if (turn := self._drafters[work[0][0]]) is not self._last:
-            self._last, self._verify = turn, verify_for(turn)
+            self._last, self._verify = turn, verify_for(turn, self.target)
         try:
             results = step(self.target, self._last, work, self.nodes, self.choose or self._verify)
         finally:
@@ -168,6 +168,6 @@ class Engine:
         return any(self._owners.get(one) == owner for one in (*self.running, *self.waiting))
 
 
-def verify_for(drafter: Drafter) -> Choose:
+def verify_for(drafter: Drafter, target: Target) -> Choose:
     """What follows the target's choices, and asks along with them what this drafter reads."""
-    return partial(verify, top=needs_of(drafter).runners_up, beside=beside_of(drafter))
+    return partial(verify, top=needs_of(drafter).runners_up, beside=beside_of(drafter), search=search_of(target))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from selfdraft.core.one_row import Search
 from selfdraft.core.rows import Rows, text_rows
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
@@ -114,6 +115,8 @@ class HFTarget:
         self._ends = ends
         self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
+        self.search: Search | None = None
+        """See `selfdraft.protocols.Target`."""
         self.graphs: GraphRunner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
@@ -125,6 +128,7 @@ class HFTarget:
         if fast:
             self.runs = "fast"
             self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters), packer)
+            self.search = self.runner.search
             self.traced = self.traced or self.runner.tape(self._view)
         if graphs is not None:
             self._open_graphs(graphs)

@@ -144,6 +144,8 @@ class Service:
         if "chat_template" in given:
             raise ApiError(400, "a client cannot give a chat template: it is a program", "chat_template_kwargs")
         plain = [_plain(message) for message in messages]
+        if "developer" not in self._template:  # the name that newer models of OpenAI give to what the operator says
+            plain = [one | {"role": "system"} if one["role"] == "developer" else one for one in plain]
         if tools and "tools" in self._template:
             given["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
         elif tools:

@@ -21,6 +21,7 @@ from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.runner import kernel_build
+from selfdraft.models.runner.draw import search_by
 from selfdraft.models.runner.kernel_build import Pass
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import LARGEST, Slot
@@ -44,6 +45,7 @@ class Runner:
         if device.type != "cpu":
             raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {device}")
         self._library = kernel_build.library()
+        self.search = search_by(self._library)
         self.cache = cache
         self.dtype = dtype
         self._like = torch.empty(0, dtype=dtype)

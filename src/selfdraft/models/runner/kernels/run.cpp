@@ -15,6 +15,7 @@
 #endif
 
 #include "attention.h"
+#include "draw.h"
 #include "glue.h"
 #include "linear.h"
 #include "pinning.h"
@@ -110,6 +111,12 @@ void selfdraft_forget(char *from, word bytes) {
 // How threads are placed from the next pass on, in the whole process: 1 pinned to cores of their own, 0 as the system
 // likes.
 void selfdraft_pin(word on) { pinning::wanted = on != 0; }
+
+// Ids of a row of scores among which is the one that its noise lifts to the top, and how many they are: `best` is the
+// largest score, `key` that of the noise. Only `most` of them are written down.
+word selfdraft_contenders(const float *scores, word count, uint64_t key, float best, word *found, word most) {
+  return draw::contenders(scores, count, key, best, found, most);
+}
 
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.
 void selfdraft_keep(const Pass *given, const word *shapes, word size, word slot, word base, const word *order,
