@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfdraft.core.noise import gumbel
 from selfdraft.core.one_row import chance, contenders, cooled, drawn, leading, widened
-from selfdraft.core.sampler import logprob, score_rows
+from selfdraft.core.sampler import choose, logprob, process, score_rows
 from selfdraft.models.exactness import NATURAL
 from selfdraft.models.runner.draw import search_by
 from selfdraft.models.runner.kernel_build import library
@@ -129,6 +129,20 @@ def test_rows_are_widened_to_the_same_numbers(dtype: torch.dtype) -> None:
     found = torch.from_numpy(widened(logits.to(dtype)))
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(found.nan_to_num(5.5), logits.to(dtype).to(found.dtype).nan_to_num(5.5))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_scores_of_any_type_come_back_from_a_processor(dtype: torch.dtype, temperature: float) -> None:
+    """As do those that are no piece of memory of their own."""
+    sampling = SamplingParams(
+        temperature=temperature, top_p=0.9, logits_processors=(lambda path, scores: scores.to(dtype).flip(0),)
+    )
+    logits = torch.arange(61.0) % 17
+    scores = process(logits, sampling, [1], 1, frozenset())
+    wanted = process(logits.flip(0), replace(sampling, logits_processors=()), [1], 1, frozenset())
+    assert torch.equal(scores.double(), wanted.double())
+    assert choose(scores, sampling, 3, 4) == choose(wanted, sampling, 3, 4)
 
 
 def test_leading_scores_and_their_logarithms() -> None:

@@ -35,7 +35,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def answers(number: int, body: Document) -> Reply:
-    return said(0, 0, 0, tokens=6, words="abc" if number == 0 else "xyz")
+    return said(0, 0, 0, tokens=6, words="abc" if number == 0 else "xyz", reason="stop")
 
 
 def test_a_conversation(chat: Callable[..., Done]) -> None:
@@ -62,6 +62,15 @@ def test_a_conversation(chat: Callable[..., Done]) -> None:
     assert lines[0] == f"m at {server.url}"
     assert all(line.startswith("6 tokens, first token after ") and line.endswith(" tokens/s") for line in lines[1:])
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("reason", "most", "told"), [("length", 9, True), ("length", 6, False), ("stop", 9, False)])
+def test_an_answer_that_ends_for_want_of_room_says_so(
+    chat: Callable[..., Done], reason: str, most: int, told: bool
+) -> None:
+    with listening(lambda number, body: said(0, 0, 0, tokens=6, reason=reason)) as server:
+        done = chat(server.url, "first\n", "--max-new-tokens", most)
+    assert ("the answer ended at the context of the model, or at a limit of the server" in done.err) == told
 
 
 def test_options_go_to_the_server(chat: Callable[..., Done], tmp_path: Path) -> None:

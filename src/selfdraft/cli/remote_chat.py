@@ -94,6 +94,8 @@ class RemoteModel:
         else:
             terminal.write("\n")
             terminal.show_dim(counts.line(clock, self.drafter))
+            if counts.cut_short(self.body.get("max_tokens")):
+                terminal.show_dim("the answer ended at the context of the model, or at a limit of the server")
         return "".join(texts)
 
     def _events(self, messages: list[dict[str, str]]) -> Iterator[Event]:
@@ -130,12 +132,20 @@ class Counts:
         """Tokens that were told one by one, or else chunks."""
         self.usage: JsonObject | None = None
         self.drafting: JsonObject | None = None
+        self.reason: str | None = None
+        """Why the answer ended."""
 
     def take(self, event: Event, clock: Clock) -> None:
         """Note an event."""
         self.tokens += len(event.sources) or bool(event.text or event.thought)
         clock.saw(self.tokens)
         self.usage, self.drafting = event.usage or self.usage, event.counts or self.drafting
+        self.reason = event.reason or self.reason
+
+    def cut_short(self, asked: object) -> bool:
+        """Whether the answer ended for want of room before it had as many tokens as were `asked` for."""
+        told = number_of(self.usage, "completion_tokens")
+        return self.reason == "length" and told is not None and isinstance(asked, int) and told < asked
 
     def line(self, clock: Clock, drafter: str | None) -> str:
         """The line of figures that ends an answer."""

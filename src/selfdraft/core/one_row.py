@@ -42,8 +42,8 @@ def widened(logits: Tensor) -> Scores:
     """Logits [..., vocab] as float32 or wider; the same memory where they are that already."""
     if logits.dtype != torch.bfloat16:
         found: Scores = logits.numpy()
-        return found.astype(np.float32) if found.itemsize < 4 else found
-    bits = logits.view(torch.uint16).numpy().astype(np.uint32)
+        return found if found.dtype.kind == "f" and found.itemsize >= 4 else found.astype(np.float32)
+    bits = logits.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
     bits <<= 16
     return bits.view(np.float32)
 

@@ -122,10 +122,10 @@ def _checked(returned: Tensor, given: Tensor) -> Tensor:
     if not isinstance(returned, Tensor) or returned.shape != given.shape:
         what = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise EngineError(f"a logits processor returned {what} instead of a tensor of {tuple(given.shape)} scores")
-    worst = returned.max() if apart(returned) else widened(returned).max()  # NaN is more than any number
-    if worst != worst:
+    row = returned if apart(returned) else widened(returned)
+    if (best := row.max()) != best:  # NaN is more than any number
         raise EngineError("a logits processor returned NaN; return -inf for tokens that must not come")
-    return returned
+    return row if isinstance(row, Tensor) else torch.from_numpy(row)
 
 
 def _constrain(

@@ -115,20 +115,22 @@ class HFTarget:
         self._ends = ends
         self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
-        self.search: Search | None = None
-        """See `selfdraft.protocols.Target`."""
         self.graphs: GraphRunner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
         self.traced, self._masked = traced, masked
         self._open_passes(fast, packer, graphs)
 
+    @property
+    def search(self) -> Search | None:
+        """See `selfdraft.protocols.Target`."""
+        return self.runner.search if self.runner else None
+
     def _open_passes(self, fast: bool, packer: Packer | None, graphs: GraphSettings | None) -> None:
         """From now on passes are tapes or graphs, if they are asked for. Errors: RunnerUnavailable."""
         if fast:
             self.runs = "fast"
             self.runner = Runner(self.facts.dtype, self._device, self.cache, len(self.adapters), packer)
-            self.search = self.runner.search
             self.traced = self.traced or self.runner.tape(self._view)
         if graphs is not None:
             self._open_graphs(graphs)
