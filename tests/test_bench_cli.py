@@ -237,11 +237,11 @@ def interrupting(after: int) -> Callable[..., Any]:
     whole = measuring.measure
     calls: list[int] = []
 
-    def measure(*arguments: Any) -> Any:
+    def measure(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return whole(*arguments)
+        return whole(*arguments, **options)
 
     return measure
 
