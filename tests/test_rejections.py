@@ -385,10 +385,10 @@ def test_bench_explains_beside_what_it_times(bench: Callable[..., Done], monkeyp
     order: list[str] = []
     measure, take = measuring.measure, measuring.take
 
-    def timed(engines: dict[str, Engine], *rest: object) -> object:
+    def timed(engines: dict[str, Engine], *rest: object, **options: object) -> object:
         order.append("timed")
         assert not any(isinstance(engine.drafter, Explained) for engine in engines.values())
-        return measure(engines, *rest)  # type: ignore[arg-type]
+        return measure(engines, *rest, **options)  # type: ignore[arg-type]
 
     def extra(engine: Engine, *rest: object) -> Take:
         order.append("explained")
