@@ -37,7 +37,7 @@ FLOORS = {
 """Rooms that are not named stand on the top floor: llm, hf, cli, serve, __init__ and what belongs to them."""
 TOP = 9
 LONGEST = 50
-CORE = 1270
+CORE = 1260
 """Most lines of `core/`: a reader holds the rules of exactness in mind at once."""
 STEP = 72
 UNTYPED = 32

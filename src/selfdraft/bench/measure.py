@@ -118,7 +118,7 @@ def measure(
         if name in found:
             found[name].takes.clear()  # the first one warms up
     for number in range(runs):
-        for name in [*engines, *peers][:: -1 if number % 2 != backwards else 1]:
+        for name in [*engines, *peers][:: -1 if bool(number % 2) != backwards else 1]:
             if name in engines:
                 taken = take(engines[name], request(), settle)
                 found[name].takes.append(taken)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel_at
-from selfdraft.core.one_row import BANNED, Search, alive, apart, contenders, cooled, drawn, leading, widened
+from selfdraft.core.one_row import BANNED, Search, apart, contenders, cooled, drawn, leading, widened
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob, SamplingParams
 
@@ -39,17 +39,6 @@ def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int, s
     if best.values == BANNED:
         raise EngineError(NOTHING_LEFT)
     return int(best.indices)
-
-
-def within_reach(scores: Tensor, sampling: SamplingParams, seed: int, position: int, count: int) -> Tensor:
-    """Ids that are not banned; on a CPU only those that may be among the `count` best, with noise where there is some.
-
-    Of a sampled request they ascend.
-    """
-    if apart(scores):
-        return torch.isfinite(scores).nonzero().squeeze(1)
-    row = scores.numpy()
-    return torch.from_numpy(alive(row, count) if sampling.greedy else contenders(row, seed, position, count))
 
 
 def choose_rows(logits: Tensor, sampling: SamplingParams, places: Sequence[tuple[int, int]]) -> Tensor:

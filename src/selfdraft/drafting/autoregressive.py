@@ -120,14 +120,13 @@ class Chain:
     def said(self, logits: Tensor) -> tuple[int, float]:
         """What a row of the short pass says behind the path, and the chance that it gives to it."""
         sequence, sampling = self.sequence, self.sequence.sampling
+        row = logits if apart(logits) else widened(logits)
         if sampling.plain:
-            token = int(logits.argmax() if apart(logits) else widened(logits).argmax())
+            token = int(row.argmax())
         else:
             scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.stop_ids)
             token = choose(scores, sampling, sequence.seed, self.place)
-        if apart(logits):
-            return token, float(logits.float().softmax(-1)[token])
-        return token, chance(widened(logits), token)
+        return token, float(row.float().softmax(-1)[token]) if isinstance(row, Tensor) else chance(row, token)
 
     def add(self, token: int, score: float) -> None:
         """The chain goes on with this token."""

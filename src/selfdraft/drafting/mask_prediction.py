@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel, gumbel_at
-from selfdraft.core.one_row import apart
-from selfdraft.core.sampler import process, score_rows, within_reach
+from selfdraft.core.one_row import alive, apart, contenders
+from selfdraft.core.sampler import process, score_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
@@ -99,15 +99,23 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
     path, found = [] if sampling.local else list(sequence.tokens), []
     for position, row in enumerate(logits, len(sequence.tokens)):
         scores = process(row, sampling, path, sequence.prompt_length, sequence.stop_ids)
-        alive = within_reach(scores, sampling, sequence.seed, position, CANDIDATES)
-        noise = torch.zeros(len(alive), dtype=scores.dtype, device=scores.device)
+        left = _within_reach(scores, sampling, sequence.seed, position)
+        noise = torch.zeros(len(left), dtype=scores.dtype, device=scores.device)
         if not sampling.greedy:
-            noise = gumbel(sequence.seed, position, alive).to(scores.dtype)
-        order = (scores[alive] + noise).topk(min(CANDIDATES, len(alive))).indices
-        found.append(Place(alive[order], scores[alive[order]], noise[order], sampling.temperature or 1.0))
+            noise = gumbel(sequence.seed, position, left).to(scores.dtype)
+        order = (scores[left] + noise).topk(min(CANDIDATES, len(left))).indices
+        found.append(Place(left[order], scores[left[order]], noise[order], sampling.temperature or 1.0))
         if not sampling.local:
-            path.append(int(alive[order[0]]) if len(order) else path[-1])
+            path.append(int(left[order[0]]) if len(order) else path[-1])
     return found
+
+
+def _within_reach(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -> Tensor:
+    """Ids that are not banned; on a CPU those alone that may be among the likeliest, with the noise of the place."""
+    if apart(scores):
+        return torch.isfinite(scores).nonzero().squeeze(1)
+    row = scores.numpy()
+    return torch.from_numpy(alive(row, CANDIDATES) if sampling.greedy else contenders(row, seed, position, CANDIDATES))
 
 
 @dataclass(frozen=True, slots=True)

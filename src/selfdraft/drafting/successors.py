@@ -6,7 +6,6 @@ Source: Token Recycling (arXiv 2408.08696), section 3; the noise of a sampled re
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,12 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel_rows
-from selfdraft.core.one_row import BANNED, Ids
+from selfdraft.core.one_row import BANNED, Ids, Scores
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.told import Top
 from selfdraft.types import SamplingParams
 
-Scores: TypeAlias = NDArray[np.float64]
 RUNNERS_UP = 64
 """Likeliest tokens that are looked at after a row."""
 BLOCK = 128

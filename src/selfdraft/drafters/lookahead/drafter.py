@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
-from selfdraft.core.one_row import Ids
+from selfdraft.core.one_row import Ids, Scores
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
@@ -29,7 +29,6 @@ from selfdraft.drafters.lookahead.window import Window, window_parents
 from selfdraft.drafting.successors import (
     RUNNERS_UP,
     Answers,
-    Scores,
     choose_likeliest,
     likeliest,
     order_of_learning,
