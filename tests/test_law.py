@@ -23,7 +23,7 @@ from torch import Tensor
 
 from selfdraft.core import verify as verify_module
 from selfdraft.core.commit import commit
-from selfdraft.core.noise import gumbel, random_bits, uniform
+from selfdraft.core.noise import gumbel, random_bits
 from selfdraft.core.one_row import Ids
 from selfdraft.core.rows import Rows
 from selfdraft.core.sampler import choose, process
@@ -414,6 +414,11 @@ def kolmogorov(values: Tensor) -> float:
 
 TOKENS = torch.arange(100_000)
 KEYS = [(0, 0), (1, 0), (0, 1), (-1, 0), (2**63 - 1, 5), (-(2**63), 5), (2**40, 2**31), (1, 1)]
+
+
+def uniform(seed: int, position: int, tokens: Tensor) -> Tensor:
+    """The uniform numbers that the noise is made of."""
+    return torch.exp(-torch.exp(-gumbel(seed, position, tokens)))
 
 
 def test_noise_is_uniform_along_every_axis() -> None:

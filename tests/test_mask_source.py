@@ -17,6 +17,7 @@ from selfdraft.drafting.source_tree import RequestSources, Sources
 from selfdraft.errors import OptionError
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
+from selfdraft.protocols import standstill
 from tests.clocks import Ticking, on_passes
 from tests.models import random_adapters, run, tiny_llama
 
@@ -40,7 +41,7 @@ def test_where_acceptance_ends() -> None:
 
 def test_a_mask_row_has_to_bring_its_price() -> None:
     """Gains at first 0.3, 0.15, 0.075; a row under a place that is reached with 0.3 brings 0.09, 0.045, 0.0225."""
-    source = MaskSource(silent)
+    source = MaskSource(silent, standstill)
     hung = groups().hang(source, TREE, [0.04] * 9, 99)
     assert hung.tokens == (7, 8, 9, *(100, 101) * 3)
     assert hung.parents == (ROOT, 0, ROOT, 0, 3, 1, 5, 2, 7)
@@ -56,13 +57,13 @@ def test_a_mask_row_has_to_bring_its_price() -> None:
 
 
 def test_no_mask_stands_too_deep() -> None:
-    source = MaskSource(silent)
+    source = MaskSource(silent, standstill)
     assert groups().hang(source, TREE, [0.0] * 99, 2).depths == (1, 2, 1, 2, 2, 1, 2)
     assert groups().hang(source, EMPTY, [0.0] * 99, 0) == EMPTY
 
 
 def test_what_does_not_pay_is_tried_again() -> None:
-    hanging, source = groups(), MaskSource(silent)
+    hanging, source = groups(), MaskSource(silent, standstill)
     for _ in range(TRY_EVERY):
         assert hanging.hang(source, TREE, [9.0] * 9, 99) == TREE
     assert len(hanging.hang(source, TREE, [9.0] * 9, 99)) == len(TREE) + 2
@@ -70,7 +71,7 @@ def test_what_does_not_pay_is_tried_again() -> None:
 
 
 def test_gains_are_tokens_that_no_other_source_named() -> None:
-    hanging, source = groups(), MaskSource(silent)
+    hanging, source = groups(), MaskSource(silent, standstill)
     sequence = Sequence([1, 2, 3], 1, SamplingParams(), seed=0)
     for _ in range(200):
         source.update([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)] * 3, 3)
@@ -84,7 +85,7 @@ def test_what_a_place_says() -> None:
     """The three likeliest tokens behind the token before, with the class of their chance."""
     wanted = torch.tensor([0.7, 0.2, 0.06, 0.04]).log()
     place = Place(torch.tensor([5, 6, 7, 8]), wanted, torch.zeros(4), 1.0)
-    source = MaskSource(lambda token, ids: torch.tensor([-9.0, 0.0, 0.0, 0.0]) if token == 2 else None)
+    source = MaskSource(lambda token, ids: torch.tensor([-9.0, 0.0, 0.0, 0.0]) if token == 2 else None, standstill)
     assert source.state is None
     source.update([place, place], 1)
     assert source.state == (0, 1)
@@ -99,7 +100,7 @@ def test_what_a_place_says() -> None:
 def test_what_masks_said_of_an_older_place_is_forgotten() -> None:
     """Steps that draft nothing move the text on."""
     sequence = Sequence([1, 2, 3], 1, SamplingParams(), seed=0)
-    note = RequestSources(sequence, Sources(), None, Credit(), MaskTokens(range(100, 103)))
+    note = RequestSources(sequence, Sources(), None, Credit(), MaskTokens(range(100, 103)), standstill)
     assert note.masks is not None
     note.masks.update([Place(torch.tensor([5]), torch.zeros(1), torch.zeros(1), 1.0)], 3)
     note.resume(sequence)
@@ -117,7 +118,8 @@ def test_masks_is_a_bool_and_may_be_missing(name: str) -> None:
     assert build(name, bare, {"masks": True}).tree.groups is None  # type: ignore[attr-defined]
     gated = on_passes(HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())))
     assert build(name, gated, {"masks": True}).tree.groups is not None  # type: ignore[attr-defined]
-    assert build(name, gated).tree.groups is None  # type: ignore[attr-defined]
+    assert (build(name, gated).tree.groups is None) == (name == "merged")  # type: ignore[attr-defined]
+    assert build(name, gated, {"masks": False}).tree.groups is None  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not (POCKET / "selfdraft_space").is_dir(), reason="the package holds no trained masks for pocket")

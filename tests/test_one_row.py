@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfdraft.core.noise import gumbel
-from selfdraft.core.one_row import chance, contenders, cooled, drawn, leading, widened
+from selfdraft.core.one_row import contenders, cooled, drawn, leading, widened
 from selfdraft.core.sampler import choose, logprob, process, score_rows
+from selfdraft.core.told import NAN
+from selfdraft.drafting.autoregressive import chance
 from selfdraft.models.exactness import NATURAL
-from selfdraft.models.runner.draw import search_by
+from selfdraft.models.runner.draw import contenders_by
 from selfdraft.models.runner.kernel_build import library
+from selfdraft.models.runner.runner import likeliest
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.models import run, tiny_llama, unavailable
@@ -51,7 +54,7 @@ def test_the_kernels_look_for_the_same_token(shape: str) -> None:
     """Of a row of odd length, too, of one that is cut, and of one where nothing is left."""
     if unavailable():
         pytest.skip(unavailable())
-    search = search_by(library())
+    search = contenders_by(library())
     for seed in range(20):
         scores = cooled(row(shape, seed)[: VOCAB - 37 * seed].numpy(), TRUNCATED["top_k"] if seed % 3 == 0 else WARM)
         found = search(scores, seed, 3 * seed)
@@ -66,12 +69,43 @@ def test_the_kernels_look_for_the_same_token(shape: str) -> None:
 def test_a_row_that_the_kernels_cannot_take_is_looked_through_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     if unavailable():
         pytest.skip(unavailable())
-    search, scores = search_by(library()), cooled(row("flat").numpy(), WARM)
+    search, scores = contenders_by(library()), cooled(row("flat").numpy(), WARM)
     for other in (scores.astype(np.float64), scores[::3]):
         assert search(other, 5, 6).tolist() == contenders(other, 5, 6).tolist()
     assert len(search(scores, 5, 6)) > 1
     monkeypatch.setattr("selfdraft.models.runner.draw.MOST", 1)
     assert search(scores, 5, 6).tolist() == contenders(scores, 5, 6).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [5, 64, 100, 1000, VOCAB])
+def test_the_kernels_name_the_likeliest_tokens_in_order(dtype: torch.dtype, vocab: int) -> None:
+    """Of equals the lowest id first, and both zeros are equal; rows that lie apart, and fewer tokens than wanted."""
+    if unavailable():
+        pytest.skip(unavailable())
+    rows = torch.stack([row(shape)[:vocab] for shape in SHAPES] + [torch.zeros(vocab), -row("flat")[:vocab]])
+    rows[4, ::2] = -0.0
+    rows = torch.cat([rows, rows], 1).to(dtype)[:, :vocab]
+    for count in (1, 3, 64, 900):
+        found = likeliest(library(), rows, count)
+        assert found is not None
+        wanted = np.argsort(-rows.double().numpy(), axis=1, kind="stable")[:, :count]
+        assert found[1].tolist() == wanted.tolist()
+        assert torch.equal(found[0], rows.double().gather(1, found[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [0, 70, VOCAB - 1])
+def test_a_row_with_nan_has_no_likeliest_token(dtype: torch.dtype, place: int) -> None:
+    if unavailable():
+        pytest.skip(unavailable())
+    rows = torch.stack([row("usual"), row("usual", 1), row("usual", 2)]).to(dtype)
+    rows[1, place], rows[2, place] = float("nan"), -torch.tensor(float("nan"))
+    found = likeliest(library(), rows, 2)
+    assert found is not None
+    assert found[1][:, 0].tolist() == [int(rows[0].argmax()), NAN, NAN]
+    assert likeliest(library(), rows.double(), 2) is None, "numpy does it"
+    assert likeliest(library(), rows.T, 2) is None
 
 
 @pytest.mark.parametrize("count", [1, 128])

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from selfdraft.core.one_row import Search, contenders
+from selfdraft.core.one_row import BY_NUMPY, Search
 from selfdraft.core.rows import Rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import Draft
@@ -67,8 +67,8 @@ class Target(Protocol):
     """The model that decides, together with its KV cache of every slot.
 
     It keeps no length of its own: every span of `rows` says how many tokens of its slot are cached, so a
-    drafter may write behind that and need not clean up, even when it raises. One whose machine looks quicker for the
-    token of a sampled row has an attribute `search` (`selfdraft.core.one_row.Search`).
+    drafter may write behind that and need not clean up, even when it raises. One whose machine looks rows
+    through quicker than numpy has an attribute `search` (`selfdraft.core.one_row.Search`).
     """
 
     @property
@@ -119,7 +119,7 @@ class Needs:
     pass_cost: bool = False
     """It asks for `extras.pass_cost`: a start measures the machine for it."""
     runners_up: int = 0
-    """Likeliest tokens that it reads of every row: `Result.top` has as many, where asking later would be a wait."""
+    """Likeliest tokens that it reads of every row: `Result.top` has as many, where it has any."""
 
 
 class Drafter(Protocol):
@@ -137,9 +137,9 @@ class Drafter(Protocol):
 
 
 def search_of(target: object) -> Search:
-    """How the token of a sampled row is looked for on a CPU: as a target does it, or by numpy."""
+    """How rows are looked through on a CPU: as a target does it, or by numpy."""
     search: Search | None = getattr(target, "search", None)
-    return search or contenders
+    return search or BY_NUMPY
 
 
 def needs_of(drafter: object) -> Needs:

@@ -124,7 +124,12 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """True when the target's choice is the argmax of the raw logits, whatever came before."""
-        return self.greedy and self.local and not self.logit_bias and self.allowed_token_ids is None
+        return self.greedy and self.unbiased
+
+    @property
+    def unbiased(self) -> bool:
+        """True when the likelier of two tokens of a row, by its raw logits, is never the less likely one here."""
+        return self.local and not self.logit_bias and self.allowed_token_ids is None
 
     @property
     def local(self) -> bool:

@@ -23,7 +23,7 @@ _ADDED, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, one value per token id in `tokens` (int64, any shape)."""
-    return -torch.log(-torch.log(uniform(seed, position, tokens)))
+    return -torch.log(-torch.log(_uniform(_signed(key_of(seed, position)), tokens)))
 
 
 def gumbel_at(places: Sequence[tuple[int, int]], tokens: Tensor) -> Tensor:
@@ -36,11 +36,6 @@ def gumbel_rows(seed: int, positions: Sequence[int], tokens: NDArray[np.int64]) 
     """The same by numpy, for one seed: noise of `tokens` [n, k] at `positions` [n]."""
     noise: NDArray[np.float64] = -np.log(-np.log((random_bits(seed, positions, tokens) + 0.5) * 2.0**-BITS))
     return noise
-
-
-def uniform(seed: int, position: int, tokens: Tensor) -> Tensor:
-    """Uniform noise in the open interval (0, 1), float64, one value per token id."""
-    return _uniform(_signed(key_of(seed, position)), tokens)
 
 
 def random_bits(seed: int, positions: Sequence[int], tokens: NDArray[np.int64]) -> NDArray[np.int64]:

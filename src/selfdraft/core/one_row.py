@@ -8,7 +8,7 @@ top. What is said here is what `sampler.py` says of many rows on another device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ Ids: TypeAlias = NDArray[np.int64]
 """Token ids [n]."""
 Scores: TypeAlias = NDArray[np.floating]
 """Scores [vocab], float32 or wider."""
-Search: TypeAlias = Callable[[Scores, int, int], Ids]
+Top: TypeAlias = tuple[Tensor, Tensor]
+"""The likeliest tokens of rows: logits float64 and ids int64, both [n, k], best first, on the CPU."""
+Contenders: TypeAlias = Callable[[Scores, int, int], Ids]
 """`contenders` of one token, or what says as much: (scores, seed, position) -> ids, ascending."""
 BANNED = float("-inf")
 FIRST = 64
@@ -46,12 +48,6 @@ def widened(logits: Tensor) -> Scores:
     bits = logits.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
     bits <<= 16
     return bits.view(np.float32)
-
-
-def chance(row: Scores, token: int) -> float:
-    """The probability of `token` under the softmax of a row."""
-    weights = np.exp(row - row.max())
-    return float(weights[token] / weights.sum())
 
 
 def leading(scores: Scores, count: int) -> Ids:
@@ -130,7 +126,18 @@ def contenders(scores: Scores, seed: int, position: int, count: int = 1) -> Ids:
     return ids[np.flatnonzero(ratios <= SLACK * 2.0**BITS * np.exp(least - floor))]
 
 
-def drawn(scores: Scores, seed: int, position: int, search: Search = contenders) -> int | None:
+class Search(NamedTuple):
+    """How rows on a CPU are looked through: by numpy, or quicker where a target's machine can."""
+
+    contenders: Contenders = contenders
+    likeliest: Callable[[Tensor, int], Top | None] = lambda logits, count: None
+    """(logits [n, vocab], count) -> the likeliest tokens, a row's first id NAN where it holds NaN; None: cannot."""
+
+
+BY_NUMPY = Search()
+
+
+def drawn(scores: Scores, seed: int, position: int, search: Contenders = contenders) -> int | None:
     """The id whose sum of score and noise is largest, of equals the lowest; None where all tokens are banned."""
     ids = search(scores, seed, position)
     if not len(ids):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel_at
-from selfdraft.core.one_row import BANNED, Search, apart, contenders, cooled, drawn, leading, widened
+from selfdraft.core.one_row import BANNED, Contenders, apart, contenders, cooled, drawn, leading, widened
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob, SamplingParams
 
@@ -23,7 +23,7 @@ NOTHING = -2
 NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words_ids, logit_bias or the processors"
 
 
-def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int, search: Search = contenders) -> int:
+def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int, search: Contenders = contenders) -> int:
     """The token the target says, from processed scores [vocab]; `position` is where the token will stand.
 
     `search` looks for it on a CPU. Errors: EngineError when the options of the request ban every token.

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from selfdraft.core.one_row import Top
 from selfdraft.core.sampler import choose_rows
 from selfdraft.types import SamplingParams
 
@@ -21,8 +21,6 @@ NAN = -1
 """Stands for the best id of scores that hold NaN."""
 UNSAID = -3
 """Stands for the choice where the sampling looks at more than the row."""
-Top: TypeAlias = tuple[Tensor, Tensor]
-"""The likeliest tokens of rows: logits float64 and ids int64, both [n, k], best first, on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +82,8 @@ def tell(
         table, more = whole[: table.numel()].view(table.shape), whole[table.numel() :]
     numbers: list[list[int]] = table[:, :2].T.tolist()
     found: list[float] = table[:, -1].contiguous().view(torch.float64).tolist() if chances else []
-    likeliest = None
-    if count:
-        likeliest = table[:, 2 + count : 2 + 2 * count].contiguous().view(torch.float64), table[:, 2 : 2 + count]
-    return Told(numbers[0], numbers[1], found, likeliest, more)
+    ids, values = table[:, 2 : 2 + count], table[:, 2 + count : 2 + 2 * count].contiguous().view(torch.float64)
+    return Told(numbers[0], numbers[1], found, (values, ids) if count else None, more)
 
 
 def _choices(logits: Tensor, asked: SequenceOf[Asked], best: Tensor) -> Tensor:

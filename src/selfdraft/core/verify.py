@@ -16,11 +16,11 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from selfdraft.core import told
-from selfdraft.core.one_row import Search, apart, contenders, widened
+from selfdraft.core.one_row import BY_NUMPY, Contenders, Search, Top, apart, widened
 from selfdraft.core.rows import Rows
 from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, logprob, process
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.told import NAN, UNSAID, Asked, Told, Top
+from selfdraft.core.told import NAN, UNSAID, Asked, Told
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.errors import EngineError
 from selfdraft.types import Logprob
@@ -41,7 +41,7 @@ class Result:
     logits: Tensor | None = None
     """Raw logits of the same rows [1 + len(draft), vocab]; valid until the next forward pass."""
     top: Top | None = None
-    """The likeliest tokens of the same rows, where they came with the answers: on a device that is waited for."""
+    """The likeliest tokens of the same rows, where they came with the answers."""
     proposed: Draft = EMPTY
     """The drafter's own tree, before it was clipped to the budget."""
     nodes: tuple[int, ...] = ()
@@ -95,15 +95,15 @@ def verify(
     sequences: SequenceOf[Sequence],
     top: int = 0,
     beside: Beside | None = None,
-    search: Search = contenders,
+    search: Search = BY_NUMPY,
 ) -> list[Result]:
     """Walk every sequence's tree. `logits` [len(rows.logit_rows), vocab] are the answers, in the order of the rows.
 
-    `top`: how many likeliest tokens of each row come with the answers, where asking for them later would be a wait;
-    `beside`: what else does. `search`: how a sampled row's token is looked for on a CPU.
+    `top`: how many likeliest tokens of each row come with the answers, where that is cheaper than to ask later;
+    `beside`: what else does. `search`: how rows are looked through on a CPU.
     Errors: EngineError when an answer holds NaN (a broken checkpoint, an overflow), naming the sequence.
     """
-    said = _told(rows, logits, sequences, top, beside)
+    said = _told(rows, logits, sequences, top, beside, search)
     answers = said.best
     results, stop = [], 0
     for span, sequence in zip(rows.spans, sequences, strict=True):
@@ -115,7 +115,7 @@ def verify(
             continue
         try:
             chosen = said.chosen[start:stop] if said.chosen else [UNSAID] * (stop - start)
-            result = _follow(sequence, span.draft, logits[start:stop], answers[start:stop], chosen, search)
+            result = _follow(sequence, span.draft, logits[start:stop], answers[start:stop], chosen, search.contenders)
             if said.top is not None:
                 result.top = said.top[0][start:stop], said.top[1][start:stop]
             results.append(result)
@@ -127,12 +127,15 @@ def verify(
     return results
 
 
-def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int, beside: Beside | None) -> Told:
-    """What the rows say: of a device all of it at once, on a CPU the best ids alone."""
+def _told(
+    rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int, beside: Beside | None, search: Search
+) -> Told:
+    """What the rows say: of a device all of it at once, on a CPU the likeliest ids alone."""
     if not len(logits):
         return Told([], [], [], None)
     if not apart(logits):
-        return Told(argmaxes(logits), [], [], None)
+        known = search.likeliest(logits, max(top, 1))
+        return Told(argmaxes(logits) if known is None else known[1][:, 0].tolist(), [], [], known if top else None)
     asked = []
     for span, sequence in zip(rows.spans, sequences, strict=True):
         if span.num_logits:
@@ -147,7 +150,7 @@ def _told(rows: Rows, logits: Tensor, sequences: SequenceOf[Sequence], top: int,
 
 
 def _follow(
-    sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int], chosen: list[int], search: Search
+    sequence: Sequence, draft: Draft, logits: Tensor, answers: list[int], chosen: list[int], search: Contenders
 ) -> Result:
     sampling = sequence.sampling
     path_tokens = [] if sampling.local else list(sequence.tokens)  # a long text is copied only where it is looked at

@@ -6,6 +6,7 @@ What pays is measured, before and while decoding (`drafting/cost_guard.py`); `do
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +32,7 @@ class Auto:
     """`merged` under a cost guard: trees are cut where a row does not pay, and steps are plain where nothing pays.
 
     Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
+    `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source; None: as long as they pay.
     `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
     Errors: OptionError for values out of range.
     """
@@ -46,11 +48,12 @@ class Auto:
         num_speculative_tokens: int = 64,
         memory: int = 0,
         recycling: bool = True,
-        masks: bool = False,
+        masks: bool | None = None,
         task_profile: str | Path | None = None,
     ) -> None:
         self.memory = Memory(memory) if memory else None
-        rows, clock = wanted_masks(target.extras.mask_tokens.get(MASKED), masks), target.extras.clock
+        found, clock = target.extras.mask_tokens.get(MASKED), target.extras.clock
+        rows = wanted_masks(found, True if masks is None else masks)
         before = read_task_profile(task_profile)
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows, before)
         self.beside = self.tree.beside
@@ -81,6 +84,7 @@ class Auto:
         plain = self.guard.book(sequences, results)
         if plain:
             self.tree.book(results, plain)
+            self.tree.book_masks(results, partial(self.guard.tokens_in, sequences, results))
         self.tree.forget(sequences)
 
     def _choose(self, sequences: SequenceOf[Sequence]) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from selfdraft.core import told
-from selfdraft.core.one_row import apart, chance, widened
+from selfdraft.core.one_row import Scores, apart, widened
 from selfdraft.core.rows import Rows, chain_rows
 from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, process
 from selfdraft.core.sequence import Sequence
@@ -135,6 +136,12 @@ class Chain:
         self.path.append(token)
         ended = token in self.sequence.stop_ids and not self.sequence.sampling.ignore_eos
         self.going = len(self.tokens) < self.most and not ended
+
+
+def chance(row: Scores, token: int) -> float:
+    """The probability of `token` under the softmax of a row."""
+    weights = np.exp(row - row.max())
+    return float(weights[token] / weights.sum())
 
 
 def said_by(chains: SequenceOf[Chain], logits: Tensor) -> list[tuple[int, float]]:

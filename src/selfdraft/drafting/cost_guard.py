@@ -167,6 +167,15 @@ class CostGuard:
             self.budget.book(tokens / count - took / plain)
         return plain
 
+    def tokens_in(
+        self, sequences: SequenceOf[Sequence], results: SequenceOf[Result], rows: int, seconds: float
+    ) -> float:
+        """Tokens that come anyway in the time that `rows` of the last step's rows added to it, and in `seconds`."""
+        count, remembered = len(sequences), sum(s.num_cached for s in sequences)
+        every = sum(1 + len(result.draft) for result in results)
+        added = self.cost.at(every, count, remembered) - self.cost.at(every - rows, count, remembered)
+        return self.tokens_per_second(sequences) * (added + seconds)
+
     def _rest(self, sequences: SequenceOf[Sequence]) -> None:
         """Now and then a step during a pause tells what plain decoding takes."""
         self._rested += 1

@@ -12,18 +12,19 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from selfdraft.core.noise import gumbel, gumbel_at
-from selfdraft.core.one_row import alive, apart, contenders
+from selfdraft.core.noise import gumbel, gumbel_at, gumbel_rows
+from selfdraft.core.one_row import Top, alive, apart, contenders, widened
 from selfdraft.core.sampler import process, score_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.successors import topk
+from selfdraft.drafting.successors import likeliest, topk
 from selfdraft.types import Budget, SamplingParams, within
 
 CANDIDATES = 128
@@ -75,23 +76,29 @@ class Place:
     def after(self, token: int, link: Link, most: int) -> Guess:
         """The best `most` tokens when `token` stands before this place."""
         shift = link(token, self.ids)
-        logits = self.logits if shift is None else self.logits + shift.to(self.logits.dtype) / self.temperature
-        best = (logits + self.noise).softmax(-1).topk(min(most, len(self.ids)))
-        if apart(logits):  # both in one wait
+        if apart(self.logits):  # both in one wait
+            logits = self.logits if shift is None else self.logits + shift.to(self.logits.dtype) / self.temperature
+            best = (logits + self.noise).softmax(-1).topk(min(most, len(self.ids)))
             ids, chances = torch.stack([self.ids[best.indices].double(), best.values.double()]).tolist()
             return Guess(tuple(map(int, ids)), tuple(chances))
-        return Guess(tuple(self.ids[best.indices].tolist()), tuple(best.values.tolist()))
+        sums = self.logits.numpy() + self.noise.numpy()  # for so few numbers numpy is several times as quick
+        if shift is not None:
+            sums = sums + widened(shift) / self.temperature
+        order = np.argsort(-sums, kind="stable")[:most]
+        weights = np.exp(sums - sums[order[:1]])
+        return Guess(tuple(self.ids.numpy()[order].tolist()), tuple((weights[order] / weights.sum()).tolist()))
 
 
-def places(logits: Tensor, sequence: Sequence) -> list[Place]:
+def places(logits: Tensor, sequence: Sequence, known: Top | None = None) -> list[Place]:
     """What rows of `logits` [n, vocab] say; row i speaks of the place len(tokens) + i.
 
     A sampled request is guessed with the noise that the target will use there: that is what makes them agree.
+    `known`: the likeliest tokens of these rows, where they came with the answers.
     """
-    sampling, logits = (
-        sequence.sampling,
-        logits[: sequence.remaining],
-    )  # no processor is asked about a place behind the end
+    # no processor is asked about a place behind the end
+    sampling, logits = sequence.sampling, logits[: sequence.remaining]
+    if known is not None and sampling.unbiased:
+        return _known_places(logits, sequence, known)
     if sampling.plain or (sampling.local and apart(logits)):
         end = len(sequence.tokens)
         said = scored(logits, sampling, sequence.seed, range(end, end + len(logits)))
@@ -108,6 +115,15 @@ def places(logits: Tensor, sequence: Sequence) -> list[Place]:
         if not sampling.local:
             path.append(int(left[order[0]]) if len(order) else path[-1])
     return found
+
+
+def _known_places(logits: Tensor, sequence: Sequence, known: Top) -> list[Place]:
+    """`places` of rows whose likeliest tokens are known: of a sampled request these alone are given noise."""
+    sampling, end = sequence.sampling, len(sequence.tokens)
+    scores, ids = likeliest(logits, sampling, CANDIDATES, known=(known[0][: len(logits)], known[1][: len(logits)]))
+    noise = np.zeros_like(scores) if sampling.greedy else gumbel_rows(sequence.seed, range(end, end + len(ids)), ids)
+    rows = zip(torch.from_numpy(ids), torch.from_numpy(scores), torch.from_numpy(noise), strict=True)
+    return [Place(*row, sampling.temperature or 1.0) for row in rows]
 
 
 def _within_reach(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -> Tensor:
@@ -314,7 +330,10 @@ def read_group(groups: Groups, sequence: Sequence, result: Result, tables: Table
     if not rows or result.logits is None:
         return []
     known = tables.places(sequence, rows)
-    return [*places(result.logits[rows], sequence)] if known is None else known[: sequence.remaining]
+    if known is not None:
+        return known[: sequence.remaining]
+    top = None if result.top is None else (result.top[0][rows], result.top[1][rows])
+    return [*places(result.logits[rows], sequence, top)]
 
 
 def ranks(draft: Draft) -> list[int]:

@@ -17,6 +17,7 @@ from selfdraft.drafting.context_tree import SILENCE, Guesses
 from selfdraft.drafting.estimators import Mean
 from selfdraft.drafting.mask_prediction import Ahead, Groups, Link, MaskTokens, endings, read_group, with_groups
 from selfdraft.drafting.mask_tables import MaskTables
+from selfdraft.types import Clock
 
 MASKS = "masks"
 """Name of the source: its tokens are shown under it."""
@@ -35,12 +36,14 @@ class MaskSource:
 
     beliefs: tuple[float, ...] = tuple((place + 0.5) / BINS for place in range(BINS)) * BRANCHES
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, clock: Clock) -> None:
         self.name = MASKS
         self.places: list[Ahead] = []
         self.groups: Groups = {}
         """Those in the draft on its way."""
-        self._link, self._last = link, -1
+        self.seconds = 0.0
+        """What asking its places has taken since somebody set this to 0."""
+        self._link, self._last, self._clock = link, -1, clock
         self._known: dict[tuple[int, int], Guesses] = {}
 
     @property
@@ -54,10 +57,11 @@ class MaskSource:
     def guess(self, state: tuple[int, int]) -> Guesses:
         found = self._known.get(state)
         if found is None:
-            place, token = state
+            began, (place, token) = self._clock(), state
             guess = self.places[place].after(token, self._link, BRANCHES)
             kinds = (rank * BINS + min(int(chance * BINS), BINS - 1) for rank, chance in enumerate(guess.chances))
             found = self._known[state] = dict(zip(guess.tokens, kinds, strict=True)) or SILENCE
+            self.seconds += self._clock() - began
         return found
 
     def update(self, found: list[Ahead], last: int) -> None:

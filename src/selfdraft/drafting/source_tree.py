@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from selfdraft.drafting.context_tree import ContextTree
 from selfdraft.drafting.cost_guard import LossBudget
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.mask_prediction import MaskTokens
-from selfdraft.drafting.mask_source import MaskGroups, MaskSource
+from selfdraft.drafting.mask_source import MASKS, MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit, Merger, TaskProfile
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
@@ -60,13 +61,19 @@ class RequestSources:
     """What is known about one sequence: its sources, and how far they have read."""
 
     def __init__(
-        self, sequence: Sequence, sources: Sources, memory: Memory | None, credit: Credit, masks: MaskTokens | None
+        self,
+        sequence: Sequence,
+        sources: Sources,
+        memory: Memory | None,
+        credit: Credit,
+        masks: MaskTokens | None,
+        clock: Clock,
     ) -> None:
         self._readers: list[tuple[Reader, int]] = []
         """With the first place that each one reads."""
         self._read = 0
         self.successors = Successors(RECYCLING, sequence) if sources.recycling else None
-        self.masks = MaskSource(masks.shift) if masks else None
+        self.masks = MaskSource(masks.shift, clock) if masks else None
         found: list[Source] = [source for source in (self.successors, self.masks) if source]
         if sources.request:
             own = self._reader(Reader(ContextTree(), own=True))
@@ -111,6 +118,7 @@ class SourceTree:
     `masks`: trained mask tokens are a source, too. `memory` gets every output that is finished. What sources are worth
     outlives a request, what they read does not; `before`: what was learned earlier on text of the same kind.
     The successor table costs time at every step: it is read as long as what it alone brought is worth that (`book`).
+    So it is with masks, where somebody books what they bring (`book_masks`).
     Errors: OptionError for values out of range.
     """
 
@@ -131,8 +139,10 @@ class SourceTree:
         self.credit = Credit(before)
         self.successors = LossBudget()
         """What reading the successor table may still lose."""
-        self._reading = 0.0
-        """Seconds that it took in this step."""
+        self.masks = LossBudget()
+        """What masks may still lose."""
+        self._reading = self._masking = 0.0
+        """Seconds that the table, and masks, took of the host in this step."""
         self._notes: WeakKeyDictionary[Sequence, RequestSources] = WeakKeyDictionary()
 
     def __len__(self) -> int:
@@ -167,15 +177,26 @@ class SourceTree:
         row_costs: SequenceOf[float],
     ) -> list[Draft]:
         """The trees with the mask rows that are worth their place; `row_costs[i]`: of the i-th row of a tree."""
-        if self.groups is None:
+        self._masking = 0.0
+        if self.groups is None or self._paused(sequences):
             return list(drafts)
-        hung = []
+        began, hung = self.clock(), []
         for sequence, draft, budget in zip(sequences, drafts, budgets, strict=True):
             source = self._note(sequence).masks
             assert source is not None, "there are groups, so every request has the source"
             deepest = min(budget.max_probe_depth, sequence.remaining - 1)
             hung.append(self.groups.hang(source, draft, row_costs[len(draft) :], deepest))
+            self._masking, source.seconds = self._masking + source.seconds, 0.0
+        self._masking += self.clock() - began
         return hung
+
+    def _paused(self, sequences: SequenceOf[Sequence]) -> bool:
+        """Whether no masks hang in this step; a new request may be of a kind of text where they pay."""
+        if self.masks.paused and any(sequence.num_output_tokens == 1 for sequence in sequences):
+            self.masks.begin()
+        if self.masks.paused:
+            self.masks.rest()
+        return self.masks.paused
 
     def learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         """Score every source by the new tokens, read them, and keep what the rows that were run say of the next."""
@@ -184,7 +205,9 @@ class SourceTree:
             if note is not None and result.tokens:
                 note.learn(sequence)
                 if self.groups is not None and note.masks is not None:
+                    began = self.clock()
                     self.groups.learn(note.masks, sequence, result)
+                    self._masking += self.clock() - began
         if not self.sources.recycling:
             return
         if self.successors.paused:
@@ -199,9 +222,20 @@ class SourceTree:
     def book(self, results: SequenceOf[Result], plain: float) -> None:
         """Book what the successor table brought and took in this step. `plain`: seconds of a plain step."""
         if self._reading:
-            brought = sum(map(only_successors, results)) / len(results)
+            brought = sum(only_from(RECYCLING, result) for result in results) / len(results)
             self.successors.book(brought - self._reading / plain)
         self._reading = 0.0
+
+    def book_masks(self, results: SequenceOf[Result], tokens: Callable[[int, float], float]) -> None:
+        """Book what masks brought and took in this step.
+
+        `tokens(rows, seconds)` come anyway in the time that so many of the step's rows added, and those seconds.
+        """
+        rows = sum(len(result.draft) - result.draft.num_candidates for result in results)
+        if self.groups is not None and not self.masks.paused:
+            brought = sum(only_from(MASKS, result) for result in results)
+            self.masks.book((brought - tokens(rows, self._masking)) / len(results))
+        self._masking = 0.0
 
     def forget(self, sequences: SequenceOf[Sequence]) -> None:
         """Drop the notes of those that have ended; the memory keeps their outputs."""
@@ -215,15 +249,15 @@ class SourceTree:
         note = self._notes.get(sequence)
         if note is None:
             note = self._notes[sequence] = RequestSources(
-                sequence, self.sources, self.memory, self.credit, self.groups.masks if self.groups else None
+                sequence, self.sources, self.memory, self.credit, self.groups.masks if self.groups else None, self.clock
             )
         return note
 
 
-def only_successors(result: Result) -> int:
-    """Accepted tokens that would not have been there without the runners-up: from the first of them on."""
+def only_from(source: str, result: Result) -> int:
+    """Accepted tokens that would not have been there without a source: from the first on that no other one named."""
     sources = [result.draft.sources[node] for node in result.path]
-    return len(sources) - sources.index(RECYCLING) if RECYCLING in sources else 0
+    return len(sources) - sources.index(source) if source in sources else 0
 
 
 class SourceTreeDrafter:

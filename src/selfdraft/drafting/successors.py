@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selfdraft.core.noise import gumbel_rows
-from selfdraft.core.one_row import BANNED, Ids, Scores
+from selfdraft.core.one_row import BANNED, Ids, Scores, Top
 from selfdraft.core.sequence import Sequence
-from selfdraft.core.told import Top
 from selfdraft.types import SamplingParams
 
 RUNNERS_UP = 64

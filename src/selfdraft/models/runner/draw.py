@@ -7,13 +7,13 @@ import ctypes
 import numpy as np
 
 from selfdraft.core.noise import key_of
-from selfdraft.core.one_row import Ids, Scores, Search, contenders
+from selfdraft.core.one_row import Contenders, Ids, Scores, contenders
 
 MOST = 4096
 """Ids that are written down; usually there are some ten."""
 
 
-def search_by(library: ctypes.CDLL) -> Search:
+def contenders_by(library: ctypes.CDLL) -> Contenders:
     """`contenders` by the kernels, for rows of float32; for others by numpy."""
 
     def search(scores: Scores, seed: int, position: int) -> Ids:

@@ -10,6 +10,7 @@ import ctypes
 from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selfdraft.core.one_row import Search, Top
 from selfdraft.core.rows import Rows, Span
 from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.runner import kernel_build
-from selfdraft.models.runner.draw import search_by
+from selfdraft.models.runner.draw import contenders_by
 from selfdraft.models.runner.kernel_build import Pass
 from selfdraft.models.runner.packing import Packer
-from selfdraft.models.runner.tape import LARGEST, Slot
+from selfdraft.models.runner.tape import LARGEST, TYPES, Slot
 from selfdraft.models.runner.trace import Traced, trace
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Runner:
         if device.type != "cpu":
             raise RunnerUnavailable(f"the fast runner is made for CPUs; the model is on {device}")
         self._library = kernel_build.library()
-        self.search = search_by(self._library)
+        self.search = Search(contenders_by(self._library), partial(likeliest, self._library))
         self.cache = cache
         self.dtype = dtype
         self._like = torch.empty(0, dtype=dtype)
@@ -164,6 +166,20 @@ class Runner:
             told.keys, told.values, told.strides = (table[row:].ctypes.data for row in range(3))
             self._strips = (state, table)
         return self._opened[id(traced)]
+
+
+def likeliest(library: ctypes.CDLL, logits: Tensor, count: int) -> Top | None:
+    """The likeliest tokens of rows of bfloat16 or float32, of equals the lowest id first."""
+    rows, vocab = logits.shape
+    if logits.dtype not in (torch.float32, torch.bfloat16) or logits.stride(1) != 1:
+        return None
+    count = min(count, vocab)
+    values = torch.empty(rows, count, dtype=torch.float64)
+    ids = torch.empty(rows, count, dtype=torch.int64)
+    step = logits.stride(0) * logits.element_size()
+    found = values.data_ptr(), ids.data_ptr()
+    library.selfdraft_likeliest(TYPES[logits.dtype], logits.data_ptr(), rows, vocab, step, count, *found)
+    return values, ids
 
 
 def stage_rows(rows: int, threads: int) -> int:

@@ -19,7 +19,7 @@ ALIGNED = 64
 """Bytes: a cache line, and a full vector."""
 UNIT, STAGED = 64, 104
 """Inputs that are staged together, and bytes of a row for them when it is rounded (kernels/stage.h)."""
-LARGEST = 12
+LARGEST = 14
 """Rows of a chunk, at most (kernels/stage.h)."""
 
 

@@ -18,11 +18,11 @@ struct Layer {
 };
 
 // Rows of a chunk: all alike, and a number for which there is a kernel.
-inline word chunk_of(word rows) {
-  const word even = ceiling(rows, ceiling(rows, MOST));
-  for (word size : {1, 2, 3, 4, 6, 8, 10})
-    if (even <= size) return std::min(size, MOST);
-  return MOST;
+inline word chunk_of(word rows, word most) {
+  const word even = ceiling(rows, ceiling(rows, most));
+  for (word size : {1, 2, 3, 4, 6, 8, 10, 12})
+    if (even <= size) return std::min(size, most);
+  return most;
 }
 
 template <int R> using Rows = std::integral_constant<int, R>;
@@ -37,6 +37,9 @@ template <class Go> inline void with_rows(word rows, const Go &go) {
   case 8: return go(Rows<8>());
   case 10: return go(Rows<10>());
   case 12: return go(Rows<12>());
+#endif
+#if defined(BF16_PAIRS)
+  case 14: return go(Rows<14>());
 #endif
   }
 }
@@ -99,7 +102,7 @@ void products(const Layer &layer, const Stage &stage, char *Y, word y_row, word 
   with_rows(stage.chunk, [&](auto chunk) {
     constexpr int R = decltype(chunk)::value;
     if (!layer.code) float_products<T, R>(layer, stage, Y, y_row, rows, from, to);
-    else
+    else if constexpr (R <= MOST_BLOCKS)
       with_format(layer.code, [&](auto is) {
         block_products<T, decltype(is)::value, R>(layer, stage, Y, y_row, rows, from, to);
       });
@@ -145,7 +148,7 @@ template <class T> void linears(const Pass &pass, const Instr *ops, word count, 
     cost += groups_of(ops[i]) * group_bytes<T>(ops[i].code, K);
     (ops[i].code ? blocks : floats) = true;
   }
-  Stage stage{nullptr, nullptr, chunk_of(rows)};
+  Stage stage{nullptr, nullptr, chunk_of(rows, blocks ? MOST_BLOCKS : MOST)};
   const word chunks = ceiling(rows, stage.chunk);
   const bool alone = rows <= 2; // then it is quicker to stage for oneself than to meet
   char *room = pass.stage + (alone ? 0 : pass.threads * 2) * pass.stage_bytes;
@@ -191,7 +194,19 @@ template <class T> void product_of_row(const char *weights, const T *x, word K, 
     stage.floats = (char *)room.data();
     for (word k = 0; k < K; k += UNIT) stage_floats<T>(x + k, K - k, (char *)(room.data() + k));
   }
-  float_products<T, 1>(layer, stage, (char *)y, 0, 1, 0, ceiling(N, width_of(0)));
+  const word groups = ceiling(N, width_of(0));
+  word first = 0;
+#if !defined(OWN_FLOATS)
+  const word bytes = float_group<T>(K);
+  for (; first + BESIDE <= groups; first += BESIDE) {
+    v16 acc[BESIDE][VECTORS][1];
+    float_groups_of_row<T>(weights + first * bytes, bytes, stage.floats, K, acc);
+    for (word g = 0; g < BESIDE; g++)
+      for (word v = 0; v < VECTORS; v++)
+        if (const word n = ((first + g) * VECTORS + v) * LANES; n < N) finish<T>(acc[g][v][0], layer, n, (char *)y);
+  }
+#endif
+  float_products<T, 1>(layer, stage, (char *)y, 0, 1, first, groups);
 }
 
 } // namespace

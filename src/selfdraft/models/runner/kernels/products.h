@@ -72,6 +72,22 @@ __attribute__((noinline)) void float_group_sums(const char *w, const char *x, wo
     for (int r = 0; r < R; r++) said[v][r] = acc[v][r];
 }
 
+// Sums of one row with so many groups at once: a single group has too few of them, each waits for the one before it.
+constexpr word BESIDE = 4;
+
+template <class T>
+__attribute__((noinline)) void float_groups_of_row(const char *w, word bytes, const char *x, word K,
+                                                   v16 (&said)[BESIDE][VECTORS][1]) {
+  constexpr word pair = Pack<T>::inputs;
+  const typename Pack<T>::staged *row = (const typename Pack<T>::staged *)x;
+  v16 acc[BESIDE][VECTORS][1] = {};
+  for (const auto end = row + ceiling(K, pair) * pair; row < end; row += pair, w += 64 * VECTORS)
+#pragma GCC unroll 4
+    for (word g = 0; g < BESIDE; g++) float_step((const T *)(w + g * bytes), row, acc[g]);
+  for (word g = 0; g < BESIDE; g++)
+    for (int v = 0; v < VECTORS; v++) said[g][v][0] = acc[g][v][0];
+}
+
 #endif
 
 // ---- Blocks

@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "draw.h"
 #include "glue.h"
+#include "likeliest.h"
 #include "linear.h"
 #include "pinning.h"
 
@@ -116,6 +117,16 @@ void selfdraft_pin(word on) { pinning::wanted = on != 0; }
 // largest score, `key` that of the noise. Only `most` of them are written down.
 word selfdraft_contenders(const float *scores, word count, uint64_t key, float best, word *found, word most) {
   return draw::contenders(scores, count, key, best, found, most);
+}
+
+// The `most` likeliest tokens of rows [count, vocab], each `step` bytes behind the one before: values and ids
+// [count, most]. A row that holds NaN has -1 as its first id.
+void selfdraft_likeliest(word type, const char *rows, word count, word vocab, word step, word most, double *values,
+                         word *ids) {
+  for (word row = 0; row < count; row++, rows += step, values += most, ids += most) {
+    if (type == BF16) likeliest::of_row((const int16_t *)rows, vocab, most, values, ids);
+    else likeliest::of_row((const int32_t *)rows, vocab, most, values, ids);
+  }
 }
 
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.

@@ -11,10 +11,12 @@ namespace {
 constexpr word BLOCK = 32;
 
 // Rows that go through a group of weights together, at most: what there are registers for.
-#if defined(__AVX2__)
-constexpr word MOST = 12;
+#if defined(BF16_PAIRS)
+constexpr word MOST = 14, MOST_BLOCKS = 12; // floats, and block weights
+#elif defined(__AVX2__)
+constexpr word MOST = 12, MOST_BLOCKS = 12;
 #else
-constexpr word MOST = 4;
+constexpr word MOST = 4, MOST_BLOCKS = 4;
 #endif
 constexpr word AHEAD = 16384; // bytes of weights that are fetched ahead; measured (docs/decisions/011)
 
