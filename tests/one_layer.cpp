@@ -20,7 +20,7 @@ int main(int, char **names) {
   std::vector<float> x(rows * layer.inputs), y(rows * layer.outputs);
   if (fread(weights, 1, bytes, in) != size_t(bytes) || fread(x.data(), 4, x.size(), in) != x.size()) return 1;
   layer.weights = (const char *)weights;
-  Stage stage{nullptr, nullptr, chunk_of(rows)};
+  Stage stage{nullptr, nullptr, chunk_of(rows, MOST_BLOCKS)};
   const word chunks = ceiling(rows, stage.chunk);
   std::vector<char> room(chunks * stage.chunk * staged_blocks(layer.inputs));
   stage.blocks = room.data();

@@ -98,6 +98,13 @@ class Ends(NamedTuple):
     def of(cls, model: PreTrainedModel) -> Ends:
         return cls(model.get_input_embeddings(), model.get_output_embeddings())
 
+    @property
+    def weights(self) -> Tensor | None:
+        """The weights of the head [vocab, hidden], where they are floats."""
+        head = self.head
+        found = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight
+        return found if found is not None and found.is_floating_point() else None
+
 
 @dataclass(slots=True)
 class Gate:
@@ -194,8 +201,10 @@ def shifts_of(head: nn.Linear | BlockLinear | Tensor, states: Tensor, ids: Tenso
 
 def link_state(table: Callable[[Tensor], Tensor], before: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the tokens `before` [..., n] add to what the output layer is given: [..., n, hidden]."""
-    embedded = table(before).to(down.dtype)
-    return F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
+    embedded = table(
+        before
+    ).float()  # the epsilon of a norm follows its type: that of bfloat16 is as large as embeddings
+    return F.rms_norm(embedded, embedded.shape[-1:]).to(down.dtype) @ down @ up
 
 
 def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skipped: bool) -> dict[int, list[int]]:

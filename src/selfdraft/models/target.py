@@ -29,6 +29,7 @@ from selfdraft.models.graph.static_pass import StaticPlan
 from selfdraft.models.kinds import has_experts
 from selfdraft.models.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
 from selfdraft.models.rounded import Copy, rounding
+from selfdraft.models.runner.link import LinkKernel
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.runner import Runner
 from selfdraft.models.runner.trace import Traced
@@ -231,22 +232,33 @@ class HFTarget:
         for adapter in self.fitted:
             ids = range(first, first := first + len(adapter.embeddings))
             if adapter.link is not None:
-                one, many = partial(self._shift, adapter.link, {}), partial(self._shifts, adapter.link)
+                quick = self.runner.link(self.ends, adapter.link) if self.runner else None
+                one, many = partial(self._shift, adapter.link, {}, quick), partial(self._shifts, adapter.link)
                 found.setdefault(adapter.method, MaskTokens(ids, one, many))
             else:
                 found.setdefault(adapter.method, MaskTokens(ids))
         return found
 
     @torch.inference_mode()
-    def _shift(self, link: tuple[Tensor, Tensor], states: dict[int, Tensor], token: int, ids: Tensor) -> Tensor:
+    def _shift(
+        self,
+        link: tuple[Tensor, Tensor],
+        states: dict[int, Tensor],
+        quick: LinkKernel | None,
+        token: int,
+        ids: Tensor,
+    ) -> Tensor:
         """`states`: link states of tokens that were met, for text has most tokens many times."""
         state = states.get(token)
         if state is None:
             if len(states) >= LINK_STATES:
                 states.clear()
-            state = link_state(self.ends.table, torch.tensor(token, device=self._device), *link)
+            if quick is None:
+                state = link_state(self.ends.table, torch.tensor(token, device=self._device), *link)
+            else:
+                state = quick.state(token)
             states[token] = state
-        return shift_of(self.ends.head, state, ids.to(self._device))
+        return shift_of(self.ends.head, state, ids.to(self._device)) if quick is None else quick.shift(state, ids)
 
     @torch.inference_mode()
     def _shifts(self, link: tuple[Tensor, Tensor], before: Tensor, ids: Tensor) -> Tensor:

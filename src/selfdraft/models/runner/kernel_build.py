@@ -72,6 +72,8 @@ def library() -> ctypes.CDLL:
     opened.selfdraft_pin.argtypes = [word]
     opened.selfdraft_contenders.argtypes = [place, word, ctypes.c_uint64, ctypes.c_float, place, word]
     opened.selfdraft_contenders.restype = word
+    opened.selfdraft_link_state.argtypes = [word, place, word, word, place, place, word, ctypes.c_float, place]
+    opened.selfdraft_picked.argtypes = [word, place, word, place, word, place, place]
     opened.selfdraft_likeliest.argtypes = [word, place, word, word, word, word, place, place]
     opened.selfdraft_instructions.restype = ctypes.c_char_p
     *sizes, rows = (opened.selfdraft_sizes(which) for which in range(6))

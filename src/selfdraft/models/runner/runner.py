@@ -25,12 +25,15 @@ from selfdraft.models.kv_cache import KVCache
 from selfdraft.models.runner import kernel_build
 from selfdraft.models.runner.draw import contenders_by
 from selfdraft.models.runner.kernel_build import Pass
+from selfdraft.models.runner.link import LinkKernel
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import LARGEST, TYPES, Slot
 from selfdraft.models.runner.trace import Traced, trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from selfdraft.models.adapters import Ends
 
 Words = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -132,6 +135,10 @@ class Runner:
         self._library.selfdraft_keep(
             self._address, self._shapes.ctypes.data, size, slot, base, moves.ctypes.data, len(moves)
         )
+
+    def link(self, ends: Ends, link: tuple[Tensor, Tensor]) -> LinkKernel | None:
+        """The link of an adapter by the kernels; None where they cannot do it."""
+        return LinkKernel.of(self._library, ends.table, ends.weights, link)
 
     def _room(self, size: int) -> int:
         """Address of `size` bytes on a cache line, the same from pass to pass while they suffice."""

@@ -471,19 +471,27 @@ template <class T, class S> struct Attention {
   }
 };
 
-// Where groups of rows begin: of one slot, at most ROWS_TOGETHER of them; and their end.
-inline const std::vector<word> &groups(const Pass &pass) {
+// Rows that go through packed places together. Half of them where so few heads are not shared out evenly: packing twice
+// takes less than a thread that waits.
+inline word rows_together(const Pass &pass, word keyed) {
+  const bool even = keyed % pass.threads == 0 || (pass.rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER * keyed >= 4 * pass.threads;
+  return even || pass.rows < 6 ? ROWS_TOGETHER : std::min(ROWS_TOGETHER, (pass.rows + 1) / 2);
+}
+
+// Where groups of rows begin: of one slot, and few enough; and their end.
+inline const std::vector<word> &groups(const Pass &pass, word keyed) {
   static thread_local std::vector<word> starts;
+  const word most = rows_together(pass, keyed);
   starts.clear();
   for (word row = 0; row < pass.rows; row++)
-    if (!row || pass.slot[row] != pass.slot[row - 1] || row - starts.back() == ROWS_TOGETHER) starts.push_back(row);
+    if (!row || pass.slot[row] != pass.slot[row - 1] || row - starts.back() == most) starts.push_back(row);
   starts.push_back(pass.rows);
   return starts;
 }
 
 // Whether stretches are shared out among the threads: where rows and heads alone would not go round.
 inline bool splits(const Pass &pass, const Instr &op, word stretches) {
-  return pass.threads > 1 && stretches > 1 && word(groups(pass).size() - 1) * op.more[3] < 4 * pass.threads;
+  return pass.threads > 1 && stretches > 1 && word(groups(pass, op.more[3]).size() - 1) * op.more[3] < 4 * pass.threads;
 }
 
 // Floats that all threads together need for what the stretches of an attention give.
@@ -505,7 +513,7 @@ template <class T, class S> void attention(const Pass &pass, const Instr &op, Pr
     });
   const word longest = *std::max_element(pass.position, pass.position + pass.rows) + 1;
   const word cost = pass.rows * keyed * longest * (S::bytes(whole.wide) + S::bytes(whole.deep));
-  const std::vector<word> &starts = groups(pass);
+  const std::vector<word> &starts = groups(pass, keyed);
   const word count = word(starts.size()) - 1, stretches = whole.stretches();
   auto unit = [&](word group, word head) {
     return whole.unit(starts[group], starts[group + 1] - starts[group], head);

@@ -70,14 +70,26 @@ template <class T> __attribute__((noinline)) void finish_called(const v16 &acc, 
   finish<T>(acc, layer, n, Y);
 }
 
+// What walk `chunk` of `chunks` through a group fetches. A single one fetches what it will read itself, a little later; of
+// several only the first has to wait for memory, so all of them fetch the next group together: memory is never idle.
+inline Fetch ahead_of(const char *group, word bytes, word chunk, word chunks, bool first) {
+  const word step = 64 * VECTORS;
+  if (chunks == 1 || (first && !chunk)) return {group + AHEAD, step};
+  const word walks = chunks - first, walk = chunk - first; // nobody has fetched the first group
+  return {group + bytes + bytes / walks * walk, step / walks};
+}
+
 // Groups from .. to of a layer of floats, for all rows.
 template <class T, int R>
 void float_products(const Layer &layer, const Stage &stage, char *Y, word y_row, word rows, word from, word to) {
   const word bytes = float_group<T>(layer.inputs), row = staged_floats<T>(layer.inputs);
+  const word chunks = ceiling(rows, R);
   for (word g = from; g < to; g++)
     for (word first = 0; first < rows; first += R) {
       v16 acc[VECTORS][R];
-      float_group_sums<T, R>(layer.weights + g * bytes, stage.floats + first * row, layer.inputs, acc);
+      const char *const group = layer.weights + g * bytes;
+      float_group_sums<T, R>(group, stage.floats + first * row, layer.inputs,
+                             ahead_of(group, bytes, first / R, chunks, g == from), acc);
       for (word v = 0; v < VECTORS && (g * VECTORS + v) * LANES < layer.outputs; v++)
         for (word r = 0; r < std::min<word>(R, rows - first); r++)
           finish<T>(acc[v][r], layer, (g * VECTORS + v) * LANES, Y + (first + r) * y_row);

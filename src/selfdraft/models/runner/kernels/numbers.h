@@ -124,7 +124,11 @@ inline float exp_(float x) {
 }
 // The same for 16 lanes
 INLINED v16 exp16(v16 x) {
+#if defined(__AVX512F__)
+  x = (v16)_mm512_max_ps((__m512)same(-103.97f), _mm512_min_ps((__m512)same(88.72f), (__m512)x)); // NaN stays
+#else
   x = chosen((u32x16)(x > 88.72f), same(88.72f), chosen((u32x16)(x < -103.97f), same(-103.97f), x));
+#endif
   const v16 shifted = x * 1.44269504088896341f + 12582912.0f; // the nearest whole number is in its lowest bits
   const v16 n = shifted - 12582912.0f;
   const i32x16 whole = (i32x16)shifted - (i32x16)same(12582912.0f), half = whole >> 1;

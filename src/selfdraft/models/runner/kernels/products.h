@@ -57,15 +57,21 @@ INLINED void float_step(const T *w, const float *x, v16 (&acc)[VECTORS][R]) {
     }
 }
 
+static_assert(VECTORS == 2, "two lines of a group are fetched for a step of inputs");
+
 template <class T, int R>
-__attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, v16 (&said)[VECTORS][R]) {
+__attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, const Fetch &fetch,
+                                                v16 (&said)[VECTORS][R]) {
   constexpr word pair = Pack<T>::inputs;
+  const char *ahead = fetch.from;
   const typename Pack<T>::staged *rows = (const typename Pack<T>::staged *)x;
   v16 acc[VECTORS][R] = {};
   for (word first = 0; first < K; first += UNIT, rows += (R - 1) * UNIT)
     for (const auto end = rows + ceiling(std::min(UNIT, K - first), pair) * pair; rows < end;
          rows += pair, w += 64 * VECTORS) {
-      for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + v * 64 + AHEAD, 0, 2);
+      __builtin_prefetch(ahead, 0, 2);
+      if (fetch.pace == 64 * VECTORS) __builtin_prefetch(ahead + 64, 0, 2);
+      ahead += fetch.pace;
       float_step((const T *)w, rows, acc);
     }
   for (int v = 0; v < VECTORS; v++)

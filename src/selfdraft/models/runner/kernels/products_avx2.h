@@ -69,7 +69,7 @@ INLINED void float_unit(const char *w, const float *x, word steps, float *kept, 
 }
 
 template <class T, int R>
-__attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, v16 (&said)[VECTORS][R]) {
+__attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, const Fetch &, v16 (&said)[VECTORS][R]) {
   constexpr word pair = Pack<T>::inputs, wide = VECTORS * LANES;
   constexpr int M = R <= 6 ? R : R / 2, V = R <= 3 ? 4 : 2; // M * V sums and M rows or V weights are in registers
   static_assert(R % M == 0, "rows of a chunk go through in equal parts");

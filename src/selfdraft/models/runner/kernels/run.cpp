@@ -19,6 +19,7 @@
 #include "glue.h"
 #include "likeliest.h"
 #include "linear.h"
+#include "link.h"
 #include "pinning.h"
 
 extern "C" {
@@ -127,6 +128,24 @@ void selfdraft_likeliest(word type, const char *rows, word count, word vocab, wo
     if (type == BF16) likeliest::of_row((const int16_t *)rows, vocab, most, values, ids);
     else likeliest::of_row((const int32_t *)rows, vocab, most, values, ids);
   }
+}
+
+// What a token adds to what the output layer is given: `state` [wide], floats. `row`: its embedding.
+void selfdraft_link_state(word type, const void *row, word wide, word link, const void *down, const void *up, word rank,
+                          float epsilon, float *state) {
+  const auto go = [&](auto *from, auto *kind) {
+    typedef std::remove_pointer_t<decltype(kind)> L;
+    masks::link_state(from, wide, (const L *)down, (const L *)up, rank, epsilon, state);
+  };
+  const auto with = [&](auto *kind) { type == BF16 ? go((const bf16 *)row, kind) : go((const float *)row, kind); };
+  link == BF16 ? with((bf16 *)nullptr) : with((float *)nullptr);
+}
+
+// The dot products of `state` with rows `ids` of a table [*, wide].
+void selfdraft_picked(word type, const void *table, word wide, const word *ids, word count, const float *state,
+                      float *said) {
+  if (type == BF16) masks::picked((const bf16 *)table, wide, ids, count, state, said);
+  else masks::picked((const float *)table, wide, ids, count, state, said);
 }
 
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.

@@ -20,6 +20,12 @@ constexpr word MOST = 4, MOST_BLOCKS = 4;
 #endif
 constexpr word AHEAD = 16384; // bytes of weights that are fetched ahead; measured (docs/decisions/011)
 
+// What a walk through a group of weights fetches: bytes from `from` on, `pace` of them for each step of inputs.
+struct Fetch {
+  const char *from;
+  word pace;
+};
+
 // Bytes for one row of a chunk and one block: codes, scale d, -128 s, -8 s, d s and -128 times the sum of the first
 // half, s being the sum of the codes. One kind after the other, each for all rows of the chunk.
 constexpr word SUMS = 5, STAGED = BLOCK + 4 * SUMS;
