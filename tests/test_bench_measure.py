@@ -15,7 +15,7 @@ import torch
 
 from selfdraft.bench import measure as measuring
 from selfdraft.bench import rows as ledgers
-from selfdraft.bench.measure import Gauge, measure, settler, take, take_apart, weights_bytes
+from selfdraft.bench.measure import Gauge, Stopwatch, TimedDrafter, measure, settler, take, take_apart, weights_bytes
 from selfdraft.bench.report import by_position, records, scores_of, stats_of
 from selfdraft.bench.rows import Ledger
 from selfdraft.core.sequence import Sequence, open_sequence
@@ -23,8 +23,10 @@ from selfdraft.core.tree import Draft
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import RequestError
+from selfdraft.models.target import HFTarget
+from selfdraft.protocols import beside_of, needs_of
 from selfdraft.types import SamplingParams, Stats
-from tests.models import tiny_llama, tiny_target
+from tests.models import random_adapters, tiny_llama, tiny_target
 
 CPU = torch.device("cpu")
 TARGET = tiny_target()
@@ -107,6 +109,15 @@ def test_the_split_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, split = take_apart(plain, request(9), idle)
     # after the first token 8 steps, each: draft, forward, keep and observe, two looks each
     assert (split.target, split.drafting) == (16.0, 16.0)
+
+
+@pytest.mark.parametrize("name", ["none", "merged", "space"])
+def test_the_split_is_one_of_the_same_steps(name: str) -> None:
+    """What a drafter needs of the rows comes with the answers on the stopwatch, too."""
+    bare = build(name, HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())))
+    timed = TimedDrafter(bare, Stopwatch(idle))
+    assert needs_of(timed) == needs_of(bare)
+    assert beside_of(timed) is beside_of(bare)
 
 
 def test_the_accelerator_is_waited_for() -> None:

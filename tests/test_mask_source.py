@@ -10,14 +10,16 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
+from selfdraft.drafting.cost_guard import START
 from selfdraft.drafting.mask_prediction import MaskTokens, Place, endings
 from selfdraft.drafting.mask_source import BINS, FIRST_GAIN, MASKS, TRY_EVERY, MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit
-from selfdraft.drafting.source_tree import RequestSources, Sources
+from selfdraft.drafting.source_tree import RequestSources, Sources, SourceTree
 from selfdraft.errors import OptionError
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import standstill
+from selfdraft.types import Budget
 from tests.clocks import Ticking, on_passes
 from tests.models import random_adapters, run, tiny_llama
 
@@ -108,6 +110,39 @@ def test_what_masks_said_of_an_older_place_is_forgotten() -> None:
     sequence.tokens.append(4)
     note.resume(sequence)
     assert note.masks.state is None
+
+
+def test_masks_that_lose_are_paused_until_a_new_request() -> None:
+    """What masks took is booked against what they alone brought; others named tokens, too, and those do not count."""
+    tree = SourceTree(Sources(request=True), 8, standstill, masks=MaskTokens(range(100, 103)))
+    sequence = Sequence([1, 2, 3], 1, SamplingParams(), max_length=12)
+    hung, wide = Draft((5,), (ROOT,), ("copy+masks",), 1).with_probes((100, 101), (ROOT, 0), MASKS), Budget(8, 8, 8)
+    right, asked = Result(hung, (0,), (5, 6)), list[tuple[int, float]]()
+
+    def dear(rows: int, seconds: float) -> float:
+        asked.append((rows, seconds))
+        return 1.0
+
+    steps = 0
+    while not tree.masks.paused:
+        tree.book_masks([right], dear)
+        steps += 1
+    assert START - 1 < steps < START + 3, "each step took a token and brought none"
+    assert {*asked} == {(2, 0.0)}
+    before = len(asked)
+    tree.book_masks([right], dear)
+    assert len(asked) == before, "nothing is booked during a pause"
+    assert tree.with_masks([sequence], [EMPTY], [wide], [0.0] * 8) == [EMPTY]
+    fresh = Sequence([1, 2, 3], 2, SamplingParams(), max_length=12)
+    assert len(tree.with_masks([fresh], [EMPTY], [wide], [0.0] * 8)[0]) == 3, "a new request is given a trial"
+
+
+def test_masks_that_pay_go_on() -> None:
+    tree = SourceTree(Sources(request=True), 8, standstill, masks=MaskTokens(range(100, 103)))
+    hung = Draft((5, 6), (ROOT, 0), (MASKS, "copy"), 2).with_probes((100,), (-3,), MASKS)
+    for _ in range(100):
+        tree.book_masks([Result(hung, (0, 1), (5, 6, 7))], lambda rows, seconds: 1.9)
+    assert not tree.masks.paused, "both tokens are there because of the masks"
 
 
 @pytest.mark.parametrize("name", ["merged", "auto"])

@@ -231,7 +231,7 @@ class TimedTarget:
 
 
 class TimedDrafter:
-    """A drafter with a stopwatch."""
+    """A drafter with a stopwatch; what it needs is known through it, or its steps would be others."""
 
     def __init__(self, drafter: Drafter, watch: Stopwatch) -> None:
         self._drafter, self._watch = drafter, watch
@@ -241,6 +241,9 @@ class TimedDrafter:
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         self._watch.time("drafting", self._drafter.observe, sequences, results)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._drafter, name)
 
 
 def settler(device: torch.device) -> Callable[[], None]:

@@ -24,7 +24,7 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import RowCost
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.successors import likeliest, topk
+from selfdraft.drafting.successors import scores_of, topk
 from selfdraft.types import Budget, SamplingParams, within
 
 CANDIDATES = 128
@@ -89,16 +89,13 @@ class Place:
         return Guess(tuple(self.ids.numpy()[order].tolist()), tuple((weights[order] / weights.sum()).tolist()))
 
 
-def places(logits: Tensor, sequence: Sequence, known: Top | None = None) -> list[Place]:
+def places(logits: Tensor, sequence: Sequence) -> list[Place]:
     """What rows of `logits` [n, vocab] say; row i speaks of the place len(tokens) + i.
 
     A sampled request is guessed with the noise that the target will use there: that is what makes them agree.
-    `known`: the likeliest tokens of these rows, where they came with the answers.
     """
     # no processor is asked about a place behind the end
     sampling, logits = sequence.sampling, logits[: sequence.remaining]
-    if known is not None and sampling.unbiased:
-        return _known_places(logits, sequence, known)
     if sampling.plain or (sampling.local and apart(logits)):
         end = len(sequence.tokens)
         said = scored(logits, sampling, sequence.seed, range(end, end + len(logits)))
@@ -117,13 +114,14 @@ def places(logits: Tensor, sequence: Sequence, known: Top | None = None) -> list
     return found
 
 
-def _known_places(logits: Tensor, sequence: Sequence, known: Top) -> list[Place]:
-    """`places` of rows whose likeliest tokens are known: of a sampled request these alone are given noise."""
+def known_places(top: Top, rows: SequenceOf[int], sequence: Sequence) -> list[Place]:
+    """`places` of rows whose likeliest tokens are known (`top`): of a sampled request these alone are given noise."""
     sampling, end = sequence.sampling, len(sequence.tokens)
-    scores, ids = likeliest(logits, sampling, CANDIDATES, known=(known[0][: len(logits)], known[1][: len(logits)]))
+    numbers = torch.tensor(rows[: sequence.remaining])
+    scores, ids = scores_of((top[0][numbers], top[1][numbers]), sampling)
     noise = np.zeros_like(scores) if sampling.greedy else gumbel_rows(sequence.seed, range(end, end + len(ids)), ids)
-    rows = zip(torch.from_numpy(ids), torch.from_numpy(scores), torch.from_numpy(noise), strict=True)
-    return [Place(*row, sampling.temperature or 1.0) for row in rows]
+    found = zip(torch.from_numpy(ids), torch.from_numpy(scores), torch.from_numpy(noise), strict=True)
+    return [Place(*row, sampling.temperature or 1.0) for row in found]
 
 
 def _within_reach(scores: Tensor, sampling: SamplingParams, seed: int, position: int) -> Tensor:
@@ -332,8 +330,9 @@ def read_group(groups: Groups, sequence: Sequence, result: Result, tables: Table
     known = tables.places(sequence, rows)
     if known is not None:
         return known[: sequence.remaining]
-    top = None if result.top is None else (result.top[0][rows], result.top[1][rows])
-    return [*places(result.logits[rows], sequence, top)]
+    if result.top is not None and sequence.sampling.unbiased:
+        return [*known_places(result.top, rows, sequence)]
+    return [*places(result.logits[rows], sequence)]
 
 
 def ranks(draft: Draft) -> list[int]:

@@ -64,10 +64,16 @@ def likeliest(
     """Likeliest tokens of rows [n, vocab]: scores after temperature and truncation, and ids, both [n, k].
 
     `known`: the likeliest tokens of these rows, where they came with the answers; nothing is asked then.
+    """
+    return scores_of(topk(logits, most) if known is None else (known[0][:, :most], known[1][:, :most]), sampling)
+
+
+def scores_of(top: Top, sampling: SamplingParams) -> tuple[Scores, Ids]:
+    """Scores [n, k] of the likeliest tokens of rows after temperature and truncation, and their ids.
+
     Penalties and processors are left out, and what top-p keeps is judged by these tokens alone: they are only guesses.
     """
-    values, indices = topk(logits, most) if known is None else (known[0][:, :most], known[1][:, :most])
-    scores, ids = values.double().cpu().numpy(), indices.cpu().numpy()
+    scores, ids = top[0].double().cpu().numpy(), top[1].cpu().numpy()
     if sampling.greedy:
         return scores, ids
     scores = (scores - scores[:, :1]) / max(sampling.temperature, 1e-300)

@@ -201,9 +201,8 @@ def shifts_of(head: nn.Linear | BlockLinear | Tensor, states: Tensor, ids: Tenso
 
 def link_state(table: Callable[[Tensor], Tensor], before: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the tokens `before` [..., n] add to what the output layer is given: [..., n, hidden]."""
-    embedded = table(
-        before
-    ).float()  # the epsilon of a norm follows its type: that of bfloat16 is as large as embeddings
+    # in float32: the epsilon of a norm follows its type, and that of bfloat16 is as large as embeddings are
+    embedded = table(before).float()
     return F.rms_norm(embedded, embedded.shape[-1:]).to(down.dtype) @ down @ up
 
 
