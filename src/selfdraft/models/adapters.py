@@ -201,9 +201,8 @@ def shifts_of(head: nn.Linear | BlockLinear | Tensor, states: Tensor, ids: Tenso
 
 def link_state(table: Callable[[Tensor], Tensor], before: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """What the tokens `before` [..., n] add to what the output layer is given: [..., n, hidden]."""
-    # in float32: the epsilon of a norm follows its type, and that of bfloat16 is as large as embeddings are
-    embedded = table(before).float()
-    return F.rms_norm(embedded, embedded.shape[-1:]).to(down.dtype) @ down @ up
+    embedded = table(before).to(down.dtype)
+    return F.rms_norm(embedded, embedded.shape[-1:]) @ down @ up
 
 
 def gate_rows(rows: Rows, adapters: SequenceOf[MaskAdapter], vocab: int, *, skipped: bool) -> dict[int, list[int]]:
