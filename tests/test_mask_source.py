@@ -11,6 +11,7 @@ from selfdraft.core.tree import EMPTY, ROOT, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.drafting.cost_guard import START
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens, Place, endings
 from selfdraft.drafting.mask_source import BINS, FIRST_GAIN, MASKS, TRY_EVERY, MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit
@@ -153,7 +154,10 @@ def test_masks_is_a_bool_and_may_be_missing(name: str) -> None:
     assert build(name, bare, {"masks": True}).tree.groups is None  # type: ignore[attr-defined]
     gated = on_passes(HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())))
     assert build(name, gated, {"masks": True}).tree.groups is not None  # type: ignore[attr-defined]
-    assert (build(name, gated).tree.groups is None) == (name == "merged")  # type: ignore[attr-defined]
+    for seconds, tried in ((None, False), (1.3, True), (1.4, False)):
+        gated.profile = None if seconds is None else Profile((1, 8), (1.0, seconds), (0.0, 0.0))
+        found = build(name, gated).tree.groups  # type: ignore[attr-defined]
+        assert (found is not None) == (tried and name == "auto"), "only where rows are known to be cheap"
     assert build(name, gated, {"masks": False}).tree.groups is None  # type: ignore[attr-defined]
 
 

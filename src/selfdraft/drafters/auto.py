@@ -14,6 +14,7 @@ from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
 from selfdraft.drafting.successors import RUNNERS_UP
@@ -27,12 +28,22 @@ TREE_FROM = 0.004
 MASKED = "space"
 """The method whose masks need no pass of their own."""
 
+CHEAP = 1.35
+"""Where a pass of 8 rows takes at most so many times one of 1 row, masks are tried unasked. It was 1.1 where they paid,
+and 1.6 to 1.9 where they did not (docs/training.md, docs/log.md)."""
+
+
+def cheap_rows(profile: Profile | None) -> bool:
+    """Whether rows are known to cost little beside a pass."""
+    return profile is not None and profile.at(8) <= CHEAP * profile.at(1)
+
 
 class Auto:
     """`merged` under a cost guard: trees are cut where a row does not pay, and steps are plain where nothing pays.
 
     Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
-    `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source; None: as long as they pay.
+    `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source, as long as they pay; None:
+    where passes were measured, and rows are cheap.
     `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
     Errors: OptionError for values out of range.
     """
@@ -53,7 +64,7 @@ class Auto:
     ) -> None:
         self.memory = Memory(memory) if memory else None
         found, clock = target.extras.mask_tokens.get(MASKED), target.extras.clock
-        rows = wanted_masks(found, True if masks is None else masks)
+        rows = wanted_masks(found, cheap_rows(target.extras.pass_cost) if masks is None else masks)
         before = read_task_profile(task_profile)
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows, before)
         self.beside = self.tree.beside
