@@ -128,7 +128,7 @@ class SamplingParams:
 
     @property
     def unbiased(self) -> bool:
-        """True when the likelier of two tokens of a row, by its raw logits, is never the less likely one here."""
+        """True when no token is favoured or banned: the likelier of two by the raw logits stays the likelier."""
         return self.local and not self.logit_bias and self.allowed_token_ids is None
 
     @property

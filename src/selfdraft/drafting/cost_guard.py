@@ -48,6 +48,15 @@ class LossBudget:
     """Requests until one is tried again though the budget is empty; doubled each time that fails."""
     waited: int = 0
 
+    def rests(self, sequences: SequenceOf[Sequence]) -> bool:
+        """Begin a step of these sequences: whether it is one of a pause. A new request may end one."""
+        if self.paused and any(sequence.num_output_tokens == 1 for sequence in sequences):
+            self.begin()
+        resting = self.paused
+        if resting:
+            self.rest()
+        return resting
+
     def rest(self) -> None:
         """Book a step during a pause."""
         self.balance += SHARE
@@ -90,11 +99,8 @@ class CostGuard:
 
     def drafts(self, sequences: SequenceOf[Sequence]) -> bool:
         """Begin a step: whether it drafts. It does not during a pause, nor when a plain step is due."""
-        if self.budget.paused and any(sequence.num_output_tokens == 1 for sequence in sequences):
-            self.budget.begin()
         self._began, self._own, self._count = self.clock(), 0.0, len(sequences)
-        if self.budget.paused:
-            self.budget.rest()
+        if self.budget.rests(sequences):
             self.drafting = False
         else:
             self._since_plain += 1

@@ -178,7 +178,7 @@ class SourceTree:
     ) -> list[Draft]:
         """The trees with the mask rows that are worth their place; `row_costs[i]`: of the i-th row of a tree."""
         self._masking = 0.0
-        if self.groups is None or self._paused(sequences):
+        if self.groups is None or self.masks.rests(sequences):
             return list(drafts)
         began, hung = self.clock(), []
         for sequence, draft, budget in zip(sequences, drafts, budgets, strict=True):
@@ -189,14 +189,6 @@ class SourceTree:
             self._masking, source.seconds = self._masking + source.seconds, 0.0
         self._masking += self.clock() - began
         return hung
-
-    def _paused(self, sequences: SequenceOf[Sequence]) -> bool:
-        """Whether no masks hang in this step; a new request may be of a kind of text where they pay."""
-        if self.masks.paused and any(sequence.num_output_tokens == 1 for sequence in sequences):
-            self.masks.begin()
-        if self.masks.paused:
-            self.masks.rest()
-        return self.masks.paused
 
     def learn(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
         """Score every source by the new tokens, read them, and keep what the rows that were run say of the next."""

@@ -101,9 +101,7 @@ class Ends(NamedTuple):
     @property
     def weights(self) -> Tensor | None:
         """The weights of the head [vocab, hidden], where they are floats."""
-        head = self.head
-        found = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight
-        return found if found is not None and found.is_floating_point() else None
+        return float_weights(self.head)
 
 
 @dataclass(slots=True)
@@ -175,12 +173,17 @@ def linked(ends: Ends, before: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return shift_of(ends.head, link_state(ends.table, before, down, up))
 
 
+def float_weights(head: nn.Linear | BlockLinear | Tensor) -> Tensor | None:
+    """The weights [vocab, hidden] of an output layer, where they are floats that lie row after row."""
+    found = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight
+    return found if found is not None and found.is_floating_point() else None
+
+
 def shift_of(head: nn.Linear | BlockLinear | Tensor, state: Tensor, ids: Tensor | None = None) -> Tensor:
     """What link states [..., hidden] add to all logits: [..., vocab], or only to those of `ids` [k]: [..., k]."""
     if isinstance(head, BlockLinear) and ids is not None:
         return F.linear(state, head.rows(ids, state.dtype))
-    table = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight
-    if table is not None and table.is_floating_point():
+    if (table := float_weights(head)) is not None:
         weight = table if ids is None else table[ids]
         return F.linear(state.to(weight.dtype), weight)
     assert isinstance(head, nn.Module)
@@ -192,8 +195,7 @@ def shift_of(head: nn.Linear | BlockLinear | Tensor, state: Tensor, ids: Tensor 
 
 def shifts_of(head: nn.Linear | BlockLinear | Tensor, states: Tensor, ids: Tensor) -> Tensor:
     """What link states [n, b, hidden] add to the logits of `ids` [n, k], row by row: [n, b, k]."""
-    weight = head if isinstance(head, Tensor) else None if isinstance(head, BlockLinear) else head.weight
-    if weight is not None and weight.is_floating_point():
+    if (weight := float_weights(head)) is not None:
         return torch.bmm(states.to(weight.dtype), weight[ids].mT)
     wanted = ids[:, None].expand(-1, states.shape[1], -1)
     return shift_of(head, states).gather(2, wanted)  # quantised: only the layer itself can read its weights

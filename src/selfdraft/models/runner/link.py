@@ -35,12 +35,13 @@ class LinkKernel:
         cls, library: ctypes.CDLL, embed: Callable[[Tensor], Tensor], head: Tensor | None, link: tuple[Tensor, Tensor]
     ) -> LinkKernel | None:
         """None where a tensor is not as the kernels take it."""
-        parts = [part for part in (head, *link) if part is not None]
-        able = all(
-            type(part) in (Tensor, nn.Parameter) and part.dtype in FLOATS and part.is_contiguous() for part in parts
+        if head is None or link[0].dtype != link[1].dtype:
+            return None
+        able = (
+            type(part) in (Tensor, nn.Parameter) and part.dtype in FLOATS and part.is_contiguous()
+            for part in (head, *link)
         )
-        same = link[0].dtype == link[1].dtype
-        return cls(library, embed, head, link) if head is not None and able and same else None
+        return cls(library, embed, head, link) if all(able) else None
 
     def state(self, token: int) -> Tensor:
         """What `token` adds to what the output layer is given: [hidden], float32."""

@@ -379,7 +379,6 @@ template <class T> void embed(const Instr &op, char *out, word id) {
 // of a sum, 1.6 of a gate, where two threads read 25 bytes in 1 ns (AVX2; docs/log.md, "Vectors of 16").
 inline word glue_cost(const Instr &op) {
   const word numbers = op.d[0] * op.d[1] * op.d[2] * op.d[3];
-  if (op.code == GATED) return PART / 64 + op.more[3] * (op.more[2] + op.d[3]); // its weights, from a near cache
   return PART / 64 + numbers * (op.code == GLU ? 40 : 12);
 }
 

@@ -49,10 +49,10 @@ template <class K> void of_row(const K *row, int64_t count, int64_t most, double
   for (int64_t block = 0; block < blocks; block++) {
     const K *const from = row + block * BLOCK;
     K top = key_of(from[0]);
-    if (block < whole)
-      for (int i = 0; i < BLOCK; i++) top = std::max(top, key_of(from[i])), broken |= is_nan(from[i]);
-    else
-      for (int64_t i = 0; i < count - block * BLOCK; i++) top = std::max(top, key_of(from[i])), broken |= is_nan(from[i]);
+    const auto look = [&](int64_t size) ALWAYS {
+      for (int64_t i = 0; i < size; i++) top = std::max(top, key_of(from[i])), broken |= is_nan(from[i]);
+    };
+    block < whole ? look(BLOCK) : look(count - whole * BLOCK); // a loop of a known length is one of vectors
     tops[block] = top;
   }
   // as many blocks as tokens are wanted have one that reaches this, so no token below it is wanted

@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "numbers.h"
 
 namespace masks {
