@@ -14,10 +14,12 @@ from selfdraft.core.rows import Rows, tree_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
-from selfdraft.drafters.cascade import PAUSES, Cascade, InnerPassRule
+from selfdraft.drafters.auto import Auto
+from selfdraft.drafters.cascade import Cascade
 from selfdraft.drafting.context_tree import ContextTree
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.estimators import TRUSTED
+from selfdraft.drafting.inner_passes import PAUSES, InnerPasses, InnerPassRule
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Contexts, Copies, Reader
@@ -44,11 +46,8 @@ class Machine:
         return self.now
 
 
-def timed(
-    machine: Machine, name: str, sampling: SamplingParams, options: dict[str, object] | None = None, again: bool = False
-) -> tuple[Drafter, list[Sequence]]:
-    """The answers to PROMPTS on a machine of these costs; `again`: when the drafter has answered them once before."""
-    target = tiny_target()
+def slowed(target: HFTarget, machine: Machine) -> HFTarget:
+    """The target, its passes as slow as those of the machine."""
     forward: Callable[..., Tensor] = target.forward
 
     def slow(rows: Rows, short: PassVariant | None = None) -> Tensor:
@@ -59,6 +58,14 @@ def timed(
 
     target.forward = slow  # type: ignore[method-assign]
     target.clock = machine
+    return target
+
+
+def timed(
+    machine: Machine, name: str, sampling: SamplingParams, options: dict[str, object] | None = None, again: bool = False
+) -> tuple[Drafter, list[Sequence]]:
+    """The answers to PROMPTS on a machine of these costs; `again`: when the drafter has answered them once before."""
+    target = slowed(tiny_target(), machine)
     drafter = build(name, target, options)
     for _ in range(again):
         run(target, drafter, PROMPTS, sampling)
@@ -67,6 +74,15 @@ def timed(
 
 
 GREEDY, WARM = SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, temperature=1.0, seed=3)
+
+
+def inner_of(drafter: Drafter) -> InnerPasses:
+    """The inner passes of `cascade`, or of `auto` with bits."""
+    assert isinstance(drafter, Cascade | Auto)
+    assert drafter.inner is not None
+    return drafter.inner
+
+
 NOTHING_KNOWN: dict[str, object] = {"recycling": False}
 """On sampled text that does not repeat itself, whatever costs no pass then has nothing to say."""
 
@@ -104,45 +120,38 @@ def test_without_inner_passes_it_is_merged() -> None:
         target.clock = lambda: 0.0
         drafter = build(name, target)
         if isinstance(drafter, Cascade):
-            drafter.rule = Never()
+            drafter.inner.rule = Never()
         texts = run(target, drafter, PROMPTS, WARM)
         counts.append([(s.stats.num_draft_tokens, s.stats.acceptance_histogram) for s in texts])
     assert counts[0] == counts[1]
 
 
-def test_cheap_passes_are_used_and_pay() -> None:
+@pytest.mark.parametrize(("name", "options"), [("cascade", {}), ("auto", {"bits": 4})])
+def test_cheap_passes_are_used_and_pay(name: str, options: dict[str, object]) -> None:
     machine, alone = Machine(1.0, 0.1), Machine(1.0, 0.1)
-    _, texts = timed(machine, "cascade", WARM, NOTHING_KNOWN)
+    drafter, texts = timed(machine, name, WARM, {**NOTHING_KNOWN, **options})
+    assert isinstance(drafter, Cascade | Auto)
+    assert drafter.guard.node_time.seconds == 0, "passes are no time of making trees"
     timed(alone, "merged", WARM, NOTHING_KNOWN)
     steps = sum(sequence.stats.num_steps for sequence in texts)
     assert sum(sequence.stats.num_draft_passes for sequence in texts) > 2 * steps
     assert machine.now < 0.5 * alone.now
 
 
-def test_dear_passes_are_only_tried() -> None:
+@pytest.mark.parametrize(("name", "options"), [("cascade", {}), ("auto", {"bits": 4})])
+def test_dear_passes_are_only_tried(name: str, options: dict[str, object]) -> None:
     machine = Machine(1.0, 2.0)
-    drafter, texts = timed(machine, "cascade", WARM, NOTHING_KNOWN)
-    assert isinstance(drafter, Cascade)
+    drafter, texts = timed(machine, name, WARM, {**NOTHING_KNOWN, **options})
     passes = sum(sequence.stats.num_draft_passes for sequence in texts)
     assert TRUSTED <= passes <= TRUSTED + 8
-    assert drafter.rule.pause > PAUSES[0]
+    assert inner_of(drafter).rule.pause > PAUSES[0]
 
 
 def test_inner_trees_are_verified_in_one_pass() -> None:
     """On a text that repeats itself, inner passes have a tree under the chain, and bring more than one token each."""
     machine = Machine(1.0, 0.05)
-    target = tiny_target()
-    target.clock = machine
+    target = slowed(tiny_target(), machine)
     drafter = build("cascade", target)
-    forward = target.forward
-
-    def slow(rows: Rows, short: PassVariant | None = None) -> Tensor:
-        machine.now += machine.whole if short is None else machine.inner
-        if short is not None:
-            machine.inner_rows.append(len(rows))
-        return forward(rows, short)
-
-    target.forward = slow  # type: ignore[method-assign]
     (sequence,) = run(target, drafter, [[1, 2, 3]], SamplingParams(max_tokens=120))
     assert sequence.output == run(tiny_target(), "none", [[1, 2, 3]], SamplingParams(max_tokens=120))[0].output
     assert max(machine.inner_rows) > 2
@@ -164,26 +173,43 @@ def test_a_batch_of_chains(profile: Profile | None) -> None:
     target.profile = profile
     drafter = build("cascade", target)
     assert isinstance(drafter, Cascade)
-    drafter.rule = Eager()
+    drafter.inner.rule = Eager()
     texts = run(target, drafter, PROMPTS, WARM, slots=3, eos=frozenset({5, 9}))
     assert [sequence.output for sequence in texts] == wanted
     assert sum(s.stats.num_draft_passes for s in texts) > sum(s.stats.num_steps for s in texts) / 2
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, WARM])
-def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: SamplingParams) -> None:
-    """Every link is right then: noise, positions and memory of the inner passes are those of the target."""
+def left_alone() -> HFTarget:
+    """A model that rounding to 8 bits leaves as it is."""
     model = copy.deepcopy(tiny_llama())
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(quantised_linear(layer, 8, Arena()).dequantised(torch.float64))
-    target = on_passes(HFTarget(model))
+    return HFTarget(model)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: SamplingParams) -> None:
+    """Every link is right then: noise, positions and memory of the inner passes are those of the target."""
+    target = on_passes(left_alone())
     drafter = build("cascade", target, {"bits": 8})
     assert isinstance(drafter, Cascade)
-    drafter.rule = Eager()
+    drafter.inner.rule = Eager()
     run(target, drafter, [[1, 2, 3], *PROMPTS], sampling)
-    acceptance = drafter.rule.confidence.acceptance
+    acceptance = drafter.inner.rule.confidence.acceptance
     assert acceptance.total == acceptance.weight > 30
+
+
+@pytest.mark.parametrize("name", ["cascade", "auto"])
+def test_a_chain_is_cut_by_how_often_its_tokens_are_right(name: str) -> None:
+    """Not by the chances that the rounded model states: they are small here, and yet the model says the same."""
+    target = slowed(left_alone(), Machine(1.0, 0.01, 0.04))
+    target.profile = Profile((1, 64), (1.04, 3.56), (0.0, 0.0))
+    drafter = build(name, target, {"bits": 8, **NOTHING_KNOWN})
+    inner_of(drafter).rule = Eager()
+    run(target, drafter, PROMPTS, WARM)
+    for sequence in run(target, drafter, PROMPTS, WARM):
+        assert sequence.stats.mean_acceptance_length > 8
 
 
 # the rule
@@ -268,4 +294,4 @@ def test_memory_is_its_own() -> None:
     drafter = build("cascade", tiny_target(), {"memory": 50})
     assert isinstance(drafter, Cascade)
     assert isinstance(drafter.memory, Memory)
-    assert drafter.short == Rounded(4)
+    assert drafter.inner.short == Rounded(4)

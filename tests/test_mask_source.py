@@ -154,10 +154,14 @@ def test_masks_is_a_bool_and_may_be_missing(name: str) -> None:
     assert build(name, bare, {"masks": True}).tree.groups is None  # type: ignore[attr-defined]
     gated = on_passes(HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())))
     assert build(name, gated, {"masks": True}).tree.groups is not None  # type: ignore[attr-defined]
-    for seconds, tried in ((None, False), (1.3, True), (1.4, False)):
+    for seconds, tried in ((None, False), (1.45, True), (1.55, False)):
         gated.profile = None if seconds is None else Profile((1, 8), (1.0, seconds), (0.0, 0.0))
         found = build(name, gated).tree.groups  # type: ignore[attr-defined]
         assert (found is not None) == (tried and name == "auto"), "only where rows are known to be cheap"
+    gated.profile = Profile((1, 8), (1.0, 1.1), (0.0, 0.0))
+    for masks in (None, True):
+        found = build("auto", gated, {"bits": 4, "masks": masks}).tree.groups  # type: ignore[attr-defined]
+        assert (found is not None) == (masks is True), "beside a rounded copy only where they are asked for"
     assert build(name, gated, {"masks": False}).tree.groups is None  # type: ignore[attr-defined]
 
 

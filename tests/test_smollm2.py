@@ -25,6 +25,8 @@ SAMPLINGS = {
     "sampled": SamplingParams(max_tokens=16, temperature=0.8, top_p=0.95, seed=7),
 }
 DRAFTERS = [*(name for name in NAMES if name not in ("none", "s3d")), "merged with masks", "auto with masks"]
+DRAFTERS += ["auto with bits"]
+OPTIONS: dict[str, dict[str, object]] = {"": {}, "masks": {"masks": True}, "bits": {"bits": 4}}
 GOLDEN = "The capital of France is Paris."
 
 
@@ -51,8 +53,8 @@ def plain(llm: LLM) -> Callable[[str], list[Record]]:
 def test_every_token_and_every_bit_is_that_of_plain_decoding(
     llm: LLM, plain: Callable[[str], list[Record]], drafter: str, sampling: str
 ) -> None:
-    method, _, masks = drafter.partition(" with ")
-    drafted = llm.engine_for(method, {masks: True} if masks else None)
+    method, _, option = drafter.partition(" with ")
+    drafted = llm.engine_for(method, OPTIONS[option])
     for expected, one in zip(plain(sampling), requests(llm, SAMPLINGS[sampling]), strict=True):
         got = decode(drafted, one, bits=True)
         assert got.tokens == expected.tokens

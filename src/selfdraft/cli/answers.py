@@ -29,6 +29,7 @@ COLOURS = {
     "layer_skip": "yellow",
     "quantised": "bright_yellow",
     "cascade": "bright_cyan",
+    "rounded": "bright_cyan",
     "s3d": "bright_blue",
     "space": "bright_green",
 }

@@ -15,22 +15,25 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.cost_model import Profile
+from selfdraft.drafting.inner_passes import InnerPasses
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
 from selfdraft.drafting.successors import RUNNERS_UP
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.files.task_profiles import read_task_profile
 from selfdraft.protocols import Needs, Target
-from selfdraft.types import Budget
+from selfdraft.types import Budget, Rounded
 
-TREE_FROM = 0.004
+SOURCE = "rounded"
+"""Name of the tokens that passes with rounded weights agreed to."""
+TREE_FROM = 0.002
 """Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
 MASKED = "space"
 """The method whose masks need no pass of their own."""
 
-CHEAP = 1.35
-"""Where a pass of 8 rows takes at most so many times one of 1 row, masks are tried unasked. It was 1.1 where they paid,
-and 1.6 to 1.9 where they did not (docs/training.md, docs/log.md)."""
+CHEAP = 1.5
+"""Where a pass of 8 rows takes at most so many times one of 1 row, masks are tried unasked. It was 1.1 to 1.4 where
+they paid, and 1.6 to 1.9 where they did not (docs/training.md, docs/log.md)."""
 
 
 def cheap_rows(profile: Profile | None) -> bool:
@@ -43,13 +46,19 @@ class Auto:
 
     Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
     `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source, as long as they pay; None:
-    where passes were measured, and rows are cheap.
+    where passes were measured, and rows are cheap, and there is no copy, beside which they bring little. `bits`: passes
+    of a copy with weights rounded to so many bits draft, too, as long as they pay (`drafting/inner_passes.py`); None:
+    there is no copy.
     `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
     Errors: OptionError for values out of range.
     """
 
     needs: ClassVar[Needs] = Needs(
-        tokens_only=True, logits_options=("recycling", "masks"), prediction=True, pass_cost=True, runners_up=RUNNERS_UP
+        tokens_only=True,
+        logits_options=("recycling", "masks", "bits"),
+        prediction=True,
+        pass_cost=True,
+        runners_up=RUNNERS_UP,
     )
 
     def __init__(
@@ -60,32 +69,47 @@ class Auto:
         memory: int = 0,
         recycling: bool = True,
         masks: bool | None = None,
+        bits: int | None = None,
         task_profile: str | Path | None = None,
     ) -> None:
         self.memory = Memory(memory) if memory else None
         found, clock = target.extras.mask_tokens.get(MASKED), target.extras.clock
-        rows = wanted_masks(found, cheap_rows(target.extras.pass_cost) if masks is None else masks)
+        unasked = bits is None and cheap_rows(target.extras.pass_cost)
+        rows = wanted_masks(found, unasked if masks is None else masks)
         before = read_task_profile(task_profile)
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows, before)
         self.beside = self.tree.beside
         self.copies = SuffixCopy()
-        self.guard = CostGuard(target.extras.pass_cost, target.extras.clock)
+        self.guard = CostGuard(target.extras.pass_cost, clock)
+        self.inner = self._inner_passes(target, bits)
         self.uses_tree = True
 
+    def _inner_passes(self, target: Target, bits: int | None) -> InnerPasses | None:
+        """What drafts with a rounded copy. Errors: OptionError for other bits; RunnerUnavailable where none is made."""
+        if bits is None or bits is False:
+            return None
+        short = Rounded(bits)
+        target.extras.check_rounding("auto with bits")
+        return InnerPasses(target, short, self.tree, self.guard, SOURCE)
+
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
+        if self.inner is not None:
+            self.inner.start(sequences)
         if not self.guard.drafts(sequences):
             return [EMPTY] * len(sequences)
         with self.guard.timed():
             self._choose(sequences)
             began = self.guard.clock()
-            maker, most = (self.tree, self.tree.most) if self.uses_tree else (self.copies, min(self.tree.most, AHEAD))
-            costs = self.guard.row_costs(sequences, most)
-            drafts = maker.draft(sequences, budgets, costs)
-            self.guard.node_time.observe(sum(map(len, drafts)), self.guard.clock() - began)
+            costs = self.guard.row_costs(sequences, self.tree.most if self.uses_tree else min(self.tree.most, AHEAD))
+            drafts = self._maker.draft(sequences, budgets, costs)
+            took = self.guard.clock() - began - (self.inner.seconds if self.inner is not None else 0.0)
+            self.guard.node_time.observe(sum(map(len, drafts)), took)
             drafts = self.guard.cut(sequences, drafts)
             return self.tree.with_masks(sequences, drafts, budgets, costs) if self.uses_tree else drafts
 
     def observe(self, sequences: SequenceOf[Sequence], results: SequenceOf[Result]) -> None:
+        if self.inner is not None:
+            self.inner.observe(sequences, results)
         if self.guard.drafting:
             with self.guard.timed():
                 if self.uses_tree:
@@ -98,9 +122,15 @@ class Auto:
             self.tree.book_masks(results, partial(self.guard.tokens_in, sequences, results))
         self.tree.forget(sequences)
 
+    @property
+    def _maker(self) -> InnerPasses | SourceTree | SuffixCopy:
+        """What makes the trees of this step."""
+        return (self.inner or self.tree) if self.uses_tree else self.copies
+
     def _choose(self, sequences: SequenceOf[Sequence]) -> None:
         """Tree or copies: by the clock, when a request begins, as the profile may be of a busier machine."""
         used, other = (self.tree, self.copies) if self.uses_tree else (self.copies, self.tree)
         if any(sequence not in used and sequence not in other for sequence in sequences):
             seconds = self.guard.cost.at(1, 1, 0)
-            self.uses_tree = not self.guard.measured or self.memory is not None or seconds >= TREE_FROM
+            forced = not self.guard.measured or self.memory is not None or self.inner is not None
+            self.uses_tree = forced or seconds >= TREE_FROM
