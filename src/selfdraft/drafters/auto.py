@@ -21,7 +21,7 @@ from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_mask
 from selfdraft.drafting.successors import RUNNERS_UP
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.files.task_profiles import read_task_profile
-from selfdraft.protocols import Needs, Target
+from selfdraft.protocols import Needs, Target, search_of
 from selfdraft.types import Budget, Rounded
 
 SOURCE = "rounded"
@@ -90,7 +90,7 @@ class Auto:
             return None
         short = Rounded(bits)
         target.extras.check_rounding("auto with bits")
-        return InnerPasses(target, short, self.tree, self.guard, SOURCE)
+        return InnerPasses(target, short, self.tree, self.guard, search_of(target).contenders, SOURCE)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         if self.inner is not None:

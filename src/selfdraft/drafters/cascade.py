@@ -18,7 +18,7 @@ from selfdraft.drafting.inner_passes import InnerPasses
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source
 from selfdraft.files.task_profiles import read_task_profile
-from selfdraft.protocols import Needs, Target
+from selfdraft.protocols import Needs, Target, search_of
 from selfdraft.types import Budget, Rounded
 
 SOURCE = "cascade"
@@ -50,7 +50,7 @@ class Cascade:
         clock, sources = target.extras.clock, every_source(recycling)
         self.tree = SourceTree(sources, num_speculative_tokens, clock, self.memory, before=before)
         self.guard = CostGuard(target.extras.pass_cost, clock)
-        self.inner = InnerPasses(target, short, self.tree, self.guard, SOURCE)
+        self.inner = InnerPasses(target, short, self.tree, self.guard, search_of(target).contenders, SOURCE)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         self.inner.start(sequences)

@@ -13,7 +13,7 @@ from pathlib import Path
 from selfdraft.drafting.autoregressive import Chaining, exit_of
 from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import checked, read_skip
-from selfdraft.protocols import Target
+from selfdraft.protocols import Target, search_of
 from selfdraft.types import Skip, within
 
 SOURCE = "layer_skip"
@@ -42,7 +42,12 @@ class LayerSkip(Chaining):
     ) -> None:
         rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
         super().__init__(
-            lambda rows: target.forward(rows, self.skip), SOURCE, num_speculative_tokens, rule, target.extras.clock
+            lambda rows: target.forward(rows, self.skip),
+            SOURCE,
+            num_speculative_tokens,
+            rule,
+            target.extras.clock,
+            search_of(target).contenders,
         )
         given = any(option is not None for option in (skip_attention, skip_mlp, exit_layer, skip_set))
         named = skip_set if given else target.extras.tuned_options.get(SOURCE, {}).get("skip_set")

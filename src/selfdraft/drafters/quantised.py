@@ -7,7 +7,8 @@ Here both share one memory of keys and values, so a prompt is read once.
 from __future__ import annotations
 
 from selfdraft.drafting.autoregressive import Chaining, exit_of
-from selfdraft.protocols import Target
+from selfdraft.drafting.draft_length import AGREED
+from selfdraft.protocols import Target, search_of
 from selfdraft.types import Rounded
 
 SOURCE = "quantised"
@@ -30,9 +31,14 @@ class Quantised(Chaining):
         target_acceptance_rate: float = 0.9,
         adaptive: bool = True,
     ) -> None:
-        rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive)
+        rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive, AGREED)
         self.short = Rounded(bits)
         target.extras.check_rounding(SOURCE)
         super().__init__(
-            lambda rows: target.forward(rows, self.short), SOURCE, num_speculative_tokens, rule, target.extras.clock
+            lambda rows: target.forward(rows, self.short),
+            SOURCE,
+            num_speculative_tokens,
+            rule,
+            target.extras.clock,
+            search_of(target).contenders,
         )

@@ -13,14 +13,14 @@ import numpy as np
 from torch import Tensor
 
 from selfdraft.core import told
-from selfdraft.core.one_row import Scores, apart, widened
+from selfdraft.core.one_row import Contenders, Scores, apart, contenders, widened
 from selfdraft.core.rows import Rows, chain_rows
 from selfdraft.core.sampler import NOTHING, NOTHING_LEFT, choose, process
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.told import UNSAID, Asked
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.core.verify import Result
-from selfdraft.drafting.draft_length import ExitThreshold, StepSeconds, ThroughputExit, Verified
+from selfdraft.drafting.draft_length import Confidence, ExitThreshold, StepSeconds, ThroughputExit, Verified
 from selfdraft.errors import EngineError, OptionError
 from selfdraft.types import Budget, Clock, within
 
@@ -29,8 +29,11 @@ POLICIES = ("target", "throughput")
 """What the exit threshold follows: the acceptance rate asked for, or the measured tokens per second."""
 
 
-def exit_of(policy: str, threshold: float, rate: float, adaptive: bool) -> Exit:
-    """The rule of these options. Errors: OptionError for an unknown policy, or a value out of range."""
+def exit_of(policy: str, threshold: float, rate: float, adaptive: bool, agreed: float = 0.0) -> Exit:
+    """The rule of these options; `agreed`: how often a token is accepted at least, until it was seen.
+
+    Errors: OptionError for an unknown policy, or a value out of range.
+    """
     within("confidence_threshold", threshold, 0.0, 1.0)
     within("target_acceptance_rate", rate, 0.0, 1.0)
     if policy not in POLICIES:
@@ -38,7 +41,7 @@ def exit_of(policy: str, threshold: float, rate: float, adaptive: bool) -> Exit:
     if policy == "throughput":
         if not adaptive:
             raise OptionError("exit_policy='throughput' adapts: adaptive=False belongs to exit_policy='target'")
-        return ThroughputExit(threshold)
+        return ThroughputExit(threshold, confidence=Confidence(agreed))
     return ExitThreshold(threshold, rate, adaptive)
 
 
@@ -47,20 +50,29 @@ class Chaining:
 
     The passes read the target's own cache and write behind what it remembers, so there is nothing to undo. A sampled
     request drafts with the noise the target will use: that is what makes sampled drafts agree.
-    `run` is the short pass, logits [answers, vocab] of rows; `clock` times passes, in seconds.
+    `run` is the short pass, logits [answers, vocab] of rows; `clock` times passes, in seconds; `search` looks a row
+    through on a CPU.
     Errors: OptionError when `most` is out of range.
     """
 
-    def __init__(self, run: Callable[[Rows], Tensor], source: str, most: int, exit_: Exit, clock: Clock) -> None:
+    def __init__(
+        self,
+        run: Callable[[Rows], Tensor],
+        source: str,
+        most: int,
+        exit_: Exit,
+        clock: Clock,
+        search: Contenders = contenders,
+    ) -> None:
         within("num_speculative_tokens", most, 1, 256)
         self.run, self.source, self.most, self.exit = run, source, most, exit_
-        self.clock = clock
+        self.clock, self.search = clock, search
         self._seconds = self._ended = 0.0
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         began = self.clock()
         chains = [
-            Chain(sequence, min(self.most, budget.max_depth, budget.max_nodes))
+            Chain(sequence, min(self.most, budget.max_depth, budget.max_nodes), self.search)
             for sequence, budget in zip(sequences, budgets, strict=True)
         ]
         while going := [chain for chain in chains if chain.going]:
@@ -94,6 +106,8 @@ class Chain:
 
     sequence: Sequence
     most: int
+    search: Contenders = contenders
+    """How a row is looked through on a CPU."""
     tokens: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     """The chance that the short pass gave to each."""
@@ -126,7 +140,7 @@ class Chain:
             token = int(row.argmax())
         else:
             scores = process(logits, sampling, self.path, sequence.prompt_length, sequence.stop_ids)
-            token = choose(scores, sampling, sequence.seed, self.place)
+            token = choose(scores, sampling, sequence.seed, self.place, self.search)
         return token, float(row.float().softmax(-1)[token]) if isinstance(row, Tensor) else chance(row, token)
 
     def add(self, token: int, score: float) -> None:

@@ -14,6 +14,9 @@ from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 
 BINS = 10
 """Confidences are calibrated in 10 classes."""
+AGREED = 0.8
+"""A rounded copy is thought to say what the model says at least so often, until it was seen. It was 0.86 to 0.92 where
+a 4-bit copy of SmolLM2 was least sure of a token (docs/log.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,18 @@ class ExitThreshold:
 
 @dataclass(slots=True)
 class Confidence:
-    """How often a token was accepted, all before it being accepted, by the chance that the drafter gave to it."""
+    """How often a token was accepted, all before it being accepted, by the chance that the drafter gave to it.
 
+    At first a chance is believed; with `least` it is thought to lie between that and 1, in the same order.
+    """
+
+    least: float = 0.0
     acceptance: Mean = field(default_factory=lambda: Mean(0.8, 4.0))
-    bins: list[Mean] = field(default_factory=lambda: [Mean((i + 0.5) / BINS, 4.0, 0.995) for i in range(BINS)])
+    bins: list[Mean] = field(init=False)
+
+    def __post_init__(self) -> None:
+        stated = [(place + 0.5) / BINS for place in range(BINS)]
+        self.bins = [Mean(self.least + (1 - self.least) * chance, 4.0, 0.995) for chance in stated]
 
     def chance(self, confidence: float) -> float:
         """Calibrated chance that a token of this confidence is accepted, all before it being accepted."""

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from selfdraft.core.one_row import Contenders
 from selfdraft.core.rows import Rows, chain_rows, tree_rows
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, ROOT, Draft, chances_of
@@ -20,7 +21,7 @@ from selfdraft.core.verify import Result
 from selfdraft.drafting.autoregressive import Chain
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.cost_model import Throughput
-from selfdraft.drafting.draft_length import Confidence
+from selfdraft.drafting.draft_length import AGREED, Confidence
 from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 from selfdraft.drafting.source_tree import SourceTree
 from selfdraft.drafting.step_timer import StepTimer
@@ -58,11 +59,15 @@ class Link:
 class InnerPasses:
     """Chains that passes `short` of the model agreed to, and the trees of `tree` under their ends.
 
-    `guard` prices rows and hands the clock. Drafted tokens carry the name `source`.
+    `guard` prices rows and hands the clock; `search` looks a row through on a CPU. Drafted tokens carry the name
+    `source`.
     """
 
-    def __init__(self, target: Runs, short: PassVariant, tree: SourceTree, guard: CostGuard, source: str) -> None:
+    def __init__(
+        self, target: Runs, short: PassVariant, tree: SourceTree, guard: CostGuard, search: Contenders, source: str
+    ) -> None:
         self.target, self.short, self.tree, self.guard, self.source = target, short, tree, guard, source
+        self.search = search
         self.rule = InnerPassRule()
         self.seconds = 0.0
         """Seconds that the inner passes of this step took."""
@@ -88,7 +93,7 @@ class InnerPasses:
         links = []
         for sequence, budget in zip(sequences, budgets, strict=True):
             room = Budget(min(len(row_costs), budget.max_nodes), budget.max_depth, budget.max_probe_depth)
-            links.append(Link(Chain(sequence, min(room.max_nodes, room.max_depth)), room))
+            links.append(Link(Chain(sequence, min(room.max_nodes, room.max_depth), self.search), room))
         plain = self.guard.plain_seconds(sequences)
         least = len(sequences) / plain if plain else 0.0
         first = True
@@ -194,7 +199,7 @@ class InnerPassRule:
     """
 
     time: StepTime = field(default_factory=StepTime)
-    confidence: Confidence = field(default_factory=Confidence)
+    confidence: Confidence = field(default_factory=lambda: Confidence(AGREED))
     throughput: Throughput = field(default_factory=Throughput)
     """Of whole steps."""
     guessed: Mean = field(default_factory=Mean)
