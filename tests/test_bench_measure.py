@@ -18,6 +18,7 @@ from selfdraft.bench import rows as ledgers
 from selfdraft.bench.measure import Gauge, Stopwatch, TimedDrafter, measure, settler, take, take_apart, weights_bytes
 from selfdraft.bench.report import by_position, records, scores_of, stats_of
 from selfdraft.bench.rows import Ledger
+from selfdraft.bench.run import Footprint
 from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import Draft
 from selfdraft.drafters import build
@@ -118,6 +119,25 @@ def test_the_split_is_one_of_the_same_steps(name: str) -> None:
     timed = TimedDrafter(bare, Stopwatch(idle))
     assert needs_of(timed) == needs_of(bare)
     assert beside_of(timed) is beside_of(bare)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "needed"),
+    [
+        ("none", {}, (0, 0)),
+        ("context", {}, (0, 0)),
+        ("merged", {"masks": True}, (7, 0)),
+        ("space", {}, (7, 0)),
+        ("s3d", {}, (5, 0)),
+        ("quantised", {"bits": 8}, (0, 300)),
+        ("cascade", {}, (0, 200)),
+        ("auto", {"bits": 4, "masks": True}, (7, 200)),
+    ],
+)
+def test_what_a_drafter_needs_beside_the_model(name: str, options: dict[str, object], needed: tuple[int, int]) -> None:
+    drafter = build(name, HFTarget(tiny_llama(), adapters=random_adapters(tiny_llama())), options)
+    footprint = Footprint(1, lambda: 2, {"space": 7, "s3d": 5}, lambda: {4: 200, 8: 300})
+    assert footprint.beside(drafter) == dict(zip(("adapter", "copy"), needed, strict=True))
 
 
 def test_the_accelerator_is_waited_for() -> None:

@@ -228,7 +228,7 @@ def test_elsewhere_than_on_a_cpu_passes_take_the_plain_path(place: str) -> None:
         Runner(torch.float32, torch.device(place), KVCache(1, 256), 0)
 
 
-@pytest.mark.parametrize("drafter", ["quantised", "cascade"])
+@pytest.mark.parametrize("drafter", ["quantised", "cascade", "auto with bits"])
 def test_drafters_that_round_weights_say_that_they_cannot(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from selfdraft.drafters import build
 
@@ -236,7 +236,7 @@ def test_drafters_that_round_weights_say_that_they_cannot(drafter: str, monkeypa
     extras = DraftExtras(unrounded="these have kernels for CPUs alone, while the model is on cuda:0")
     monkeypatch.setattr(type(target), "extras", property(lambda self: extras))
     with pytest.raises(RunnerUnavailable, match=rf"{drafter} drafts with rounded weights, .* use another drafter"):
-        build(drafter, target)
+        build(drafter.split()[0], target, {"bits": 4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, "_device", torch.device("cuda", 0))
         assert "CPUs alone" in target._unrounded

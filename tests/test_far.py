@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[tuple[int, int], ...]] = {
     "prediction": ((1, 2), (1, 3), (1, 4), (1, 5)),
     "lookahead": ((1, 2), (1, 3), (1, 4), (1, 5)),
     "layer_skip": ((2, 4), (2, 6), (2, 8), (2, 10)),
-    "quantised": ((2, 4), (3, 9), (2, 8), (2, 10)),
+    "quantised": ((3, 6), (4, 12), (2, 8), (3, 15)),  # a link is one wait as before; a copy that is trusted makes more
     "s3d": ((2, 5), (2, 7), (2, 9), (2, 13)),
     "space": ((1, 3), (1, 5), (1, 6), (1, 10)),
     "merged": ((1, 2), (1, 5), (1, 5), (1, 10)),

@@ -42,9 +42,10 @@ OPTIONS: dict[str, dict[str, object]] = {
     "merged": {"memory": 300, "masks": True},
     "auto": {"masks": True},
     "auto with bits": {"masks": True, "bits": 4},
+    "auto with skip": {"skip_set": Skip(frozenset({1}), frozenset({1}))},
 }
 """Options of a drafter under test; a drafter that is not named runs with its defaults."""
-CASES = (*NAMES, "auto with bits")
+CASES = (*NAMES, *(name for name in OPTIONS if name not in NAMES))
 
 MASKS = 7
 CANONICAL = Shapes(4, 64)

@@ -70,6 +70,15 @@ def test_eight_bits_are_nearer_than_four() -> None:
     assert target.copies[4].bytes < target.copies[8].bytes
 
 
+@pytest.mark.parametrize(("name", "options"), [("quantised", {}), ("cascade", {}), ("auto", {"bits": 4})])
+def test_the_copy_is_there_before_the_first_answer(name: str, options: dict[str, object]) -> None:
+    """A server would make its first caller wait for it."""
+    target = tiny_target()
+    assert not target.copies
+    build(name, target, options)
+    assert {*target.copies} == {4}
+
+
 def test_verification_takes_nothing_from_a_rounded_pass() -> None:
     """Not its keys and values, and no states that a skipped pass had left where it has written since."""
     said = []

@@ -90,7 +90,9 @@ def test_the_machine_is_measured_and_explained(
     assert str(kept) in done.out
     said = json.loads(typed(monkeypatch, capsys, "tune", "--model", "pocket", "--dtype", "float32", "--json").out)
     assert said["profile"]["rows"][0] == 1
-    assert {"lookahead", "space", "s3d", "layer_skip"} < {verdict["drafter"] for verdict in said["verdicts"]}
+    assert {"lookahead", "space", "s3d", "layer_skip", "rounded copy"} < {
+        verdict["drafter"] for verdict in said["verdicts"]
+    }
 
 
 def test_a_profile_of_a_busy_machine_is_not_kept(

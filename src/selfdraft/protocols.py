@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,12 +17,16 @@ from selfdraft.core.verify import Beside, Result
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import MissingMasks, RunnerUnavailable
-from selfdraft.types import Budget, Clock, JsonObject, PassVariant
+from selfdraft.types import Budget, Clock, JsonObject, PassVariant, Rounded
 
 
 def standstill() -> float:
     """A clock that stands still."""
     return 0.0
+
+
+def nothing_to_prepare(short: PassVariant) -> None:
+    """For a target that needs nothing made for a drafting pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,19 @@ class DraftExtras:
     """By method, options found best on this model; they came with the checkpoint."""
     unrounded: str = ""
     """Why no copy with rounded weights can be made here; nothing where one can."""
+    prepare: Callable[[PassVariant], None] = nothing_to_prepare
+    """Makes what drafting passes of a kind need, so that no answer waits for it."""
 
-    def check_rounding(self, method: str) -> None:
-        """Errors: RunnerUnavailable where `method` would find no rounded weights."""
+    def rounded(self, method: str, bits: int) -> Rounded:
+        """Passes with weights of `bits` bits for `method`; the copy is made now.
+
+        Errors: RunnerUnavailable where there can be none; OptionError for other bits.
+        """
+        short = Rounded(bits)
         if self.unrounded:
             raise RunnerUnavailable(f"{method} drafts with rounded weights, and {self.unrounded}: use another drafter")
+        self.prepare(short)
+        return short
 
     def num_masks(self, method: str) -> int:
         """How many mask tokens a method has here."""

@@ -157,7 +157,7 @@ def memory_of(own: SequenceOf[Row], plain: SequenceOf[Row]) -> JsonObject:
     A method runs the same target, so it never needs less than plain decoding: what looks like it is noise of the gauge.
     """
     memory, base = _most(own), _most(plain)
-    extra = memory["adapter"] + max(memory["working"] - base["working"], 0)
+    extra = memory["adapter"] + memory.get("copy", 0) + max(memory["working"] - base["working"], 0)
     plain_peak = memory["weights"] + memory["cache"] + base["working"]
     peak = plain_peak + extra
     return {

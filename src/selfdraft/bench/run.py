@@ -16,9 +16,11 @@ from selfdraft.bench.peers import Peer
 from selfdraft.bench.rows import Ledger, Row
 from selfdraft.bench.tasks import Item
 from selfdraft.core.sequence import Sequence
+from selfdraft.drafters import copy_bits, masks_used
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import PeerError, PromptTooLong
 from selfdraft.models.machine_state import flip
+from selfdraft.protocols import Drafter
 from selfdraft.prove.record import first_difference
 
 PLAIN = "none"
@@ -49,7 +51,15 @@ class Footprint:
     cache: Callable[[], int]
     """Keys and values as they are now: one cache for all drafters, made for the longest request so far."""
     adapters: Mapping[str, int] = field(default_factory=dict)
-    """Adapter and mask embeddings by method."""
+    """Adapter and mask embeddings by the method that they were trained for."""
+    copies: Callable[[], Mapping[int, int]] = dict
+    """Rounded copies of the model as they are now, by the bits of a weight."""
+
+    def beside(self, drafter: Drafter) -> dict[str, int]:
+        """What a drafter needs beside the model."""
+        copy = copy_bits(drafter)
+        adapter = sum(self.adapters.get(method, 0) for method in masks_used(drafter))
+        return {"adapter": adapter, "copy": self.copies().get(copy, 0) if copy is not None else 0}
 
 
 @dataclass(slots=True)
@@ -210,6 +220,8 @@ class Question:
             if contender.label not in found:
                 continue
             row = self._row(contender, found[contender.label], found[plain])
+            if contender.edition is None:
+                row |= self._inside(engines[contender.label].drafter, found[contender.label])
             row["cores"] = flip(distances) if distances else None
             if contender.own_plain is not None:
                 row |= against_own_plain(found[contender.label], found.get(contender.own_plain))
@@ -253,18 +265,17 @@ class Question:
             "plain_seconds": plain.median.seconds,
             "plain_first_token_seconds": plain.median.first_token_seconds,
             "all_seconds": [run.seconds for run in own.takes],
-            **(self._inside(contender, own) if contender.edition is None else {}),
             "load_average": round(os.getloadavg()[0], 2),
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "conditions": dict(self.bench.conditions),
         }
 
-    def _inside(self, contender: Contender, own: Measured) -> Row:
+    def _inside(self, drafter: Drafter, own: Measured) -> Row:
         """What is only known of our own engine: counts, where the time went, memory."""
         assert own.split is not None
         footprint = self.bench.footprint
         memory = {"weights": footprint.weights, "cache": footprint.cache(), "working": own.working_bytes}
-        memory["adapter"] = footprint.adapters.get(contender.method, 0)
+        memory |= footprint.beside(drafter)
         memory["resident"] = own.resident_bytes
         return {"stats": own.median.stats.as_dict(), "split": asdict(own.split), "memory": memory}
 

@@ -17,6 +17,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
     AsJson,
+    Configs,
     Device,
     Dtype,
     Exact,
@@ -30,10 +31,9 @@ from selfdraft.cli.options import (
     Quantized,
     Threads,
     as_verb,
+    chosen_drafters,
     conditions,
-    named,
     open_llm,
-    parse_config,
     runnable,
     weights_in_words,
 )
@@ -50,7 +50,6 @@ from selfdraft.cli.peers import (
 )
 from selfdraft.cli.rejections import explain_all, show_rejections
 from selfdraft.errors import OptionError, RequestError
-from selfdraft.methods import ALIASES, drafter_of
 from selfdraft.types import JsonObject, SamplingParams
 
 if TYPE_CHECKING:
@@ -70,10 +69,6 @@ FIGURES = ("tok/s", "vs plain", "decode", "tok/pass", "accept", "+MiB", "/memory
 """Heads of the table; docs/bench.md says what they mean."""
 
 Names = Annotated[str | None, typer.Option(help="Names with commas, or 'all'; 'none' always runs. Default: all.")]
-Configs = Annotated[
-    list[str] | None,
-    typer.Option(help="A drafter with options as JSON, with 'method' and a 'name'; may be given several times."),
-]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with tasks' files; goes before this package's own.")]
 Limit = Annotated[int | None, typer.Option(help="Take at most this many prompts of each task or part.", min=1)]
 Samples = Annotated[int, typer.Option(help="Answers to each coding task, for pass@k.", min=1)]
@@ -320,27 +315,9 @@ class Subject:
 
 def contenders_of(drafters: str | None, configs: Sequence[str]) -> list[Contender]:
     """Plain decoding first, then who was named, each under a label of its own. Errors: OptionError."""
-    from selfdraft.bench.run import PLAIN, Contender
-    from selfdraft.drafters import find
+    from selfdraft.bench.run import Contender
 
-    wanted = drafters if drafters is not None else ("all" if not configs else "")
-    found = [Contender(PLAIN, PLAIN)]
-    found += [Contender(name, name) for name in named(wanted) if ALIASES.get(name, name) != PLAIN]
-    for config in configs:
-        options = parse_config(config) or {}
-        label = options.pop("name", None)
-        if "method" not in options:
-            raise OptionError(f'--speculative-config {config} has no "method"; name the drafter there')
-        method, rest = drafter_of(None, options)
-        find(method, rest)
-        if label is not None and not (isinstance(label, str) and label.strip()):
-            raise OptionError(f'--speculative-config: "name" is a label, not {label!r}')
-        found.append(Contender(str(label or method), method, rest))
-    labels = [contender.label for contender in found]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise OptionError(f'two drafters are called {twice!r}; give each --speculative-config a "name" of its own')
-    return found
+    return [Contender(*one) for one in chosen_drafters(drafters, configs, plain_first=True)]
 
 
 def gather_items(source: Source, plan: Plan) -> dict[str, list[Item]]:
@@ -416,7 +393,12 @@ def set_up(llm: LLM, subject: Subject, plan: Plan, log: Path | None) -> Bench:
         open=open_request,
         contenders=subject.drafters_for(llm),
         conditions=facts,
-        footprint=Footprint(measure.weights_bytes(llm.model), lambda: llm.target.cache.bytes, adapters),
+        footprint=Footprint(
+            measure.weights_bytes(llm.model),
+            lambda: llm.target.cache.bytes,
+            adapters,
+            lambda: {bits: copy.bytes for bits, copy in llm.target.copies.items()},
+        ),
         gauge=measure.Gauge(device),
         settle=measure.settler(device),
         runs=plan.runs,

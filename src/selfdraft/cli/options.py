@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from selfdraft.types import SamplingParams
 
 T = TypeVar("T")
+Configs = Annotated[
+    list[str] | None,
+    typer.Option(help="A drafter with options as JSON, with 'method' and a 'name'; may be given several times."),
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -420,12 +424,37 @@ def named(wanted: str) -> list[str]:
     return names
 
 
-def drafter_names(wanted: str, against: str) -> list[str]:
-    """The drafters to compare; 'none' is no comparison with plain decoding. Errors: OptionError."""
-    names = [name for name in named(wanted) if against == "hf" or ALIASES.get(name, name) != "none"]
-    if not names:
-        raise OptionError(f"--drafters {wanted!r} leaves nothing to compare; there are: {', '.join(named('all'))}")
-    return names
+def chosen_drafters(
+    drafters: str | None, configs: Sequence[str], *, plain_first: bool = False
+) -> list[tuple[str, str, dict[str, object]]]:
+    """Label, method and options of the drafters of --drafters and of every --speculative-config; without both all.
+
+    `plain_first`: plain decoding comes first, and the name of it in --drafters means no other one.
+    Errors: OptionError, also where two have one label.
+    """
+    names = named(drafters if drafters is not None else ("all" if not configs else ""))
+    if plain_first:
+        names = ["none", *(name for name in names if ALIASES.get(name, name) != "none")]
+    found: list[tuple[str, str, dict[str, object]]] = [(name, name, {}) for name in names]
+    for config in configs:
+        options = parse_config(config) or {}
+        label = options.pop("name", None)
+        if "method" not in options:
+            raise OptionError(f'--speculative-config {config} has no "method"; name the drafter there')
+        method, rest = drafter_of(None, options)
+        check_early(method, rest)
+        if ALIASES.get(method, method) not in OPTIONS:  # of another package
+            from selfdraft.drafters import find
+
+            find(method, rest)
+        if label is not None and not (isinstance(label, str) and label.strip()):
+            raise OptionError(f'--speculative-config: "name" is a label, not {label!r}')
+        found.append((str(label or method), method, rest))
+    labels = [label for label, _, _ in found]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise OptionError(f'two drafters are called {twice!r}; give each --speculative-config a "name" of its own')
+    return found
 
 
 def runnable(llm: LLM, method: str, options: Mapping[str, object] | None = None, *, named: bool) -> Engine | None:

@@ -14,6 +14,7 @@ from selfdraft.cli.options import (
     DEFAULT_MODEL,
     Adapters,
     AsJson,
+    Configs,
     Device,
     Dtype,
     Exact,
@@ -26,14 +27,15 @@ from selfdraft.cli.options import (
     Quantized,
     Threads,
     check_options,
+    chosen_drafters,
     conditions,
-    drafter_names,
     encode_all,
     open_llm,
     repeatable,
     runnable,
 )
 from selfdraft.errors import OptionError
+from selfdraft.methods import ALIASES, OPTIONS
 from selfdraft.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from selfdraft.prove.verify import Mismatch, Report
 
 Against = Literal["plain", "hf"]
+Names = Annotated[
+    str | None, typer.Option(help="Names with commas between, or 'all': the default without --speculative-config.")
+]
 REFERENCES: dict[Against, str] = {"plain": "plain decoding", "hf": "transformers' greedy"}
 """What --against compares with, in words."""
 
@@ -53,7 +58,8 @@ def verify(
     adapter: Adapters = None,
     lora: Lora = None,
     quantization: Quantized = "auto",
-    drafters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
+    drafters: Names = None,
+    speculative_config: Configs = None,
     limit: Annotated[int | None, typer.Option(help="Take at most this many prompts.", min=1)] = None,
     max_new_tokens: MaxNew = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -72,7 +78,7 @@ def verify(
     """Prove that drafting changes nothing. Every token of every drafter is compared; exit code 1 at a mismatch."""
     from selfdraft.files.records import read_prompts
 
-    names = drafter_names(drafters, against)
+    wanted = to_compare(drafters, speculative_config or [], against)
     texts = read_prompts(prompts, limit)
     sampling = SamplingParams(temperature=temperature, max_tokens=max_new_tokens, ignore_eos=ignore_eos)
     if against == "hf" and not sampling.plain:
@@ -83,18 +89,29 @@ def verify(
     llm = loading(model, "none", None, dtype, exactness, threads, adapter)
     ids = encode_all(llm, texts, chat_template, sampling)
     requests = [repeatable(llm, sampling, seed + i, prompt) for i, prompt in enumerate(ids)]
-    tried = {name: runnable(llm, name, named=drafters != "all") for name in names}
-    engines = {name: engine for name, engine in tried.items() if engine is not None}
+    by_name = drafters not in (None, "all")
+    tried = {label: runnable(llm, name, rest, named=by_name or bool(rest)) for label, name, rest in wanted}
+    engines = {label: engine for label, engine in tried.items() if engine is not None}
     report = compared(llm, against, engines, requests, quiet=as_json)
+    facts = conditions(llm, model, lora)
     if as_json:
-        facts = {"against": against, "drafters": list(engines), "prompts": len(texts), "temperature": temperature}
-        terminal.print_json({**conditions(llm, model, lora).as_dict(), **facts, **report.as_dict()})
+        run = {"against": against, "drafters": list(engines), "prompts": len(texts), "temperature": temperature}
+        terminal.print_json({**facts.as_dict(), **run, **report.as_dict()})
     else:
-        for mismatch in report.mismatches:
-            show_mismatch(mismatch, llm.decode)
-        precision = conditions(llm, model, lora).dtype
-        show_verdict(report, against, f"{terminal.counted(len(texts), 'prompt')} x {', '.join(engines)}; {precision}")
+        what = f"{terminal.counted(len(texts), 'prompt')} x {', '.join(engines)}; {facts.dtype}"
+        show_verdict(report, against, what, llm.decode)
     raise typer.Exit(1 if report.mismatches else 0)
+
+
+def to_compare(
+    drafters: str | None, configs: Sequence[str], against: Against
+) -> list[tuple[str, str, dict[str, object]]]:
+    """Label, method and options of the drafters; 'none' is no comparison with plain decoding. Errors: OptionError."""
+    found = chosen_drafters(drafters, configs)
+    left = [one for one in found if against == "hf" or ALIASES.get(one[1], one[1]) != "none"]
+    if not left:
+        raise OptionError(f"--drafters {drafters!r} leaves nothing to compare; there are: {', '.join(OPTIONS)}")
+    return left
 
 
 def compared(
@@ -128,8 +145,13 @@ def show_mismatch(mismatch: Mismatch, decode: Callable[[Sequence[int]], str]) ->
     )
 
 
-def show_verdict(report: Report, against: Against, run: str) -> None:
-    """How much was compared, with what, and how much of it differed; `run` says prompts, drafters and dtype."""
+def show_verdict(report: Report, against: Against, run: str, decode: Callable[[Sequence[int]], str]) -> None:
+    """Every mismatch; how much was compared, and with what, and how much of it differed.
+
+    `run` says prompts, drafters and dtype.
+    """
+    for mismatch in report.mismatches:
+        show_mismatch(mismatch, decode)
     count = len(report.mismatches)
     terminal.out.print(
         f"{report.tokens_compared} tokens compared with {REFERENCES[against]}, "

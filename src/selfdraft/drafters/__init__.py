@@ -12,7 +12,7 @@ from selfdraft.drafters.context import Context
 from selfdraft.drafters.layer_skip import LayerSkip
 from selfdraft.drafters.lookahead import Lookahead
 from selfdraft.drafters.lookup import Lookup
-from selfdraft.drafters.merged import Merged
+from selfdraft.drafters.merged import MASKED, Merged
 from selfdraft.drafters.none import NoDrafter
 from selfdraft.drafters.prediction import Prediction
 from selfdraft.drafters.quantised import Quantised
@@ -25,6 +25,7 @@ from selfdraft.drafting.output_memory import MOST, Memory
 from selfdraft.drafting.source_tree import SourceTree
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter, Target
+from selfdraft.types import Rounded
 
 Factory = Callable[..., Drafter]
 
@@ -88,6 +89,20 @@ def learned_by(drafter: Drafter) -> TaskProfile:
     if not isinstance(tree, SourceTree):
         raise OptionError("this drafter keeps no task profile; take auto, merged or cascade")
     return tree.credit.learned()
+
+
+def copy_bits(drafter: Drafter) -> int | None:
+    """Bits of a weight of the rounded copy that a drafter drafts with; None where it has none."""
+    short = getattr(getattr(drafter, "inner", None) or drafter, "short", None)
+    return short.bits if isinstance(short, Rounded) else None
+
+
+def masks_used(drafter: Drafter) -> tuple[str, ...]:
+    """The methods whose trained masks a drafter takes."""
+    if isinstance(drafter, S3D | Space):
+        return tuple(name for name, made in NAMES.items() if made is type(drafter))
+    tree = getattr(drafter, "tree", None)
+    return (MASKED,) if isinstance(tree, SourceTree) and tree.groups is not None else ()
 
 
 def memory_of(drafter: Drafter) -> Memory:

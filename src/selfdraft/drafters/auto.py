@@ -20,12 +20,14 @@ from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
 from selfdraft.drafting.successors import RUNNERS_UP
 from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
+from selfdraft.errors import OptionError
+from selfdraft.files.skip_sets import given_skip
 from selfdraft.files.task_profiles import read_task_profile
 from selfdraft.protocols import Needs, Target, search_of
-from selfdraft.types import Budget, Rounded
+from selfdraft.types import Budget, PassVariant, Skip
 
-SOURCE = "rounded"
-"""Name of the tokens that passes with rounded weights agreed to."""
+ROUNDED, SKIPPING = "rounded", "layer_skip"
+"""Names of the tokens that passes with rounded weights, or without some sublayers, agreed to."""
 TREE_FROM = 0.002
 """Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
 MASKED = "space"
@@ -46,16 +48,16 @@ class Auto:
 
     Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
     `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source, as long as they pay; None:
-    where passes were measured, and rows are cheap, and there is no copy, beside which they bring little. `bits`: passes
-    of a copy with weights rounded to so many bits draft, too, as long as they pay (`drafting/inner_passes.py`); None:
-    there is no copy.
+    where passes were measured, rows are cheap, and no pass drafts, beside which masks bring little. `bits`: passes of a
+    copy with weights rounded to so many bits draft, too, as long as they pay (`drafting/inner_passes.py`). `skip_set`:
+    so do passes without the sublayers of a set, 'FILE' or 'FILE#NAME'.
     `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
     Errors: OptionError for values out of range.
     """
 
     needs: ClassVar[Needs] = Needs(
         tokens_only=True,
-        logits_options=("recycling", "masks", "bits"),
+        logits_options=("recycling", "masks", "bits", "skip_set"),
         prediction=True,
         pass_cost=True,
         runners_up=RUNNERS_UP,
@@ -70,27 +72,33 @@ class Auto:
         recycling: bool = True,
         masks: bool | None = None,
         bits: int | None = None,
+        skip_set: Skip | str | Path | None = None,
         task_profile: str | Path | None = None,
     ) -> None:
         self.memory = Memory(memory) if memory else None
         found, clock = target.extras.mask_tokens.get(MASKED), target.extras.clock
-        unasked = bits is None and cheap_rows(target.extras.pass_cost)
+        unasked = bits is None and skip_set is None and cheap_rows(target.extras.pass_cost)
         rows = wanted_masks(found, unasked if masks is None else masks)
         before = read_task_profile(task_profile)
         self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows, before)
         self.beside = self.tree.beside
         self.copies = SuffixCopy()
         self.guard = CostGuard(target.extras.pass_cost, clock)
-        self.inner = self._inner_passes(target, bits)
+        self.inner = self._inner_passes(target, bits, skip_set)
         self.uses_tree = True
 
-    def _inner_passes(self, target: Target, bits: int | None) -> InnerPasses | None:
-        """What drafts with a rounded copy. Errors: OptionError for other bits; RunnerUnavailable where none is made."""
-        if bits is None or bits is False:
+    def _inner_passes(self, target: Target, bits: int | None, skip_set: object) -> InnerPasses | None:
+        """What drafts with cheaper passes, if anything does. Errors: OptionError; RunnerUnavailable without copies."""
+        if bits and skip_set:
+            raise OptionError("bits and skip_set are two ways to make a drafting pass cheaper: give one of them")
+        short: PassVariant
+        if bits is not None and bits is not False:
+            short, source = target.extras.rounded("auto with bits", bits), ROUNDED
+        elif skip_set:
+            short, source = given_skip(skip_set, target.extras.num_layers), SKIPPING
+        else:
             return None
-        short = Rounded(bits)
-        target.extras.check_rounding("auto with bits")
-        return InnerPasses(target, short, self.tree, self.guard, search_of(target).contenders, SOURCE)
+        return InnerPasses(target, short, self.tree, self.guard, search_of(target).contenders, source)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         if self.inner is not None:

@@ -19,7 +19,7 @@ from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source
 from selfdraft.files.task_profiles import read_task_profile
 from selfdraft.protocols import Needs, Target, search_of
-from selfdraft.types import Budget, Rounded
+from selfdraft.types import Budget
 
 SOURCE = "cascade"
 
@@ -27,8 +27,8 @@ SOURCE = "cascade"
 class Cascade:
     """A chain that inner passes with weights of `bits` bits agreed to, and what costs no pass under its end.
 
-    `memory`, `recycling` and `task_profile` are those of `merged`. The rounded copy is made when it is first drafted
-    with. Errors: OptionError for values out of range.
+    `memory`, `recycling` and `task_profile` are those of `merged`. The rounded copy is made with the drafter.
+    Errors: OptionError for values out of range.
     """
 
     needs: ClassVar[Needs] = Needs(logits_options=("recycling",), prediction=True, pass_cost=True)
@@ -43,13 +43,12 @@ class Cascade:
         recycling: bool = True,
         task_profile: str | Path | None = None,
     ) -> None:
-        short = Rounded(bits)
-        target.extras.check_rounding(SOURCE)
         self.memory = Memory(memory) if memory else None
         before = read_task_profile(task_profile)
         clock, sources = target.extras.clock, every_source(recycling)
         self.tree = SourceTree(sources, num_speculative_tokens, clock, self.memory, before=before)
         self.guard = CostGuard(target.extras.pass_cost, clock)
+        short = target.extras.rounded(SOURCE, bits)
         self.inner = InnerPasses(target, short, self.tree, self.guard, search_of(target).contenders, SOURCE)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selfdraft.drafting.autoregressive import Chaining, exit_of
 from selfdraft.errors import OptionError
-from selfdraft.files.skip_sets import checked, read_skip
+from selfdraft.files.skip_sets import checked, given_skip
 from selfdraft.protocols import Target, search_of
 from selfdraft.types import Skip, within
 
@@ -69,12 +69,8 @@ def choose_skip(
     if exit_layer is not None:
         within("exit_layer", exit_layer, 1, layers - 1)
         return Skip(frozenset(range(exit_layer, layers)), frozenset(range(exit_layer, layers)))
-    if isinstance(skip_set, Skip):
-        return checked(skip_set, layers)
     if skip_set is not None:
-        if not isinstance(skip_set, str | Path):
-            raise OptionError(f"skip_set={skip_set!r} is no path; give 'FILE' or 'FILE#NAME'")
-        return read_skip(skip_set, layers)
+        return given_skip(skip_set, layers)
     if attention is None and mlp is None:
         return checked(usual_skip(layers), layers)
     for name, blocks in (("skip_attention", attention), ("skip_mlp", mlp)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from selfdraft.drafting.autoregressive import Chaining, exit_of
 from selfdraft.drafting.draft_length import AGREED
 from selfdraft.protocols import Target, search_of
-from selfdraft.types import Rounded
 
 SOURCE = "quantised"
 
@@ -17,7 +16,7 @@ SOURCE = "quantised"
 class Quantised(Chaining):
     """A chain of up to `num_speculative_tokens`, one pass with rounded weights per link (`drafting/autoregressive.py`).
 
-    The rounded copy is made when it is first drafted with.
+    The rounded copy is made with the drafter.
     """
 
     def __init__(
@@ -32,8 +31,7 @@ class Quantised(Chaining):
         adaptive: bool = True,
     ) -> None:
         rule = exit_of(exit_policy, confidence_threshold, target_acceptance_rate, adaptive, AGREED)
-        self.short = Rounded(bits)
-        target.extras.check_rounding(SOURCE)
+        self.short = target.extras.rounded(SOURCE, bits)
         super().__init__(
             lambda rows: target.forward(rows, self.short),
             SOURCE,

@@ -25,7 +25,7 @@ from selfdraft.drafting.draft_length import AGREED, Confidence
 from selfdraft.drafting.estimators import TRUSTED, Mean, StepTime
 from selfdraft.drafting.source_tree import SourceTree
 from selfdraft.drafting.step_timer import StepTimer
-from selfdraft.types import Budget, PassVariant
+from selfdraft.types import Budget, PassVariant, Rounded
 
 INNER = 16
 """Most nodes of a tree that an inner pass verifies: more rows cost it what the model itself costs."""
@@ -68,7 +68,7 @@ class InnerPasses:
     ) -> None:
         self.target, self.short, self.tree, self.guard, self.source = target, short, tree, guard, source
         self.search = search
-        self.rule = InnerPassRule()
+        self.rule = InnerPassRule(Confidence(AGREED if isinstance(short, Rounded) else 0.0))
         self.seconds = 0.0
         """Seconds that the inner passes of this step took."""
         self._opened = False
@@ -78,7 +78,7 @@ class InnerPasses:
         self._timer = StepTimer(guard.clock)
 
     def start(self, sequences: SequenceOf[Sequence]) -> None:
-        """Begin a step, before anything of it is timed: at the first one the cheaper model is made, and used once."""
+        """Begin a step, before anything of it is timed: at the first one the cheaper model is used once."""
         if not self._opened:
             self.target.forward(chain_rows([(s.slot, s.num_cached, s.tokens[-1]) for s in sequences]), self.short)
             self._opened = True
@@ -198,8 +198,8 @@ class InnerPassRule:
     what the model will accept are more than the cost of its seconds.
     """
 
+    confidence: Confidence = field(default_factory=Confidence)
     time: StepTime = field(default_factory=StepTime)
-    confidence: Confidence = field(default_factory=lambda: Confidence(AGREED))
     throughput: Throughput = field(default_factory=Throughput)
     """Of whole steps."""
     guessed: Mean = field(default_factory=Mean)

@@ -74,6 +74,15 @@ def load_sets(path: Path) -> dict[str, JsonObject]:
     return parse_sets(text, str(path))
 
 
+def given_skip(given: object, layers: int) -> Skip:
+    """A set that was given as an option: a `Skip`, or what `read_skip` reads. Errors: OptionError."""
+    if isinstance(given, Skip):
+        return checked(given, layers)
+    if not isinstance(given, str | Path):
+        raise OptionError(f"skip_set={given!r} is no path; give 'FILE' or 'FILE#NAME'")
+    return read_skip(given, layers)
+
+
 def read_skip(place: str | Path, layers: int) -> Skip:
     """A set out of a JSON file, 'FILE' or 'FILE#NAME', for a model of `layers` blocks.
 

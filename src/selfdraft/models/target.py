@@ -220,7 +220,14 @@ class HFTarget:
     @property
     def extras(self) -> DraftExtras:
         """See `selfdraft.protocols.DraftExtras`."""
-        return DraftExtras(self.clock, self.profile, self.layers, self._mask_tokens(), self.tuned, self._unrounded)
+        masks = self._mask_tokens()
+        return DraftExtras(self.clock, self.profile, self.layers, masks, self.tuned, self._unrounded, self._prepare)
+
+    def _prepare(self, short: PassVariant) -> None:
+        """Make the model of a drafting pass, and its tape."""
+        model = self.view(short)
+        if self.runner is not None:
+            self._tape(self.runner, model, embedded=False)
 
     @property
     def _unrounded(self) -> str:

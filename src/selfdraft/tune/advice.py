@@ -10,7 +10,7 @@ from selfdraft.drafters.layer_skip import usual_skip
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
 from selfdraft.tune.machine import BATCH, settled
-from selfdraft.types import Skip
+from selfdraft.types import PassVariant, Rounded, Skip
 
 TYPICAL = 256
 """Remembered tokens at which rows are compared."""
@@ -20,6 +20,10 @@ LIKELY = 0.3
 """A guess that is right so often must pay for its row, or a tree is not worth much."""
 WINDOW, WINDOW_BRINGS = (7, 5, 7), 2.5
 """Lookahead's usual window, n-grams and pool, and the most tokens a step that such windows brought here."""
+COPY_BITS = 4
+"""Bits of a weight of the rounded copy that is timed."""
+PAYS = 0.8
+"""Drafted tokens that take a larger part of a plain step do not pay, however often they are right."""
 MASKED_BRINGS = 2.8
 """The most tokens a step that trained masks brought here."""
 
@@ -41,7 +45,8 @@ def explain(target: HFTarget, profile: Profile) -> list[Verdict]:
         masks = target.extras.num_masks(method)
         if masks:
             found.append(_masks(profile, plain, method, masks))
-    return [*found, _short(target, profile, plain), _batch(profile)]
+    found += [_skipping(target, profile, plain), *_rounded(target, profile, plain)]
+    return [*found, _batch(profile)]
 
 
 def free_rows(profile: Profile) -> int:
@@ -85,16 +90,33 @@ def _masks(profile: Profile, plain: float, method: str, masks: int) -> Verdict:
     return Verdict(method, False, why + (f"; try --drafter {method}" if need < MASKED_BRINGS / 1.3 else ""))
 
 
-def _short(target: HFTarget, profile: Profile, plain: float) -> Verdict:
+def _skipping(target: HFTarget, profile: Profile, plain: float) -> Verdict:
     named = target.tuned.get("layer_skip", {}).get("skip_set")
     skip = named if isinstance(named, Skip) else usual_skip(target.layers)
+    why, _ = _chains(target, profile, plain, skip)
+    return Verdict("layer_skip", False, f"{why}; measure it: selfdraft tune layer-skip")
+
+
+def _rounded(target: HFTarget, profile: Profile, plain: float) -> list[Verdict]:
+    """Of a copy with 4 bits a weight; nothing where none can be made."""
+    if target.extras.unrounded:
+        return []
+    why, share = _chains(target, profile, plain, Rounded(COPY_BITS))
+    why += f"; the copy takes {target.copies[COPY_BITS].bytes / 1e6:.0f} MB"
+    return [
+        Verdict("rounded copy", False, why + ('; try it: "bits": 4 in the options of auto' if share < PAYS else ""))
+    ]
+
+
+def _chains(target: HFTarget, profile: Profile, plain: float, short: PassVariant) -> tuple[str, float]:
+    """What chains drafted by such passes cost: in words, and the part of a plain step that a drafted token takes."""
     rows = chain_rows([(0, 1, 1)])
-    settled(target, rows, skip)  # makes the shorter model
-    share = (settled(target, rows, skip) + profile.host) / plain
+    settled(target, rows, short)  # makes the cheaper model
+    share = (settled(target, rows, short) + profile.host) / plain
     why = f"drafting a token takes {share:.2f} of a step"
-    if share < 0.8:
+    if share < PAYS:
         why += f", so chains of 4 pay where nothing can be copied and each is right in {_needed(share, 4):.0%}"
-    return Verdict("layer_skip", False, why + "; measure it: selfdraft tune layer-skip")
+    return why, share
 
 
 def _needed(share: float, length: int) -> float:

@@ -24,7 +24,7 @@ from selfdraft.models.runner import kernel_build
 from selfdraft.models.target import HFTarget
 from selfdraft.tune.passes import Bench, beside_the_pass
 from selfdraft.tune.sublayer_times import clock_of
-from selfdraft.types import SamplingParams, Skip
+from selfdraft.types import PassVariant, SamplingParams
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of rows that are timed."""
@@ -243,13 +243,13 @@ def _several(target: HFTarget, bench: Bench) -> float:
     return settled(target, pack([(bench.sequence, 1, EMPTY)] * BATCH))
 
 
-def settled(target: HFTarget, rows: Rows, skip: Skip | None = None) -> float:
+def settled(target: HFTarget, rows: Rows, short: PassVariant | None = None) -> float:
     """Seconds of a pass behind others like it: decoding finds a small model in the processor's caches."""
     now = clock_of(target)
     spent = took = 0.0
     for _ in range(REPEATS):
         began = now()
-        target.forward(rows, skip)
+        target.forward(rows, short)
         took = now() - began
         spent += took
         if spent > BRIEF:
