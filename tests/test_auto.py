@@ -124,6 +124,19 @@ def test_a_new_request_is_a_new_chance_that_gets_rarer() -> None:
     assert budget.patience == 1
 
 
+@pytest.mark.parametrize("together", [1, 7, 16])
+def test_in_a_batch_a_new_request_is_a_part_of_the_text(together: int) -> None:
+    """With 16 at a time there is one new request every few steps: to try again for each would lose as often."""
+    budget = LossBudget()
+    while not budget.paused:
+        budget.book(-1.0)
+    old = [Sequence([1, 2, 3], 1, SamplingParams(), seed=0) for _ in range(together - 1)]
+    new = Sequence([1, 2], 1, SamplingParams(), seed=0)
+    for _ in range(together - 1):
+        assert budget.rests([*old, new])
+    assert not budget.rests([*old, new]), "as many have begun as run"
+
+
 @pytest.mark.parametrize("rho", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("seconds", [(1.0, 1.4, 1.4, 2.0), (1.0, 1.0, 2.0, 4.0), (1.0, 2.5, 2.6, 2.7)])
 @pytest.mark.parametrize("chances", [[0.9, 0.5, 0.2, 0.1, 0.05], [0.9] * 15, [0.3 - n / 100 for n in range(15)]])

@@ -16,10 +16,11 @@ from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import build
 from selfdraft.drafters.auto import Auto
 from selfdraft.drafters.cascade import Cascade
+from selfdraft.drafting.autoregressive import Chain
 from selfdraft.drafting.context_tree import ContextTree
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.estimators import TRUSTED
-from selfdraft.drafting.inner_passes import PAUSES, InnerPasses, InnerPassRule
+from selfdraft.drafting.inner_passes import PAUSES, TOGETHER, InnerPasses, InnerPassRule, Link
 from selfdraft.drafting.mixing import Credit, Merger
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Contexts, Copies, Reader
@@ -41,6 +42,7 @@ class Machine:
         self.now = self.began = 0.0
         self.whole, self.inner, self.row = whole, inner, row
         self.inner_rows: list[int] = []
+        self.inner_requests: list[int] = []
 
     def __call__(self) -> float:
         return self.now
@@ -54,6 +56,7 @@ def slowed(target: HFTarget, machine: Machine) -> HFTarget:
         machine.now += (machine.whole if short is None else machine.inner) + machine.row * len(rows)
         if short is not None:
             machine.inner_rows.append(len(rows))
+            machine.inner_requests.append(len(rows.spans))
         return forward(rows, short)
 
     target.forward = slow  # type: ignore[method-assign]
@@ -188,6 +191,22 @@ def left_alone() -> HFTarget:
     return HFTarget(model)
 
 
+def test_a_chain_that_is_hardly_right_is_not_taken_along() -> None:
+    """In a batch each chain has to be worth its rows: one that is good must not pay for one that is not."""
+    inner = inner_of(build("cascade", tiny_target(slots=2)))
+    for rows in (1, 2, 3, 4) * 9:
+        inner.rule.time.observe(rows, 0.1 + 0.1 * rows)
+    inner.rule.throughput.observe(2, 1.0)
+    for _ in range(200):
+        inner.rule.confidence.observe([0.05], 0)
+        inner.rule.confidence.observe([0.95], 1)
+    links = [Link(Chain(Sequence([1, 2], 1, GREEDY, slot=slot), 8), Budget(0, 8, 0)) for slot in range(2)]
+    for link, score in zip(links, (0.05, 0.95), strict=True):
+        link.chain.add(3, score)
+    assert inner._going(links, 0.0, first=False) == links[1:]
+    assert inner._going(links[:1], 0.0, first=False) == []
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, WARM])
 def test_a_model_that_rounding_leaves_alone_agrees_with_itself(sampling: SamplingParams) -> None:
     """Every link is right then: noise, positions and memory of the inner passes are those of the target."""
@@ -236,6 +255,30 @@ def test_worth_is_what_a_simulation_says() -> None:
         gained.append(right + (later if right == 1 + guessed else 0) - guessed)
     assert rule.worth([], guessed) == pytest.approx(sum(gained) / len(gained), abs=0.05)
     assert rule.worth([0.95], guessed) == pytest.approx(rate * rule.worth([], guessed), rel=0.1)
+
+
+@pytest.mark.parametrize(("right", "made"), [(0.0, TRUSTED + 9), (0.5, 80)])
+def test_trees_are_made_where_they_save_passes(right: float, made: int) -> None:
+    """A pass takes a second, a tree 0.2: half a token that is guessed right is worth it, and nothing is not."""
+    rule, count = InnerPassRule(), 0
+    for _ in range(80):
+        rule.time.observe(1, 1.0)
+        if rule.hangs():
+            count += 1
+            rule.guessed.observe(right)
+            rule.hanging.observe(0.2)
+    assert count == made
+
+
+@pytest.mark.parametrize("together", [TOGETHER, TOGETHER + 1])
+def test_with_many_requests_at_a_time_no_inner_pass_is_run(together: int) -> None:
+    prompts = [[3 * number + k for k in range(4)] for number in range(together)]
+    machine = Machine(1.0, 0.01)
+    target = slowed(tiny_target(slots=together), machine)
+    run(target, build("auto", target, {"bits": 4}), prompts, GREEDY, slots=together)
+    _, *drafting = machine.inner_requests  # the first pass is for no draft
+    assert max(drafting) <= TOGETHER
+    assert together > TOGETHER or max(drafting) == TOGETHER
 
 
 def test_trials_become_rare() -> None:

@@ -46,12 +46,16 @@ class LossBudget:
     paused: bool = False
     patience: int = 1
     """Requests until one is tried again though the budget is empty; doubled each time that fails."""
-    waited: int = 0
+    waited: float = 0.0
 
     def rests(self, sequences: SequenceOf[Sequence]) -> bool:
-        """Begin a step of these sequences: whether it is one of a pause. A new request may end one."""
-        if self.paused and any(sequence.num_output_tokens == 1 for sequence in sequences):
-            self.begin()
+        """Begin a step of these sequences: whether it is one of a pause. A new request may end one.
+
+        In a batch a request is a part of the text: all of it is new when as many have begun as run at once.
+        """
+        new = sum(sequence.num_output_tokens == 1 for sequence in sequences)
+        if self.paused and new:
+            self.begin(new / len(sequences))
         resting = self.paused
         if resting:
             self.rest()
@@ -63,11 +67,11 @@ class LossBudget:
         if self.balance >= TRIAL:
             self.paused = False
 
-    def begin(self) -> None:
-        """Book the begin of a request during a pause: its text may be of another kind."""
-        self.waited += 1
-        if self.waited >= self.patience:
-            self.paused, self.waited, self.patience = False, 0, min(2 * self.patience, RAREST)
+    def begin(self, share: float = 1.0) -> None:
+        """Book the begin of a request during a pause, which is `share` of the text: it may be of another kind."""
+        self.waited += share
+        if self.waited > self.patience - 1e-6:  # shares do not add up to the last bit
+            self.paused, self.waited, self.patience = False, 0.0, min(2 * self.patience, RAREST)
             self.balance = max(self.balance, TRIAL)
 
     def book(self, gain: float) -> None:

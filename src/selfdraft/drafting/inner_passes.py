@@ -29,6 +29,11 @@ from selfdraft.types import Budget, PassVariant, Rounded
 
 INNER = 16
 """Most nodes of a tree that an inner pass verifies: more rows cost it what the model itself costs."""
+TOGETHER = 4
+"""Most requests at a time that inner passes draft for: with more a whole pass is well used as it is, and prompts of
+others would wait for them (docs/log.md)."""
+LOOK_EVERY = 8
+"""After so many passes trees are made though they did not pay."""
 PAUSES = (32, 1024)
 """Steps until a pass that did not pay is tried again: at first, and at most; doubled each time."""
 HOPE = 3.0
@@ -52,6 +57,8 @@ class Link:
     tree: Draft = EMPTY
     chances: list[float] = field(default_factory=list)
     """Of every node of the tree, if the chain is right."""
+    hung: bool = False
+    """Whether the tree is one for this end."""
     inner: Draft = EMPTY
     """The part of it that the next inner pass verifies: the nodes that pay."""
 
@@ -99,15 +106,16 @@ class InnerPasses:
         first = True
         for link in links:
             self._hang(link)
-        while going := self._going(links, least, first):
+        while len(links) <= TOGETHER and (going := self._going(links, least, first)):
             began = self.guard.clock()
             rows = self._pass(going)
             self.seconds += self.guard.clock() - began
-            for link in going:
-                self._hang(link)
-                self.rule.guessed.observe(sum(link.chances))
+            self._hang_all(going)
             self.rule.time.observe(rows, self.guard.clock() - began)
             first = False
+        for link in links:
+            if not link.hung:
+                self._hang(link)
         self._chains = {link.chain.sequence: link.chain for link in links if link.chain.tokens}
         return [self._joined(link) for link in links]
 
@@ -121,6 +129,18 @@ class InnerPasses:
             self.rule.throughput.observe(sum(len(result.tokens) for result in results), took)
         self._chains = {}
 
+    def _hang_all(self, links: list[Link]) -> None:
+        """Trees under the new ends, as long as what they guess is worth making them."""
+        if not self.rule.hangs():
+            for link in links:
+                link.tree, link.chances, link.hung = EMPTY, [], False
+            return
+        began = self.guard.clock()
+        for link in links:
+            self._hang(link)
+            self.rule.guessed.observe(sum(link.chances))
+        self.rule.hanging.observe((self.guard.clock() - began) / len(links))
+
     def _hang(self, link: Link) -> None:
         """Put what costs no pass under the chain's end; nothing where the text ends."""
         chain, room = link.chain, link.room
@@ -129,10 +149,13 @@ class InnerPasses:
         left = Budget(room.max_nodes - done, room.max_depth - done, room.max_probe_depth)
         left = left if chain.going else Budget(0, 0, 0)
         link.tree = self.tree.tree(chain.sequence, left, row_costs, chain.tokens)
-        link.chances = chances_of(link.tree)
+        link.chances, link.hung = chances_of(link.tree), True
 
     def _going(self, links: list[Link], least: float, first: bool) -> list[Link]:
-        """The chains that one more inner pass extends; none when it does not pay. `least`: tokens per second."""
+        """The chains that one more inner pass extends; none when it does not pay. `least`: tokens per second.
+
+        Each has to be worth its own rows, and all of them together the pass.
+        """
         going = [link for link in links if link.chain.going]
         if not going:
             return []
@@ -140,12 +163,13 @@ class InnerPasses:
         for link in going:
             path = self.rule.confidence.path(link.chain.scores)
             link.inner = link.tree.first(sum(path * chance >= row_cost for chance in link.chances[:INNER]))
-        worth = sum(self.rule.worth(link.chain.scores, sum(link.chances)) for link in going)
-        cost = self.rule.cost(sum(1 + len(link.inner) for link in going), least)
-        if self.rule.pays(worth, cost):
+        worths = [self.rule.worth(link.chain.scores, sum(link.chances)) for link in going]
+        rows = [1 + len(link.inner) for link in going]
+        own = [place for place, worth in enumerate(worths) if self.rule.pays(worth, row_cost * rows[place])]
+        if own and self.rule.pays(sum(worths[i] for i in own), self.rule.cost(sum(rows[i] for i in own), least)):
             self.rule.paid()
-            return going
-        return going if first and self.rule.tries(worth, cost) else []
+            return [going[place] for place in own]
+        return going if first and self.rule.tries(sum(worths), self.rule.cost(sum(rows), least)) else []
 
     def _pass(self, links: list[Link]) -> int:
         """One inner pass: every chain goes on along its tree as far as the pass agrees, and by one token more.
@@ -204,6 +228,9 @@ class InnerPassRule:
     """Of whole steps."""
     guessed: Mean = field(default_factory=Mean)
     """Tokens that are expected to be right of what hangs under a chain after a pass."""
+    hanging: Mean = field(default_factory=Mean)
+    """Seconds of making what hangs under a chain."""
+    passes: int = 0
     left: int = 0
     """Steps until a pass is tried again, though it did not pay."""
     pause: int = PAUSES[0]
@@ -218,6 +245,16 @@ class InnerPassRule:
         survives: float = rate ** (1 + guessed)
         gained = rate * (1 - survives) / (1 - rate) if rate < 1 else 1 + guessed
         return self.confidence.path(scores) * (gained + survives * self.guessed.value - guessed)
+
+    def hangs(self) -> bool:
+        """Whether trees are made under the ends of this pass: a token that they guess right saves a pass.
+
+        On text that repeats nothing they would take a tenth of the time. Now and then they are made all the same.
+        """
+        self.passes += 1
+        if self.passes <= TRUSTED or self.passes % LOOK_EVERY == 0:
+            return True
+        return self.guessed.value * self.time.at(1) >= self.hanging.value
 
     def cost(self, rows: int, least: float) -> float:
         """What a pass of `rows` rows costs, in tokens; at least at `least` tokens per second."""
