@@ -831,8 +831,8 @@ BUGS = (
     Bug(
         "chain-noise",
         "drafting/autoregressive.py",
-        "sampling, sequence.seed, self.place)",
-        "sampling, sequence.seed, len(sequence.tokens))",
+        "sampling, sequence.seed, self.place, self.search)",
+        "sampling, sequence.seed, len(sequence.tokens), self.search)",
         "all links of a chain share their noise",
     ),
     Bug(
