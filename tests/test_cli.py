@@ -180,12 +180,26 @@ def test_a_prompt_of_a_file_is_named_and_nothing_is_run(run: Any, tmp_path: Path
         one_line(run(verb, "--prompts", path, "--model", folder), "prompt 1: the prompt has")
 
 
+def test_a_drafter_that_was_asked_for_is_not_left_out(run: Any, tmp_path: Path, folder: Path) -> None:
+    """Else nothing would be compared, and no mismatch found."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": "a"}))
+    config = ("--speculative-config", '{"method": "s3d"}')
+    one_line(
+        run("verify", "--prompts", path, "--model", folder, *config), "s3d needs mask tokens trained for this model"
+    )
+
+
 VERIFY: dict[str, tuple[Sequence[str], str]] = {
     "hf sampled": (["--against", "hf", "--temperature", "1"], "--against hf is for greedy decoding"),
     "against": (["--against", "x"], "'x' is not one of 'plain', 'hf'"),
     "drafter": (["--drafters", "lookup,medusa"], "there is no drafter 'medusa'"),
     "nothing": (["--drafters", ","], "leaves nothing to compare"),
     "only plain": (["--drafters", "none"], "leaves nothing to compare"),
+    "only plain by a config": (
+        ["--speculative-config", '{"method": "none"}'],
+        "--speculative-config leaves nothing to compare",
+    ),
 }
 
 

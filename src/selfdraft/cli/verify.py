@@ -89,7 +89,7 @@ def verify(
     llm = loading(model, "none", None, dtype, exactness, threads, adapter)
     ids = encode_all(llm, texts, chat_template, sampling)
     requests = [repeatable(llm, sampling, seed + i, prompt) for i, prompt in enumerate(ids)]
-    by_name = drafters not in (None, "all")
+    by_name = drafters not in (None, "all") or (drafters is None and bool(speculative_config))
     tried = {label: runnable(llm, name, rest, named=by_name or bool(rest)) for label, name, rest in wanted}
     engines = {label: engine for label, engine in tried.items() if engine is not None}
     report = compared(llm, against, engines, requests, quiet=as_json)
@@ -110,7 +110,8 @@ def to_compare(
     found = chosen_drafters(drafters, configs)
     left = [one for one in found if against == "hf" or ALIASES.get(one[1], one[1]) != "none"]
     if not left:
-        raise OptionError(f"--drafters {drafters!r} leaves nothing to compare; there are: {', '.join(OPTIONS)}")
+        given = "--speculative-config" if drafters is None else f"--drafters {drafters!r}"
+        raise OptionError(f"{given} leaves nothing to compare; there are: {', '.join(OPTIONS)}")
     return left
 
 

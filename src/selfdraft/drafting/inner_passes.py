@@ -231,6 +231,7 @@ class InnerPassRule:
     hanging: Mean = field(default_factory=Mean)
     """Seconds of making what hangs under a chain."""
     passes: int = 0
+    """Inner passes so far."""
     left: int = 0
     """Steps until a pass is tried again, though it did not pay."""
     pause: int = PAUSES[0]
