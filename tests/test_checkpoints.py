@@ -239,9 +239,9 @@ def test_the_reference_is_plain_greedy_whatever_the_checkpoint_asks_for(
     assert reference.greedy(model, PROMPT, 24, frozenset()) == wanted
     assert reference.greedy(model, PROMPT, 24, ends) == stopped
     peer = Transformers("transformers", model, {}, lambda: None)
-    assert list(peer.answer(PROMPT, 24).tokens) == wanted
+    assert list(peer.answer(PROMPT, 24, 0).tokens) == wanted
     lookup = Transformers("transformers", model, {"prompt_lookup_num_tokens": 3}, lambda: None)
-    assert list(lookup.answer(PROMPT, 24).tokens) == wanted
+    assert list(lookup.answer(PROMPT, 24, 0).tokens) == wanted
     assert model.generation_config is own
     assert {name: getattr(own, name) for name in settings} == settings
 

@@ -176,7 +176,7 @@ def take(
 
 def take_peer(name: str, peer: Peer, sequence: Sequence, plain: Take) -> Take:
     """One run of another engine, on its own clock, as long as a plain run. Errors: PeerError."""
-    said = peer.answer(sequence.tokens, len(plain.tokens))
+    said = peer.answer(sequence.tokens, len(plain.tokens), sequence.seed)
     if len(said.tokens) != len(plain.tokens):
         raise PeerError(f"peer {name}: it wrote {len(said.tokens)} tokens where {len(plain.tokens)} were asked for")
     stats = Stats()

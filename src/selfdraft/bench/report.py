@@ -111,8 +111,10 @@ def _own_plain(rows: SequenceOf[Row]) -> JsonObject:
         return found
     seconds = _sum(rows, "seconds") - _sum(rows, "first_token_seconds")
     plain = _sum(rows, "own_plain_seconds") - _sum(rows, "own_plain_first_token_seconds")
-    found["texts_equal_own_plain"] = all(row["texts_equal_own_plain"] for row in rows)
-    found["prompts_different_own_plain"] = [row["key"] for row in rows if not row["texts_equal_own_plain"]]
+    equal = {row["key"]: row["texts_equal_own_plain"] for row in rows}
+    if None not in equal.values():
+        found["texts_equal_own_plain"] = all(equal.values())
+        found["prompts_different_own_plain"] = [key for key, same in equal.items() if not same]
     found["decode_speedup_vs_own_plain"] = round(plain / seconds, 4) if seconds > 0 and plain > 0 else None
     return found
 
@@ -120,7 +122,7 @@ def _own_plain(rows: SequenceOf[Row]) -> JsonObject:
 def _equality(rows: SequenceOf[Row]) -> JsonObject:
     """`equal_tokens`: those before the first difference of each text, out of `tokens`."""
     firsts = [(row.get("first_difference"), row["tokens"]) for row in rows]
-    if any(row["texts_equal"] is None for row in rows):  # other weights: not compared
+    if any(row["texts_equal"] is None for row in rows):  # other weights or random numbers: not compared
         return {"texts_equal": None, "equal_tokens": None, "prompts_different": []}
     return {
         "texts_equal": all(row["texts_equal"] for row in rows),

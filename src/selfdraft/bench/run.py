@@ -82,6 +82,8 @@ class Bench:
     seed: int = 0
     samples: int = 1
     all_turns: bool = False
+    greedy: bool = True
+    """Whether another engine's text can be compared with ours: sampled ones come of other random numbers."""
     peers: Mapping[str, Peer] = field(default_factory=dict)
     """Other engines by label, loaded."""
     lost: dict[str, PeerError] = field(default_factory=dict)
@@ -224,7 +226,8 @@ class Question:
                 row |= self._inside(engines[contender.label].drafter, found[contender.label])
             row["cores"] = flip(distances) if distances else None
             if contender.own_plain is not None:
-                row |= against_own_plain(found[contender.label], found.get(contender.own_plain))
+                own_plain = found.get(contender.own_plain)
+                row |= against_own_plain(found[contender.label], own_plain, greedy=bench.greedy)
             if contender.label == plain:
                 row["texts"] = texts
                 judge = self.item.judge if self.turn == 1 else None
@@ -244,6 +247,7 @@ class Question:
 
     def _row(self, contender: Contender, own: Measured, plain: Measured) -> Row:
         best = own.median
+        comparable = contender.edition is None or (contender.file is None and self.bench.greedy)
         return {
             "task": self.task,
             "group": self.item.group,
@@ -256,8 +260,8 @@ class Question:
             "tokens": len(best.tokens),
             "prompt_tokens": self.request()().prompt_length,
             "finish_reason": best.finish_reason,
-            "texts_equal": own.equal if contender.file is None else None,
-            "first_difference": own.difference if contender.file is None else None,
+            "texts_equal": own.equal if comparable else None,
+            "first_difference": own.difference if comparable else None,
             "drafts": [best.stats.num_draft_tokens, best.stats.num_accepted_draft_tokens],
             "peer_file": contender.file,
             "seconds": best.seconds,
@@ -280,15 +284,18 @@ class Question:
         return {"stats": own.median.stats.as_dict(), "split": asdict(own.split), "memory": memory}
 
 
-def against_own_plain(own: Measured, plain: Measured | None) -> Row:
-    """What a peer that speculates is beside the same engine without it; nothing where that one is lost."""
+def against_own_plain(own: Measured, plain: Measured | None, *, greedy: bool) -> Row:
+    """What a peer that speculates is beside the same engine without it; nothing where that one is lost.
+
+    Sampled texts are not compared: drafted or not, another engine draws other random numbers.
+    """
     if plain is None:
         return {}
     wanted = plain.median
     apart = [found for one in own.takes if (found := first_difference(one.tokens, wanted.tokens)) is not None]
     return {
-        "texts_equal_own_plain": not apart,
-        "own_first_difference": min(apart, default=None),
+        "texts_equal_own_plain": not apart if greedy else None,
+        "own_first_difference": min(apart, default=None) if greedy else None,
         "own_plain_seconds": wanted.seconds,
         "own_plain_first_token_seconds": wanted.first_token_seconds,
     }

@@ -150,7 +150,6 @@ def bench(given: BenchOptions) -> None:
         given.peer_model,
         given.model,
         contenders,
-        greedy=sampling.greedy,
     )
     check_merged(found_peers, given.model, given.lora)
     source = Source(given.tasks, given.data_dir, given.limit, as_template=given.chat is None)
@@ -198,7 +197,7 @@ def measured(
             plan = replace(plan, chat=True)
             items = gather_items(source, plan)  # prompts and stops of some tasks are others then
         setting = set_up(llm, subject, plan, extras.log)
-        with running_peers(setting, subject.found_peers, llm, subject.model, items, subject.timeout):
+        with running_peers(setting, subject, llm, items, plan.sampling):
             watch = Watch()
             rows = measure_all(setting, items, ledger, quiet=extras.quiet)
             state = watch.span().as_dict() if setting.measured else None
@@ -405,6 +404,7 @@ def set_up(llm: LLM, subject: Subject, plan: Plan, log: Path | None) -> Bench:
         seed=plan.seed,
         samples=plan.samples,
         all_turns=plan.all_turns,
+        greedy=plan.sampling.greedy,
         distance=lambda: None if (now := latency_now()) is None else now.distance,
         log=logger(llm, log),
     )

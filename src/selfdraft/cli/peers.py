@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from selfdraft.bench.peers import Kind, Peer
     from selfdraft.bench.run import Bench, Contender
     from selfdraft.bench.tasks import Item
+    from selfdraft.cli.bench import Subject
     from selfdraft.llm import LLM
+    from selfdraft.types import SamplingParams
 
 Peers = Annotated[
     str | None, typer.Option(help="Other engines, with commas, or 'all' that are here: transformers, llama.cpp, vllm.")
@@ -63,8 +65,6 @@ def find_peers(
     models: Sequence[str] | None,
     model: str,
     drafters: Sequence[Contender],
-    *,
-    greedy: bool,
 ) -> list[FoundPeer]:
     """The peers that were asked for and are here, looked up before a model is loaded. Errors: OptionError."""
     from selfdraft.bench.peers import PEERS
@@ -77,8 +77,6 @@ def find_peers(
     unused = next((engine for engine in homes if engine not in engines), None)
     if unused is not None:
         raise OptionError(f"--peer-python {unused}={homes[unused]} has no use: --peers names none of {unused}")
-    if wanted and not greedy:
-        raise OptionError("--peers: other engines are compared at --temperature 0; their random numbers are others")
     found = Lookup(homes, file)
     if names is not None and "llama.cpp" in wanted and "llama.cpp" in comma_separated(names) and found.server:
         wanted = _with_modes(wanted)
@@ -267,32 +265,27 @@ def _homes(pythons: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def running_peers(
-    setting: Bench,
-    found_peers: Sequence[FoundPeer],
-    llm: LLM,
-    model: str,
-    items: Mapping[str, Sequence[Item]],
-    timeout: float,
+    setting: Bench, subject: Subject, llm: LLM, items: Mapping[str, Sequence[Item]], sampling: SamplingParams
 ) -> Iterator[None]:
-    """The found peers become contenders, loaded one after another; at the end they are closed.
+    """The peers that were found become contenders, loaded one after another; at the end they are closed.
 
     One that does not start is in `setting.lost`, and the run goes on without it.
     """
     running: dict[str, Peer] = {}
     try:
-        context = _longest(setting, items, llm.target.max_length) if found_peers else 0
-        for found_peer in found_peers:
+        context = _longest(setting, items, llm.target.max_length) if subject.found_peers else 0
+        for found_peer in subject.found_peers:
             label = found_peer.contender.label
             try:
                 with terminal.waiting(f"starting {label}"):
-                    running[label] = _start(found_peer, llm, model, context, timeout)
+                    running[label] = _start(found_peer, llm, subject, context, sampling)
             except PeerError as error:
                 setting.lost[label] = error
                 terminal.note(f"left out: {error}")
         setting.peers = running
         setting.contenders = [
             *setting.contenders,
-            *(one.contender for one in found_peers if one.contender.label in running),
+            *(one.contender for one in subject.found_peers if one.contender.label in running),
         ]
         yield
         for label in running.keys() & setting.lost.keys():
@@ -314,8 +307,8 @@ def _longest(setting: Bench, items: Mapping[str, Sequence[Item]], context: int) 
     return min(most, context)
 
 
-def _start(found: FoundPeer, llm: LLM, model: str, context: int, timeout: float) -> Peer:
-    """A peer that was found, loaded with the same checkpoint. Errors: PeerError."""
+def _start(found: FoundPeer, llm: LLM, subject: Subject, context: int, sampling: SamplingParams) -> Peer:
+    """A peer that was found, loaded with the same checkpoint, and how it chooses. Errors: PeerError."""
     import torch
 
     from selfdraft.bench.measure import settler
@@ -327,15 +320,16 @@ def _start(found: FoundPeer, llm: LLM, model: str, context: int, timeout: float)
     weight = next(llm.model.parameters())
     label, options = found.contender.label, found.options
     if found.engine == "transformers":
-        return local.Transformers(label, llm.model, options, settler(weight.device))
+        chosen = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        return local.Transformers(label, llm.model, options, settler(weight.device), chosen)
     if found.file is not None:
         path = found.file
     elif found.engine == "llama.cpp":
         path = gguf.cached(llm.model, cache_folder("gguf"))
-    elif find_gguf(checkpoint(model)) is not None:
+    elif find_gguf(checkpoint(subject.model)) is not None:
         raise PeerError(f"peer {label}: {found.engine} is not given GGUF files here; give --model a checkpoint folder")
     else:
-        path = folder_of(checkpoint(model))
+        path = folder_of(checkpoint(subject.model))
     settings = {
         "model": str(path),
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -343,6 +337,8 @@ def _start(found: FoundPeer, llm: LLM, model: str, context: int, timeout: float)
         "context": context,
         "device": weight.device.type,
         "options": options,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
         **({"mode": found.mode} if found.mode is not None else {}),
     }
-    return foreign.Foreign(label, found.engine, found.python, settings, timeout)
+    return foreign.Foreign(label, found.engine, found.python, settings, subject.timeout)

@@ -69,15 +69,22 @@ class _Noticing:
 
 @torch.inference_mode()
 def decode(
-    model: Model, prompt: SequenceOf[int], count: int, options: Mapping[str, int], notice: Callable[[], None]
+    model: Model,
+    prompt: SequenceOf[int],
+    count: int,
+    options: Mapping[str, int],
+    notice: Callable[[], None],
+    sampled: Mapping[str, float] | None = None,
 ) -> list[int]:
-    """`count` greedy tokens of `model.generate`, whatever ends a text; `notice` is called when a step is done.
+    """`count` tokens of `model.generate`, whatever ends a text; `notice` is called when a step is done.
 
-    `options` are generate's own: those of prompt lookup.
+    `options` are generate's own: those of prompt lookup. `sampled`: its temperature and top_p, where it is not greedy.
     """
     ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     with _own_settings(model) as settings:
         settings.update(max_new_tokens=count, **options)
+        if sampled:
+            settings.update(do_sample=True, top_k=0, **sampled)  # its own default keeps 50 tokens
         text = model.generate(
             ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=_Noticing(notice)
         )

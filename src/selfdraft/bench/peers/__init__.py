@@ -21,10 +21,13 @@ class Answer:
 
 
 class Peer(Protocol):
-    """An engine that is loaded and waits."""
+    """An engine that is loaded and waits, greedy or with a temperature."""
 
-    def answer(self, prompt: SequenceOf[int], count: int) -> Answer:
-        """Exactly `count` greedy tokens after a prompt, whatever ends a text. Errors: PeerError."""
+    def answer(self, prompt: SequenceOf[int], count: int, seed: int) -> Answer:
+        """Exactly `count` tokens after a prompt, whatever ends a text. Greedy ones do not ask for the seed.
+
+        Errors: PeerError.
+        """
         ...
 
     def close(self) -> None: ...

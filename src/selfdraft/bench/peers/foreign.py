@@ -54,8 +54,10 @@ def edition(engine: str, python: str, home: str | None = None) -> str | None:
 class Foreign:
     """A worker process with one engine, loaded when this returns.
 
-    `settings`: model (folder or file), dtype, threads, context, device, options. `seconds` is the most it may take to
-    load, and to answer. Errors: PeerError names the peer, what happened to it, and its last words.
+    `settings`: model (folder or file), dtype, threads, context, device, options, temperature (0: greedy), top_p.
+    `seconds` is the most it may take to load, and to answer.
+
+    Errors: PeerError names the peer, what happened to it, and its last words.
     """
 
     def __init__(self, label: str, engine: str, python: str, settings: JsonObject, seconds: float) -> None:
@@ -78,9 +80,9 @@ class Foreign:
             self.close()
             raise
 
-    def answer(self, prompt: SequenceOf[int], count: int) -> Answer:
+    def answer(self, prompt: SequenceOf[int], count: int, seed: int) -> Answer:
         time.sleep(CALM)
-        said = self._ask({"prompt": list(prompt), "count": count})
+        said = self._ask({"prompt": list(prompt), "count": count, "seed": seed})
         time.sleep(CALM)
         try:
             tokens = tuple(map(int, said["tokens"]))

@@ -40,6 +40,7 @@ class LlamaCpp:
     """llama.cpp through llama-cpp-python, its prompt lookup where there are options for it."""
 
     def __init__(self, settings: Settings) -> None:
+        self.temperature, self.top_p = settings["temperature"], settings["top_p"]
         llama = import_module("llama_cpp")
         draft = None
         if settings["options"]:
@@ -59,10 +60,14 @@ class LlamaCpp:
             verbose=False,
         )
 
-    def answer(self, prompt: list[int], count: int) -> Timed:
+    def answer(self, prompt: list[int], count: int, seed: int) -> Timed:
         self.model.reset()  # or it would go on from the keys and values of the last time
         began = time.perf_counter()
-        writing = self.model.generate(prompt, temp=0.0)
+        if self.temperature:
+            self.model.set_seed(seed)
+            writing = self.model.generate(prompt, temp=self.temperature, top_p=self.top_p, top_k=0, min_p=0.0)
+        else:
+            writing = self.model.generate(prompt, temp=0.0)
         tokens = [next(writing)]
         first = time.perf_counter() - began
         tokens += islice(writing, count - 1)
@@ -102,12 +107,16 @@ class LlamaServer:
                 setattr(getattr(wanted.speculative, name), option, value)
         return library.Server(wanted)
 
-    def answer(self, prompt: list[int], count: int) -> Timed:
+    def answer(self, prompt: list[int], count: int, seed: int) -> Timed:
         if self.used and self.settings.get("mode") == "ngram-mod":
             self.server = None  # its table outlives a request: the same prompt again would be guessed from its answer
             self.server = self.start()
         self.used = True
-        asked = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "ignore_eos": True}
+        chosen: Settings = {"temperature": 0, "top_k": 1}
+        if self.settings["temperature"]:
+            chosen = {name: self.settings[name] for name in ("temperature", "top_p")}
+            chosen |= {"top_k": 0, "min_p": 0.0, "seed": seed}  # its own defaults would keep fewer tokens
+        asked = {"prompt": prompt, "n_predict": count, "ignore_eos": True, **chosen}
         body = json.dumps({**asked, "cache_prompt": False, "return_tokens": True}).encode()
         address = self.server.listening_address + "/completion"
         try:
@@ -151,9 +160,11 @@ class Vllm:
             **own,
         ).llm_engine
         self.asked = 0
+        self.chosen = {name: settings[name] for name in ("temperature", "top_p")}
 
-    def answer(self, prompt: list[int], count: int) -> Timed:
-        sampling = self.vllm.SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+    def answer(self, prompt: list[int], count: int, seed: int) -> Timed:
+        chosen = {**self.chosen, "seed": seed} if self.chosen["temperature"] else {"temperature": 0.0}
+        sampling = self.vllm.SamplingParams(**chosen, max_tokens=count, ignore_eos=True, detokenize=False)
         self.asked += 1
         first = 0.0
         tokens: list[int] = []
@@ -208,7 +219,7 @@ def serve(engine: str) -> None:
         say({"ready": True})
         for line in sys.stdin:
             asked = json.loads(line)
-            tokens, seconds, first, drafts = running.answer(asked["prompt"], asked["count"])
+            tokens, seconds, first, drafts = running.answer(asked["prompt"], asked["count"], asked["seed"])
             told = {} if drafts is None else {"drafts": drafts}
             say({"tokens": tokens, "seconds": seconds, "first_token_seconds": first, **told})
     except Exception as error:
