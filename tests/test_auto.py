@@ -90,6 +90,28 @@ def test_trials_that_fail_cost_a_small_share() -> None:
     assert START < lost < START + SHARE * 10_000 + TRIAL
 
 
+def test_trials_of_a_batch_are_shorter_and_cost_the_same_share() -> None:
+    """A step of 16 requests shows 16 times as much text: a quarter of the steps tells as surely."""
+
+    def told(count: int, steps: int = 20_000) -> tuple[int, float]:
+        """Steps until it is paused, and the share of the time that was lost behind that."""
+        budget, lost, first = LossBudget(), 0.0, 0
+        while not budget.paused:
+            budget.book(-0.5, count)
+            first += 1
+        for _ in range(steps):
+            if budget.paused:
+                budget.rest(count)
+            else:
+                budget.book(-0.5, count)
+                lost += 0.5
+        return first, lost / steps
+
+    (alone, share), (together, same) = told(1), told(16)
+    assert together == pytest.approx(alone / 4, abs=1)
+    assert [share, same] == pytest.approx([SHARE, SHARE], rel=0.2)
+
+
 def test_what_pays_is_never_put_aside() -> None:
     budget = LossBudget()
     for step in range(1000):

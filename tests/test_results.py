@@ -68,6 +68,22 @@ def test_scores_say_how_many_answers_were_cut(tmp_path: Path) -> None:
     assert "accuracy 1.000." in page(sheets_of(read_rows([write(tmp_path / "b.jsonl", *scored)])), {})
 
 
+def test_what_papers_say_stands_beside_rows_of_the_same_text() -> None:
+    """Only where there are such rows, a drafter with other options under its own label."""
+    own = [row(name, key, group=None, task="xsum") for key in "12" for name in ("none", "space", "layer_skip searched")]
+    bench = [row(name, group="mt-bench", task="spec-bench") for name in ("none", "space", "lookahead", "auto")]
+    text = page(sheets_of([*own, *bench]), {})
+    lines = text.partition("### Beside the papers")[2].splitlines()
+    xsum, chat = "xsum, 2 prompts | 2.00 | 2.00", "spec-bench/mt-bench, 1 prompt | 2.00 | 2.00"
+    assert [line for line in lines if line.startswith("| ")][1:] == [
+        f"| layer_skip searched | XSum: LLaMA-2-13B, measured by LayerSkip's authors | 1.48 | - | {xsum} |",
+        f"| lookahead | MT-Bench: LLaMA-2-chat-7B, A100-80G, float16 | 1.64 | - | {chat} |",
+        f"| space | XSum: LLaMA-2-7B; hardware not said | 1.94 | 2.23 | {xsum} |",
+        f"| space | CIP (chat): LLaMA-2-7B; hardware not said | 1.71 | 1.85 | {chat} |",
+    ]
+    assert "Beside the papers" not in page(sheets_of([row("none"), row("space"), row("auto")]), {})
+
+
 def test_models_beside_bf16() -> None:
     """Speed and memory of every model against plain decoding in bf16, over the prompts that both have."""
 

@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,9 +17,15 @@ import openai
 import pytest
 
 from selfdraft import LLM, SamplingParams
+from selfdraft.drafting.mixing import Credit
+from selfdraft.drafting.source_tree import SourceTree
+from selfdraft.files.task_profiles import read_task_profile, write_task_profile
+from selfdraft.serve.requests import ChatRequest
 from selfdraft.serve.run import bind
 from selfdraft.serve.settings import Settings
+from tests.clocks import Ticking
 from tests.serving import Served, pocket, serving
+from tests.terminal import one_line, typed
 
 STORY = [{"role": "user", "content": "Tell a story about a dog."}]
 PERSON = {
@@ -221,6 +228,72 @@ def test_a_drafter_of_its_own(client: Any) -> None:
         client.chat.completions.create(
             model="pocket", messages=STORY, extra_body={"speculative_config": {"method": "space"}}
         )
+
+
+def test_a_kind_of_text_by_its_name(tmp_path: Path) -> None:
+    """A request names a task profile of the operator's; the server's drafter takes it, with the operator's options."""
+    learning = pocket("merged")
+    learning.generate("Once upon a time", SamplingParams(max_tokens=24))
+    learning.save_task_profile(tmp_path / "stories.json", "stories")
+    options = {"method": "auto", "num_speculative_tokens": 5}
+    own = LLM("pocket", speculative_config=options, dtype="float32", clock=Ticking())
+    profiles = {"stories": tmp_path / "stories.json"}
+    settings = Settings(model_name="pocket", details=True, drafters=("lookup",), task_profiles=profiles)
+    with serving(own, settings) as found:
+        assert httpx.get(f"{found.url}/v1/info").json()["task_profiles"] == ["stories"]
+
+        def ask(**config: object) -> httpx.Response:
+            body = {"messages": STORY, "max_tokens": 24, "speculative_config": config}
+            return httpx.post(f"{found.url}/v1/chat/completions", json=body, timeout=600)
+
+        for config in ({"task_profile": "stories"}, {"method": "auto", "task_profile": "stories"}, {}):
+            answer = ask(**config)
+            assert answer.json()["choices"][0]["message"]["content"] == said(STORY, max_tokens=24)
+
+        def tree(**config: object) -> SourceTree:
+            body = ChatRequest.model_validate({"messages": STORY, "speculative_config": config})
+            drafter: Any = found.server.service.chat(body, "somebody").call.drafter
+            return drafter.inner.tree  # type: ignore[no-any-return]
+
+        assert [tree(**one).most for one in ({}, {"task_profile": "stories"}, {"num_speculative_tokens": 3})] == [
+            5,
+            5,
+            3,
+        ]
+        known = read_task_profile(tmp_path / "stories.json")
+        fresh = tree(task_profile="stories", num_speculative_tokens=4).credit.learned()
+        assert known is not None
+        assert fresh.together == known.together != []
+        assert tree(num_speculative_tokens=4).credit.learned().together == []
+        for config, words in (
+            ({"task_profile": "code"}, "this server's task profiles: stories (--task-profile)"),
+            ({"task_profile": "../stories.json"}, "this server's task profiles: stories"),
+            ({"method": "lookup", "task_profile": "stories"}, "task_profile"),
+        ):
+            refused = ask(**config)
+            assert refused.status_code == 400
+            assert words in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["code"], "--task-profile code is not NAME=FILE"),
+        (["a b=x.json"], "--task-profile a b=x.json is not NAME=FILE with a name of 1 to 64 of A-Z a-z 0-9 . _ -"),
+        (["code=/nowhere.json"], "task_profile '/nowhere.json' cannot be read: No such file or directory"),
+        (["code={0}", "code={0}"], "two --task-profile are called 'code'"),
+    ],
+)
+def test_a_wrong_task_profile_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    given: list[str],
+    words: str,
+) -> None:
+    write_task_profile(tmp_path / "task.json", Credit().learned())
+    options = [f"--task-profile={one.format(tmp_path / 'task.json')}" for one in given]
+    one_line(typed(monkeypatch, capsys, "serve", "--model", "pocket", *options), words)
 
 
 def test_details_say_who_drafted_each_token(served: Served) -> None:

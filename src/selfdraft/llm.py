@@ -196,7 +196,7 @@ class LLM:
 
     def _take(self, drafter: str, options: Mapping[str, object]) -> None:
         """From now on requests run with this drafter."""
-        self.engine, self.drafter_name = self._engine(drafter, options), drafter
+        self.engine, self.drafter_name, self.drafter_options = self._engine(drafter, options), drafter, dict(options)
         self.shared = SharedEngine(self.engine, self._owner)
 
     @property

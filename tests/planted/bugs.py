@@ -292,8 +292,8 @@ BUGS = (
     Bug(
         "masks-never-pause",
         "drafting/source_tree.py",
-        "self.masks.book((brought - tokens(rows, self._masking)) / len(results))",
-        "self.masks.book(brought / len(results))",
+        "self.masks.book((brought - tokens(rows, self._masking)) / len(results), len(results))",
+        "self.masks.book(brought / len(results), len(results))",
         "masks hang where they lose",
     ),
     Bug(

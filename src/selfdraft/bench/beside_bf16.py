@@ -12,7 +12,7 @@ from selfdraft.bench.rows import Row
 from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
-    from selfdraft.bench.results import Sheet
+    from selfdraft.bench.sheets import Sheet
 
 MIB = 2**20
 HEADS = (

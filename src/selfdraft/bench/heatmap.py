@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from selfdraft.bench.results import Sheet, speedup
+from selfdraft.bench.sheets import Sheet, speedup
 
 
 def draw(sheet: Sheet, path: Path) -> Path:

@@ -6,45 +6,18 @@ import gzip
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from pathlib import Path
 
-from selfdraft.bench import beside_bf16
+from selfdraft.bench import beside_bf16, papers
 from selfdraft.bench.report import cores_of, scores_of
 from selfdraft.bench.rows import HEAD, Row, key_of
+from selfdraft.bench.sheets import Sheet, ratio, speedup, tokens_per_pass
 from selfdraft.errors import RequestError
 from selfdraft.types import JsonObject
 
 VARIED = ("temperature", "top_p")
 """Conditions that part tables, not sections."""
 SCORED = "Scores of the plain texts, in brackets how many of them were cut at the limit of tokens"
-
-
-@dataclass(frozen=True, slots=True)
-class Sheet:
-    """Rows under the same conditions, at one temperature."""
-
-    conditions: JsonObject
-    rows: list[Row]
-
-    @property
-    def columns(self) -> list[str]:
-        """Task, or task and group, in the order of the rows."""
-        return list(dict.fromkeys(column_of(row) for row in self.rows))
-
-    @property
-    def labels(self) -> list[str]:
-        """Plain decoding, drafters, then other engines."""
-        ours = [row["drafter"] for row in self.rows if row.get("peer") is None]
-        return list(dict.fromkeys([*ours, *(row["drafter"] for row in self.rows)]))
-
-    def of(self, label: str, column: str | None = None) -> list[Row]:
-        """The rows of a drafter, in a column or in all."""
-        return [row for row in self.rows if row["drafter"] == label and column in (None, column_of(row))]
-
-
-def column_of(row: Row) -> str:
-    return f"{row['task']}/{row['group']}" if row["group"] else str(row["task"])
 
 
 def read_rows(paths: SequenceOf[Path]) -> list[Row]:
@@ -110,6 +83,7 @@ def page(sections: SequenceOf[SequenceOf[Sheet]], pictures: Mapping[int, str]) -
             if number in pictures:
                 lines += [f"![Speed-up by drafter and task]({pictures[number]})", ""]
             number += 1
+        lines += papers.table(_greedy(sheets))
     return "\n".join(lines)
 
 
@@ -175,26 +149,13 @@ def _engines(sheet: Sheet) -> list[str]:
     return ["", "Other engines: " + "; ".join(said) + "."] if said else []
 
 
-def ratio(rows: SequenceOf[Row], over: str) -> float:
-    """A sum (plain_seconds, tokens) by the seconds of the same rows."""
-    return float(sum(row[over] for row in rows) / sum(row["seconds"] for row in rows))
-
-
-def speedup(rows: SequenceOf[Row]) -> float | None:
-    """None where a text of our own engine differs, or where nothing was measured."""
-    fine = rows and all(row["texts_equal"] or row.get("peer") for row in rows)
-    return ratio(rows, "plain_seconds") if fine else None
-
-
 def _cell(rows: SequenceOf[Row], prompts: int) -> str:
     if not rows:
         return "-"
     faster = speedup(rows)
     said = "texts differ" if faster is None else f"{faster:.2f}x"
-    if rows[0].get("peer") is None:
-        passes = sum(row["stats"]["num_steps"] for row in rows)
-        tokens = sum(row["stats"]["mean_acceptance_length"] * row["stats"]["num_steps"] for row in rows)
-        said += f" ({tokens / passes:.2f})" if passes else ""
+    if rows[0].get("peer") is None and (passes := tokens_per_pass(rows)) is not None:
+        said += f" ({passes:.2f})"
     return said + (f", {len(rows)} of {prompts}" if len(rows) < prompts else "")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.serve.settings import Settings
 
+NAMED = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""A name of a task profile."""
+
 Option = typer.Option
 Host = Annotated[str, Option(help="The address to listen at; any other than loopback needs a key.")]
 Port = Annotated[int, Option(help="The port to listen at; 0 takes a free one.", min=0, max=65535)]
@@ -60,6 +65,10 @@ RequestTimeout = Annotated[float, Option(help="Seconds that a request may take."
 ShutdownTimeout = Annotated[float, Option(help="Seconds that requests have to end after SIGTERM.")]
 Allowed = Annotated[
     str, Option(help="Drafters that a request may ask for, with commas; 'none' and the server's own always.")
+]
+Profiles = Annotated[
+    list[str] | None,
+    Option("--task-profile", help="NAME=FILE of 'tune task': requests may ask for it. May be repeated."),
 ]
 SharedMemory = Annotated[
     bool, Option("--shared-memory", help="Draft from all callers' earlier answers; timing tells of them then.")
@@ -127,6 +136,7 @@ class ServeOptions:
     request_timeout: RequestTimeout = 600.0
     shutdown_timeout: ShutdownTimeout = 30.0
     allow_drafters: Allowed = ""
+    task_profile: Profiles = None
     shared_memory: SharedMemory = False
     no_prefix_reuse: NoReuse = False
     stream_pace: Pace = 0.0
@@ -227,10 +237,27 @@ def settings_of(given: ServeOptions) -> Settings:
         keys=read_keys(given.api_key, given.api_key_file),
         allowed_hosts=tuple(given.allowed_host or ()),
         cors_origins=tuple(given.cors_origin or ()),
+        task_profiles=profiles_in(given.task_profile or ()),
         drafters=tuple(named(given.allow_drafters)) if given.allow_drafters else (),
         prefix_reuse=not given.no_prefix_reuse,
         details=given.host in LOOPBACK if given.details is None else given.details,
     )
+
+
+def profiles_in(given: Sequence[str]) -> dict[str, Path]:
+    """Files by the names that requests use. Errors: OptionError, also for a file that is no task profile."""
+    from selfdraft.files.task_profiles import read_task_profile
+
+    found: dict[str, Path] = {}
+    for one in given:
+        name, sign, file = one.partition("=")
+        if not sign or not file or not NAMED.fullmatch(name):
+            raise OptionError(f"--task-profile {one} is not NAME=FILE with a name of 1 to 64 of A-Z a-z 0-9 . _ -")
+        if name in found:
+            raise OptionError(f"two --task-profile are called {name!r}")
+        found[name] = Path(file).expanduser()
+        read_task_profile(found[name])
+    return found
 
 
 verb = as_verb(ServeOptions, serve)

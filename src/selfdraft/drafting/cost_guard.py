@@ -39,7 +39,8 @@ RAREST = 4
 class LossBudget:
     """What drafting may still lose, counted in steps of plain decoding. Below zero it is paused.
 
-    Each step adds its gain or loss, and SHARE. So what fails costs at most START steps, and SHARE of the rest.
+    Each step adds its gain or loss, and SHARE. So what fails costs at most START steps, and SHARE of the rest. A step
+    of n requests counts as sqrt(n) steps: it shows n times as much text, so fewer of them tell as surely.
     """
 
     balance: float = START
@@ -58,12 +59,12 @@ class LossBudget:
             self.begin(new / len(sequences))
         resting = self.paused
         if resting:
-            self.rest()
+            self.rest(len(sequences))
         return resting
 
-    def rest(self) -> None:
-        """Book a step during a pause."""
-        self.balance += SHARE
+    def rest(self, count: int = 1) -> None:
+        """Book a step of `count` requests during a pause."""
+        self.balance += SHARE * count**0.5
         if self.balance >= TRIAL:
             self.paused = False
 
@@ -74,9 +75,9 @@ class LossBudget:
             self.paused, self.waited, self.patience = False, 0.0, min(2 * self.patience, RAREST)
             self.balance = max(self.balance, TRIAL)
 
-    def book(self, gain: float) -> None:
-        """Book a step that brought `gain` plain steps more than it took; less than 0 when it lost."""
-        self.balance = min(self.balance + gain + SHARE, MOST)
+    def book(self, gain: float, count: int = 1) -> None:
+        """Book a step of `count` requests that brought `gain` plain steps more than it took; less than 0: it lost."""
+        self.balance = min(self.balance + (gain + SHARE) * count**0.5, MOST)
         if self.balance < 0:
             self.paused = True
         elif self.balance > START:
@@ -174,7 +175,7 @@ class CostGuard:
         tokens = sum(len(result.tokens) for result in results)
         self.throughput.observe(tokens, took)
         if plain > 0:
-            self.budget.book(tokens / count - took / plain)
+            self.budget.book(tokens / count - took / plain, count)
         return plain
 
     def tokens_in(

@@ -203,7 +203,7 @@ class SourceTree:
         if not self.sources.recycling:
             return
         if self.successors.paused:
-            self.successors.rest()
+            self.successors.rest(len(sequences))
             return
         began = self.clock()
         for sequence, result in zip(sequences, results, strict=True):
@@ -215,7 +215,7 @@ class SourceTree:
         """Book what the successor table brought and took in this step. `plain`: seconds of a plain step."""
         if self._reading:
             brought = sum(only_from(RECYCLING, result) for result in results) / len(results)
-            self.successors.book(brought - self._reading / plain)
+            self.successors.book(brought - self._reading / plain, len(results))
         self._reading = 0.0
 
     def book_masks(self, results: SequenceOf[Result], tokens: Callable[[int, float], float]) -> None:
@@ -226,7 +226,7 @@ class SourceTree:
         rows = sum(len(result.draft) - result.draft.num_candidates for result in results)
         if self.groups is not None and not self.masks.paused:
             brought = sum(only_from(MASKS, result) for result in results)
-            self.masks.book((brought - tokens(rows, self._masking)) / len(results))
+            self.masks.book((brought - tokens(rows, self._masking)) / len(results), len(results))
         self._masking = 0.0
 
     def forget(self, sequences: SequenceOf[Sequence]) -> None:

@@ -258,6 +258,7 @@ class Server:
                 "model": settings.model_name,
                 "drafter": self.llm.drafter_name,
                 "drafters": list(self.service.methods),
+                "task_profiles": list(self.settings.task_profiles),
                 "exactness": {"level": target.exactness.level, "why": target.exactness.why},
                 "runner": target.runs,
                 "max_model_len": target.max_length,

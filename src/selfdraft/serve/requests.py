@@ -27,9 +27,11 @@ class StreamOptions(Strict):
 
 
 class SpeculativeConfig(Strict):
-    """Which drafter answers this request, out of those that the operator allows."""
+    """Which drafter answers this request, out of those that the operator allows; unset: the server's own."""
 
-    method: Name
+    method: Name | None = None
+    task_profile: Name | None = None
+    """The operator's name of a kind of text."""
     num_speculative_tokens: Annotated[int, Field(ge=1, le=256)] | None = None
 
 

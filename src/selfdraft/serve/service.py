@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters import build
@@ -56,6 +57,15 @@ class Job:
     """The answer is a call and nothing else."""
 
 
+class Asked(NamedTuple):
+    """What a request asks of a drafter."""
+
+    method: str
+    num_speculative_tokens: int | None = None
+    task_profile: str | None = None
+    """The operator's name of a kind of text."""
+
+
 class Service:
     """Makes calls. `settings` are the operator's. Safe from several threads; it never waits for the engine."""
 
@@ -65,18 +75,21 @@ class Service:
         self._tokenizer = copy.deepcopy(llm.tokenizer)
         self._lock = threading.Lock()
         self._grammars: Grammars | None = None
-        self._drafters: dict[tuple[str, int | None], Drafter] = {}
+        self._drafters: dict[Asked, Drafter] = {}
         allowed = [ALIASES.get(name, name) for name in settings.drafters]
         self.methods = tuple(dict.fromkeys([llm.drafter_name, "none", *allowed]))
         for name in self.methods[1:]:
-            self._drafters[name, None] = self._built(name, {})
+            self._drafters[Asked(name)] = self._built(Asked(name))
         own = llm.engine.drafter
-        self._drafters[llm.drafter_name, None] = own if llm.drafter_name == "none" else GrammarDrafter(own)
+        self._drafters[Asked(llm.drafter_name)] = own if llm.drafter_name == "none" else GrammarDrafter(own)
+        for label in settings.task_profiles:
+            asked = Asked(llm.drafter_name, task_profile=label)
+            self._drafters[asked] = self._built(asked)
 
     @property
     def drafter(self) -> Drafter:
         """The drafter of requests that ask for none."""
-        return self._drafters[self.llm.drafter_name, None]
+        return self._drafters[Asked(self.llm.drafter_name)]
 
     def chat(self, body: ChatRequest, caller: str) -> Job:
         """The job of a chat completion. Errors: ApiError, RequestError, OptionError."""
@@ -262,26 +275,36 @@ class Service:
         config = body.speculative_config
         if config is None:
             return self.drafter
-        method = ALIASES.get(config.method, config.method)
-        if method not in self.methods:
+        method = config.method or self.llm.drafter_name
+        asked = Asked(ALIASES.get(method, method), config.num_speculative_tokens, config.task_profile)
+        if asked.method not in self.methods:
             allowed = ", ".join(self.methods)
             raise ApiError(400, f"this server drafts with {allowed} only (--allow-drafters)", "speculative_config")
-        key = method, config.num_speculative_tokens
-        if key not in self._drafters:
-            with self._lock:
-                self._drafters[key] = self._built(method, {"num_speculative_tokens": config.num_speculative_tokens})
-                for old in [one for one in self._drafters if one[1] is not None][:-8]:
+        if asked.task_profile not in (None, *self.settings.task_profiles):
+            known = ", ".join(self.settings.task_profiles) or "none"
+            raise ApiError(400, f"this server's task profiles: {known} (--task-profile)", "speculative_config")
+        with self._lock:
+            if asked not in self._drafters:
+                try:
+                    self._drafters[asked] = self._built(asked)
+                except OptionError as error:
+                    raise ApiError(400, str(error), "speculative_config") from error
+                for old in [one for one in self._drafters if one.num_speculative_tokens is not None][:-8]:
                     del self._drafters[old]
-                return self._drafters[key]
-        return self._drafters[key]
+            return self._drafters[asked]
 
-    def _built(self, method: str, options: Mapping[str, object]) -> Drafter:
-        """A drafter that obeys grammars; `none` is plain decoding and drafts nothing, not even what is forced."""
-        try:
-            found = build(method, self.llm.target, options)
-            return found if method == "none" else GrammarDrafter(found)
-        except OptionError as error:
-            raise ApiError(400, str(error), "speculative_config") from error
+    def _built(self, asked: Asked) -> Drafter:
+        """A drafter that obeys grammars; `none` is plain decoding and drafts nothing, not even what is forced.
+
+        The server's own keeps the operator's options. Errors: OptionError for options that it does not have.
+        """
+        options = dict(self.llm.drafter_options if asked.method == self.llm.drafter_name else {})
+        if asked.num_speculative_tokens is not None:
+            options["num_speculative_tokens"] = asked.num_speculative_tokens
+        if asked.task_profile is not None:
+            options["task_profile"] = self.settings.task_profiles[asked.task_profile]
+        found = build(asked.method, self.llm.target, options)
+        return found if asked.method == "none" else GrammarDrafter(found)
 
 
 def _prompts_of(body: CompletionRequest) -> list[str | list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +55,8 @@ class Settings:
     """Most tokens, prompt and answer together, of all requests that run; None: as many as the slots hold."""
     drafters: tuple[str, ...] = ()
     """Drafters that a request may ask for besides the server's own and `none`."""
+    task_profiles: Mapping[str, Path] = field(default_factory=dict)
+    """What was learned on earlier text of one kind, by the name under which a request may ask for it."""
     shared_memory: bool = False
     """Earlier answers of all callers are drafted from. Then the time of an answer tells of other callers' texts."""
     prefix_reuse: bool = True
