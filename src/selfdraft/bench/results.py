@@ -160,9 +160,10 @@ def _cell(rows: SequenceOf[Row], prompts: int) -> str:
 
 
 def _equal(rows: SequenceOf[Row]) -> str:
-    if any(row["texts_equal"] is None and not row["peer_file"] for row in rows):
+    uncompared = any(row["texts_equal"] is None for row in rows)
+    if uncompared and rows[0]["conditions"]["temperature"] > 0:
         return "other random numbers"
-    if any(row["texts_equal"] is None for row in rows):  # over a file of its own, with other weights
+    if uncompared:  # over a file of its own, with other weights
         own = [row["texts_equal_own_plain"] for row in rows if "texts_equal_own_plain" in row]
         return "other weights" + (f"; as its own plain text: {sum(own)} of {len(own)}" if own else "")
     equal = sum(bool(row["texts_equal"]) for row in rows)
