@@ -240,7 +240,12 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("logit_bias", {1.0: 1.0}, "logit_bias holds 1.0, which is no token id"),
     ("logit_bias", {"5": 1.0, 5: 2.0}, "logit_bias holds token id 5 twice"),
     ("logit_bias", {5: "1"}, r"logit_bias\[5\]='1' is not a number"),
-    ("logit_bias", {5: float("inf")}, r"logit_bias\[5\]=inf is out of range"),
+    ("logit_bias", {5: float("inf")}, r"logit_bias\[5\]=inf is out of range: give a finite number, or -inf to ban it"),
+    ("max_tokens", 2**40, "max_tokens=1099511627776 is out of range: it must be at least 1, at most 2147483648"),
+    ("max_tokens", 0, "max_tokens=0 is out of range: it must be at least 1$"),
+    ("temperature", float("inf"), "temperature=inf is out of range: it must be finite, at least 0.0"),
+    ("presence_penalty", float("-inf"), "presence_penalty=-inf is out of range: it must be finite"),
+    ("top_k", -2, "top_k=-2 is out of range: it must be at least 0"),
     ("logit_bias", {5: float("nan")}, r"logit_bias\[5\]=nan is not a number"),
     ("prediction", 0.5, "prediction=0.5: give token ids"),
     ("logits_processors", "upper", "logits_processors='upper': give a function"),
@@ -252,6 +257,48 @@ MISTAKES: list[tuple[str, Any, str]] = [
 def test_a_wrong_option_is_named(name: str, value: Any, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         SamplingParams(**{name: value})
+
+
+def test_a_top_k_of_minus_one_keeps_all() -> None:
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"speculative_config": "auto"}, "speculative_config='auto': give a dict of options, such as"),
+        ({"speculative_config": 5}, "speculative_config=5: give a dict"),
+        ({"speculative_config": []}, r"speculative_config=\[\]: give a dict"),
+        ({"speculative_config": {5: 4}}, r"speculative_config=\{5: 4\}: give a dict"),
+        ({"drafter": 5}, "drafter=5 is no text: give a name, such as 'auto'"),
+        ({"speculative_config": {"method": "auto", "skip_set": ""}}, "skip_set"),
+        ({"speculative_config": {"method": "auto", "memory": -1}}, "memory=-1 is out of range: it must be at least 0"),
+        ({"speculative_config": {"method": "auto", "bits": 5}}, "bits=5: weights are rounded to 4 or 8 bits"),
+        ({"speculative_config": {"method": "auto", "task_profile": ""}}, "task_profile='' names no file"),
+        ({"speculative_config": {"method": "auto", "task_profile": "a\0b"}}, "names no file"),
+    ],
+)
+def test_a_wrong_drafter_is_named(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        llm().use(**given)
+
+
+def test_options_of_a_drafter_may_be_numbers_of_numpy() -> None:
+    one = llm()
+    before, was = one.drafter_name, one.drafter_options
+    one.use("auto", {"bits": np.int64(4), "num_speculative_tokens": np.int64(7)})
+    assert one.generate(A, SHORT)[0].outputs[0].token_ids
+    one.use(before, was)
+
+
+@pytest.mark.parametrize("given", [(5, "x"), ("", "x"), ("z.json", 5)])
+def test_a_profile_goes_to_a_path_under_a_name(given: tuple[Any, Any]) -> None:
+    with pytest.raises(OptionError, match="give a path to write to, and a name as a text"):
+        llm().save_task_profile(*given)
+
+
+def test_a_dtype_of_torch_is_taken() -> None:
+    assert LLM("pocket", dtype=torch.float32, drafter="none").target.facts.dtype == torch.float32
 
 
 def test_every_option_is_read() -> None:

@@ -17,7 +17,17 @@ from selfdraft.cli.options import keep_on_cores
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import OptionError, RunnerUnavailable
 from selfdraft.models import machine_state
-from selfdraft.models.machine_state import FAR_FROM, Latency, MachineState, Span, Watch, flip, latency_now, state_now
+from selfdraft.models.machine_state import (
+    BUSY_FROM,
+    FAR_FROM,
+    Latency,
+    MachineState,
+    Span,
+    Watch,
+    flip,
+    latency_now,
+    state_now,
+)
 from selfdraft.models.runner import kernel_build
 from selfdraft.tune import machine as profiles
 from tests.models import tiny_llama, tiny_target, unavailable
@@ -37,6 +47,7 @@ def state(farthest: float = 50.0, one: float = 30e9, large: bool = True) -> Mach
         (Latency(250, 250, 2), "far"),
         (Latency(40, FAR_FROM, 4), "far"),  # the pass waits for its slowest thread
         (Latency(40, FAR_FROM - 0.1, 4), "near"),
+        (Latency(40, BUSY_FROM, 4), "busy"),  # half a millisecond is another process, and no distance
         (Latency(0, 0, 1), "one core"),
     ],
 )

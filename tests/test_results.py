@@ -138,6 +138,8 @@ def test_texts_over_other_weights_are_not_compared_with_ours() -> None:
     assert "| engine-ngram | 2.00x | 2.00x | other weights; as its own plain text: 1 of 2 |" in text
     assert "Other engines: engine 1, over m.gguf (engine, engine-ngram)." in text
     sampled = [row("none", temperature=0.8), row("engine-ngram", temperature=0.8, **other, texts_equal_own_plain=None)]
+    assert "| engine-ngram | 2.00x | 2.00x | other weights and random numbers |" in page(sheets_of(sampled), {})
+    sampled[1]["peer_file"] = None
     assert "| engine-ngram | 2.00x | 2.00x | other random numbers |" in page(sheets_of(sampled), {})
 
 

@@ -224,7 +224,9 @@ def test_a_drafter_of_its_own(client: Any) -> None:
             model="pocket", messages=STORY, max_tokens=24, extra_body={"speculative_config": {"method": method}}
         )
         assert answer.choices[0].message.content == wanted
-    with pytest.raises(openai.BadRequestError, match="drafts with auto, none, lookup, merged only"):
+    with pytest.raises(
+        openai.BadRequestError, match="'space' is not offered here; there are auto, none, lookup, merged"
+    ):
         client.chat.completions.create(
             model="pocket", messages=STORY, extra_body={"speculative_config": {"method": "space"}}
         )
@@ -266,8 +268,9 @@ def test_a_kind_of_text_by_its_name(tmp_path: Path) -> None:
         assert fresh.together == known.together != []
         assert tree(num_speculative_tokens=4).credit.learned().together == []
         for config, words in (
-            ({"task_profile": "code"}, "this server's task profiles: stories (--task-profile)"),
-            ({"task_profile": "../stories.json"}, "this server's task profiles: stories"),
+            ({"task_profile": "code"}, "there is no task profile 'code' here; there are: stories (--task-profile)"),
+            ({"task_profile": "../stories.json"}, "there is no task profile '../stories.json' here"),
+            ({"method": ""}, "drafter '' is not offered here; there are auto, none, lookup"),
             ({"method": "lookup", "task_profile": "stories"}, "task_profile"),
         ):
             refused = ask(**config)
@@ -275,11 +278,29 @@ def test_a_kind_of_text_by_its_name(tmp_path: Path) -> None:
             assert words in refused.json()["error"]["message"]
 
 
+def test_a_kind_of_text_where_another_drafter_than_the_server_s_own_reads_it(tmp_path: Path) -> None:
+    write_task_profile(tmp_path / "stories.json", Credit().learned())
+    profiles = {"stories": tmp_path / "stories.json"}
+    settings = Settings(model_name="pocket", drafters=("merged",), task_profiles=profiles)
+    with serving(pocket("lookup", max_num_seqs=1), settings) as found:
+        for method, status in (("merged", 200), ("lookup", 400), (None, 400)):
+            config = {"method": method, "task_profile": "stories"}
+            body = {"messages": STORY, "max_tokens": 8, "speculative_config": config}
+            answer = httpx.post(f"{found.url}/v1/chat/completions", json=body, timeout=600)
+            assert answer.status_code == status
+            if status == 400:
+                assert "drafter 'lookup' has no option 'task_profile'" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         (["code"], "--task-profile code is not NAME=FILE"),
-        (["a b=x.json"], "--task-profile a b=x.json is not NAME=FILE with a name of 1 to 64 of A-Z a-z 0-9 . _ -"),
+        (["a b=x.json"], "--task-profile a b=x.json: 'a b' is no name of a kind of text: give 1 to 64 of A-Z a-z 0-9"),
+        (
+            ["code={0}", "--drafter=lookup", "--allow-drafters=ngram"],
+            "is read by the drafters merged, auto, casc",
+        ),
         (["code=/nowhere.json"], "task_profile '/nowhere.json' cannot be read: No such file or directory"),
         (["code={0}", "code={0}"], "two --task-profile are called 'code'"),
     ],
@@ -292,7 +313,8 @@ def test_a_wrong_task_profile_is_said_at_once(
     words: str,
 ) -> None:
     write_task_profile(tmp_path / "task.json", Credit().learned())
-    options = [f"--task-profile={one.format(tmp_path / 'task.json')}" for one in given]
+    told = [one.format(tmp_path / "task.json") for one in given]
+    options = [one if one.startswith("--") else f"--task-profile={one}" for one in told]
     one_line(typed(monkeypatch, capsys, "serve", "--model", "pocket", *options), words)
 
 

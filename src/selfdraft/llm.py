@@ -122,7 +122,7 @@ class LLM:
         *,
         drafter: str | None = None,
         speculative_config: Mapping[str, object] | None = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str = "auto",
         tokenizer: Tokenizer | None = None,
         adapters: SequenceOf[str | Path | MaskAdapter] = (),
@@ -505,6 +505,8 @@ class LLM:
 
         Later runs take it as the option `task_profile` of the drafters auto, merged and cascade. Errors: OptionError.
         """
+        if not (isinstance(path, str | Path) and str(path) and isinstance(name, str)):
+            raise OptionError(f"save_task_profile({path!r}, {name!r}): give a path to write to, and a name as a text")
         learned, tokens = learned_by(self.engine.drafter), self.stats.num_output_tokens
         write_task_profile(Path(path), learned, name=name, tokens=tokens, tokenizer=self.fingerprint)
 

@@ -42,6 +42,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 def drafter_of(drafter: str | None, config: Mapping[str, object] | None) -> tuple[str, dict[str, object]]:
     """Name and options out of the two ways to give them. Errors: OptionError when they disagree."""
+    if not isinstance(drafter, str | None):
+        raise OptionError(f"drafter={drafter!r} is no text: give a name, such as 'auto'")
+    if config is not None and not (isinstance(config, Mapping) and all(isinstance(name, str) for name in config)):
+        raise OptionError(f"speculative_config={config!r}: give a dict of options, such as {{'method': 'auto'}}")
     options = dict(config or {})
     method = options.pop("method", None)
     if method is not None and not isinstance(method, str):

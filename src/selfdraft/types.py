@@ -35,7 +35,7 @@ class SamplingParams:
     temperature: float = 0.0
     """0 is greedy; ties go to the lowest token id."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k likeliest tokens; 0 or -1 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens whose probability reaches top_p."""
     min_p: float = 0.0
@@ -114,6 +114,8 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise OptionError("allowed_token_ids is empty; give at least one token id or None")
         for token, bias in self.logit_bias.items():
+            if bias == math.inf:
+                raise OptionError(f"logit_bias[{token}]=inf is out of range: give a finite number, or -inf to ban it")
             if bias != -math.inf:
                 within(f"logit_bias[{token}]", bias, -math.inf, math.inf)
 
@@ -178,6 +180,12 @@ def _items(name: str, value: object, taken: str) -> list[object]:
     return [bare(item) for item in value]
 
 
+def _top_k(name: str, value: object) -> int:
+    """As `_whole`; -1 keeps all, as 0 does: so vLLM's users write it."""
+    found = _whole(name, value)
+    return 0 if found == -1 else found
+
+
 def _texts(name: str, value: object) -> tuple[str, ...]:
     found = [value] if isinstance(value, str) else _items(name, value, "a text or a list of texts")
     for item in found:
@@ -235,7 +243,8 @@ def _functions(name: str, value: object) -> tuple[Callable[..., object], ...]:
 _READERS: dict[str, Callable[[str, object], object]] = {
     **dict.fromkeys(("temperature", "top_p", "min_p"), _real),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _real),
-    **dict.fromkeys(("top_k", "min_tokens", "max_tokens", "seed", "n", "logprobs"), _whole),
+    "top_k": _top_k,
+    **dict.fromkeys(("min_tokens", "max_tokens", "seed", "n", "logprobs"), _whole),
     **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), _flag),
     **dict.fromkeys(("stop", "bad_words"), _texts),
     **dict.fromkeys(("stop_token_ids", "allowed_token_ids"), _ids),
@@ -286,8 +295,10 @@ def within(name: str, value: float, low: float, high: float, *, open_low: bool =
     if math.isnan(number):
         raise OptionError(f"{name}={value!r} is not a number")
     if value < low or value > high or (open_low and value == low) or math.isinf(number):
-        ends = "finite" if math.isinf(low) else f"{'above' if open_low else 'at least'} {low}"
-        ends += "" if high in (math.inf, 2**31) else f", at most {high}"
+        ends = "" if math.isinf(low) else f"{'above' if open_low else 'at least'} {low}"
+        if isinstance(value, float) and math.isinf(value):
+            ends = f"finite, {ends}" if ends else "finite"
+        ends += "" if math.isinf(high) or (high == 2**31 and value <= high) else f", at most {high}"
         raise OptionError(f"{name}={shown(value)} is out of range: it must be {ends}")
 
 
@@ -318,7 +329,7 @@ class Rounded:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (4, 8):
-            raise OptionError(f"bits={self.bits!r}: weights are rounded to 4 or 8 bits")
+            raise OptionError(f"bits={self.bits!r}: weights are rounded to 4 or 8 bits, a whole number")
 
 
 PassVariant = Skip | Rounded

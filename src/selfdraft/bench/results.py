@@ -162,7 +162,7 @@ def _cell(rows: SequenceOf[Row], prompts: int) -> str:
 def _equal(rows: SequenceOf[Row]) -> str:
     uncompared = any(row["texts_equal"] is None for row in rows)
     if uncompared and rows[0]["conditions"]["temperature"] > 0:
-        return "other random numbers"
+        return f"other {'weights and ' if rows[0]['peer_file'] else ''}random numbers"
     if uncompared:  # over a file of its own, with other weights
         own = [row["texts_equal_own_plain"] for row in rows if "texts_equal_own_plain" in row]
         return "other weights" + (f"; as its own plain text: {sum(own)} of {len(own)}" if own else "")

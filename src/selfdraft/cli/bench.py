@@ -489,6 +489,8 @@ def show_evaluation(records: Sequence[JsonObject], output: Path | None) -> None:
         terminal.out.print(
             f"\nother engines, as many tokens each: {', '.join(_engine(peer) for peer in peers.values())}"
         )
+    if any(record["texts_equal"] is None for record in peers.values()):
+        terminal.out.print("same -: not compared with our text, because of other weights or other random numbers")
     load = max(record["load_average_max"] for record in records)
     terminal.out.print(f"\nload average up to {load:.1f}" + (f"; rows in {output}" if output is not None else ""))
     if not all(record["texts_equal"] for record in records if record["peer"] is None):
@@ -509,19 +511,24 @@ def show_apart(rows: Sequence[JsonObject], wide: int) -> None:
         ratio = record["decode_speedup_vs_plain"] if ours else record["decode_speedup_vs_own_plain"]
         equal = record["texts_equal"] if ours else record["texts_equal_own_plain"]
         differ = 0 if ours else len(record["prompts_different_own_plain"] or ())
-        marked |= bool(differ)
+        mark = "*" if not ours and ratio is not None and not equal else ""
+        marked |= bool(mark)
         rate, speeds = record["draft_acceptance_rate"], ("decode_tokens_per_second", "prompt_tokens_per_second")
         table.add_row(
             record["drafter"],
             *("-" if record[name] is None else f"{record[name]:.1f}" for name in speeds),
-            "" if plain or ratio is None else f"{ratio:.2f}x{'*' if differ else ''}",
+            "" if plain or ratio is None else f"{ratio:.2f}x{mark}",
             "" if plain or rate is None else f"{100 * rate:.0f} %",
             "" if plain or equal is None else "yes" if equal else f"no in {differ} of {record['prompts']}",
         )
     terminal.out.print("")
     terminal.out.print(table)
     if marked:
-        terminal.out.print("* some of its texts are not its own plain texts: it did other work, so this is no speed-up")
+        terminal.out.print(
+            "* some of its texts are not its own plain texts, or drawn with other random numbers: it did other work, "
+            "so this is no speed-up",
+            soft_wrap=True,
+        )
 
 
 def show_stages(records: Sequence[JsonObject]) -> None:

@@ -52,7 +52,7 @@ def doctor(
     watch = Watch()
     opening = partial(open_llm, no_cache=prove, quantization=quantization, kv_cache_dtype=kv_cache_dtype, lora=lora)
     opening = partial(opening, device=device)
-    findings = [*examine(opening, model, max_new_tokens, threads)]
+    findings = [*examine(opening, model, max_new_tokens, threads, quiet=as_json)]
     state, around = watch.span(), machine(findings[0].device)
     if as_json:
         trials = [finding.as_dict() for finding in findings]
@@ -84,7 +84,9 @@ class Finding:
         return {**asked, **asdict(self.trial), "level": self.trial.level, **said}
 
 
-def examine(opening: Callable[..., LLM], model: str, max_new_tokens: int, threads: int | None) -> Iterator[Finding]:
+def examine(
+    opening: Callable[..., LLM], model: str, max_new_tokens: int, threads: int | None, *, quiet: bool
+) -> Iterator[Finding]:
     """Open the model with every dtype, runner and level, and compare drafted with plain decoding in each."""
     from selfdraft.prove.doctor import trial
     from selfdraft.types import SamplingParams
@@ -92,6 +94,8 @@ def examine(opening: Callable[..., LLM], model: str, max_new_tokens: int, thread
     sampling = SamplingParams(max_tokens=max_new_tokens, ignore_eos=True)
     for dtype in ("float32", "bfloat16"):
         for runner, exactness in (("auto", "bitwise"), ("plain", "bitwise"), ("plain", "token")):
+            if not (quiet or terminal.err.is_terminal):  # six trials: a log must not be silent for minutes
+                terminal.note(f"trying {dtype}, runner {runner}, exactness {exactness} ...")
             llm = opening(model, "none", None, dtype, exactness, threads, runner=runner)
             if runner == "auto" and llm.target.runner is None and llm.target.graphs is None:
                 continue  # the plain path comes next anyway

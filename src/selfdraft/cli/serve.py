@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -32,15 +31,14 @@ from selfdraft.cli.options import (
     check_options,
     named,
     open_llm,
+    parse_config,
 )
 from selfdraft.errors import OptionError
+from selfdraft.methods import ALIASES, OPTIONS, drafter_of
 
 if TYPE_CHECKING:
     from selfdraft.llm import LLM
     from selfdraft.serve.settings import Settings
-
-NAMED = re.compile(r"[A-Za-z0-9._-]{1,64}")
-"""A name of a task profile."""
 
 Option = typer.Option
 Host = Annotated[str, Option(help="The address to listen at; any other than loopback needs a key.")]
@@ -177,6 +175,7 @@ def serve(given: ServeOptions) -> None:
     except ImportError as error:
         raise OptionError(f"serve needs {error.name}: pip install 'selfdraft[serve]'") from error
     settings = settings_of(given)
+    check_profiles(given, settings)
     if given.ray:
         from selfdraft.integrations.ray.required import check_ray
 
@@ -191,10 +190,11 @@ def serve(given: ServeOptions) -> None:
     llm = llm_of(given)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("uvicorn.error").name = "uvicorn"  # it says everything there, errors or not
+    server = Server(llm, settings)
     address = f"http://{given.host}:{sock.getsockname()[1]}"
     page = f"; the page: {address}/" if given.page else ""
     terminal.note(f"{settings.model_name} at {address}/v1 with drafter {llm.drafter_name}{page}; Ctrl-C ends")
-    raise SystemExit(run(Server(llm, settings), sock))
+    raise SystemExit(run(server, sock))
 
 
 def check_no_ray_options(given: ServeOptions) -> None:
@@ -244,15 +244,28 @@ def settings_of(given: ServeOptions) -> Settings:
     )
 
 
+def check_profiles(given: ServeOptions, settings: Settings) -> None:
+    """Errors: OptionError for task profiles that no drafter of this server reads."""
+    own, _ = drafter_of(given.drafter, parse_config(given.speculative_config))
+    allowed = [ALIASES.get(name, name) for name in (own, *settings.drafters)]
+    able = [name for name, options in OPTIONS.items() if "task_profile" in options]
+    if settings.task_profiles and not set(allowed) & set(able):
+        raise OptionError(
+            f"--task-profile is read by the drafters {', '.join(able)}, and this server has {', '.join(allowed)}: give "
+            "one of them as --drafter, or in --allow-drafters"
+        )
+
+
 def profiles_in(given: Sequence[str]) -> dict[str, Path]:
     """Files by the names that requests use. Errors: OptionError, also for a file that is no task profile."""
-    from selfdraft.files.task_profiles import read_task_profile
+    from selfdraft.files.task_profiles import check_task_name, read_task_profile
 
     found: dict[str, Path] = {}
     for one in given:
         name, sign, file = one.partition("=")
-        if not sign or not file or not NAMED.fullmatch(name):
-            raise OptionError(f"--task-profile {one} is not NAME=FILE with a name of 1 to 64 of A-Z a-z 0-9 . _ -")
+        if not sign or not file:
+            raise OptionError(f"--task-profile {one} is not NAME=FILE")
+        check_task_name(name, f"--task-profile {one}")
         if name in found:
             raise OptionError(f"two --task-profile are called {name!r}")
         found[name] = Path(file).expanduser()

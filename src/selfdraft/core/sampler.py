@@ -20,7 +20,7 @@ from selfdraft.types import Logprob, SamplingParams
 
 NOTHING = -2
 """Stands for the choice where every token is banned."""
-NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words_ids, logit_bias or the processors"
+NOTHING_LEFT = "every token is banned here; loosen allowed_token_ids, bad_words, logit_bias or the processors"
 
 
 def choose(scores: Tensor, sampling: SamplingParams, seed: int, position: int, search: Contenders = contenders) -> int:

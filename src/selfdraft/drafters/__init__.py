@@ -25,7 +25,7 @@ from selfdraft.drafting.output_memory import MOST, Memory
 from selfdraft.drafting.source_tree import SourceTree
 from selfdraft.errors import OptionError
 from selfdraft.protocols import Drafter, Target
-from selfdraft.types import Rounded
+from selfdraft.types import Rounded, bare
 
 Factory = Callable[..., Drafter]
 
@@ -68,9 +68,10 @@ def find(name: str, options: Mapping[str, object]) -> Factory:
 
 def build(name: str, target: Target, options: Mapping[str, object] | None = None) -> Drafter:
     """The drafter `name` for a target. Errors: OptionError for an unknown name or option, or a value out of range."""
-    factory = find(name, options or {})
+    given = {option: bare(value) for option, value in (options or {}).items()}
+    factory = find(name, given)
     try:
-        return factory(target, **(options or {}))
+        return factory(target, **given)
     except TypeError as error:
         raise OptionError(f"drafter {name!r}: {error}") from error
 

@@ -89,12 +89,13 @@ class Auto:
 
     def _inner_passes(self, target: Target, bits: int | None, skip_set: object) -> InnerPasses | None:
         """What drafts with cheaper passes, if anything does. Errors: OptionError; RunnerUnavailable without copies."""
-        if bits and skip_set:
+        bits, skip_set = (None if bits is False else bits), (None if skip_set is False else skip_set)
+        if bits is not None and skip_set is not None:
             raise OptionError("bits and skip_set are two ways to make a drafting pass cheaper: give one of them")
         short: PassVariant
-        if bits is not None and bits is not False:
+        if bits is not None:
             short, source = target.extras.rounded("auto with bits", bits), ROUNDED
-        elif skip_set:
+        elif skip_set is not None:
             short, source = given_skip(skip_set, target.extras.num_layers), SKIPPING
         else:
             return None

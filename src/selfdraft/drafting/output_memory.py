@@ -16,7 +16,7 @@ class Memory:
     """At most `most` tokens of outputs, the latest ones. Errors: OptionError."""
 
     def __init__(self, most: int = MOST) -> None:
-        within("memory", most, 1, 2**24)
+        within("memory", most, 0, 2**24)
         self.most = most
         self.outputs: deque[tuple[int, ...]] = deque()
         self.size = 0
@@ -27,7 +27,7 @@ class Memory:
     def add(self, output: SequenceOf[int]) -> None:
         """Remember an output; of one that is too long the end. Constant time per token, amortised: when the memory
         is full its older half goes and the rest is read again."""
-        kept = tuple(output[-self.most :])
+        kept = tuple(output[-self.most :]) if self.most else ()
         if not kept:
             return
         self.outputs.append(kept)

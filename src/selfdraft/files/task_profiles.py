@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,8 +18,16 @@ from selfdraft.types import JsonObject
 
 FORMAT = [1, CLASSES, LEVELS]
 """Of the file, and what depths and chances are counted in."""
+NAMED = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""A name of a kind of text."""
 MOST = 100_000
 """Most counts of a file; a drafter that decoded a million tokens has some thousands."""
+
+
+def check_task_name(name: str, where: str) -> None:
+    """Errors: OptionError for a name that could not stand in a file's name and in a request."""
+    if not NAMED.fullmatch(name):
+        raise OptionError(f"{where}: {name!r} is no name of a kind of text: give 1 to 64 of A-Z a-z 0-9 . _ -")
 
 
 def read_task_profile(place: str | Path | None) -> TaskProfile | None:
@@ -30,6 +39,8 @@ def read_task_profile(place: str | Path | None) -> TaskProfile | None:
         return None
     if not isinstance(place, str | Path):
         raise OptionError(f"task_profile={place!r} is no path; give the file that 'selfdraft tune task' wrote")
+    if not str(place) or "\0" in str(place):
+        raise OptionError(f"task_profile={place!r} names no file; give the one that 'selfdraft tune task' wrote")
     try:
         value = json.loads(Path(place).expanduser().read_text("utf-8"))
     except OSError as error:

@@ -88,7 +88,7 @@ def bfloat16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def dtype_on(name: str, device: torch.device, runner: str = "auto") -> torch.dtype | None:
+def dtype_on(name: str | torch.dtype, device: torch.device, runner: str = "auto") -> torch.dtype | None:
     """The dtype to load in on a device, for the option `dtype`; None is the checkpoint's own.
 
     'auto' is the checkpoint's own, but float16 on a GPU without bfloat16 units, and float32 on a CPU where products of
@@ -96,6 +96,7 @@ def dtype_on(name: str, device: torch.device, runner: str = "auto") -> torch.dty
     runner, whose kernels widen bfloat16 as they read it. Errors: OptionError for bfloat16 on such a GPU, and
     for an unknown name.
     """
+    name = str(name).removeprefix("torch.") if isinstance(name, torch.dtype) else name
     check_dtype(name)
     able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
     if name != "auto":

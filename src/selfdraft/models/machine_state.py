@@ -22,10 +22,12 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.models.runner import kernel_build
 from selfdraft.types import JsonObject
 
-Distance: TypeAlias = Literal["near", "far", "one core"]
+Distance: TypeAlias = Literal["near", "far", "busy", "one core"]
 FAR_FROM = 110.0
 """Nanoseconds one way from which on cores are far: below one cache they answered in 50 to 80 (EPYC, Xeon), on two dies
 in 250; this is about the geometric mean of 50 and 250."""
+BUSY_FROM = 2000.0
+"""Nanoseconds one way that no cache takes: another process had a core, and nothing is known of the distance."""
 MOST_CORES = 5
 """Cores that are paired: 10 pairs; of more cores as many, evenly spread."""
 ROUNDS, PING_SECONDS = 100, 0.008
@@ -50,6 +52,8 @@ class Latency:
         """What the farthest pair says: a pass waits for its slowest thread."""
         if self.cores < 2:
             return "one core"
+        if self.farthest >= BUSY_FROM:
+            return "busy"
         return "far" if self.farthest >= FAR_FROM else "near"
 
 

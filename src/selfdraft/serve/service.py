@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters import build
-from selfdraft.errors import OptionError, RequestError
+from selfdraft.errors import OptionError, RequestError, shown
 from selfdraft.llm import LLM
 from selfdraft.methods import ALIASES
 from selfdraft.prompts import check_text, once, render_messages, text_of
@@ -27,7 +27,7 @@ from selfdraft.serve.worker import Call
 from selfdraft.types import JsonObject
 
 SAME_NAMED = (
-    *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens"),
     *("seed", "logit_bias", "bad_words", "allowed_token_ids"),
 )
@@ -82,9 +82,6 @@ class Service:
             self._drafters[Asked(name)] = self._built(Asked(name))
         own = llm.engine.drafter
         self._drafters[Asked(llm.drafter_name)] = own if llm.drafter_name == "none" else GrammarDrafter(own)
-        for label in settings.task_profiles:
-            asked = Asked(llm.drafter_name, task_profile=label)
-            self._drafters[asked] = self._built(asked)
 
     @property
     def drafter(self) -> Drafter:
@@ -234,8 +231,6 @@ class Service:
         if limit is not None and limit > most:
             raise ApiError(400, f"max_tokens={limit} is more than the {most} that this server allows", "max_tokens")
         given = {name: value for name in SAME_NAMED if (value := getattr(body, name)) is not None}
-        if body.top_k is not None:
-            given["top_k"] = max(body.top_k, 0)
         drafter = self._drafter_of(body)
         if body.prediction is not None and needs_of(drafter).prediction:
             given["prediction"] = text_of(body.prediction.model_dump(exclude_none=True)["content"], "the prediction")
@@ -275,14 +270,16 @@ class Service:
         config = body.speculative_config
         if config is None:
             return self.drafter
-        method = config.method or self.llm.drafter_name
+        method = self.llm.drafter_name if config.method is None else config.method
         asked = Asked(ALIASES.get(method, method), config.num_speculative_tokens, config.task_profile)
         if asked.method not in self.methods:
             allowed = ", ".join(self.methods)
-            raise ApiError(400, f"this server drafts with {allowed} only (--allow-drafters)", "speculative_config")
+            what = f"drafter {shown(method)} is not offered here; there are {allowed} (the operator's --allow-drafters)"
+            raise ApiError(400, what, "speculative_config")
         if asked.task_profile not in (None, *self.settings.task_profiles):
             known = ", ".join(self.settings.task_profiles) or "none"
-            raise ApiError(400, f"this server's task profiles: {known} (--task-profile)", "speculative_config")
+            what = f"there is no task profile {shown(asked.task_profile)} here; there are: {known} (--task-profile)"
+            raise ApiError(400, what, "speculative_config")
         with self._lock:
             if asked not in self._drafters:
                 try:

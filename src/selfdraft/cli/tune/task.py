@@ -51,12 +51,15 @@ def tune_task(
     Prompts of this kind are answered with the drafter `auto`. Later runs that are given the file begin with what was
     learned. It holds counts and no text.
     """
+    from selfdraft.files.task_profiles import check_task_name
+
+    check_task_name(name, "tune task")
     sampling = sampling_of(max_new_tokens, temperature, seed)
     texts = read_prompts(prompts, limit)
     llm = open_llm(model, "auto", None, dtype, exactness, threads, lora=lora, quantization=quantization, device=device)
     from selfdraft.files.skip_sets import check_writable
 
-    place = output or Path(f"task-{Path(name).name}.json")
+    place = output or Path(f"task-{name}.json")
     check_writable(place)
     ids = encode_all(llm, texts, chat, sampling)
     with terminal.progress(len(ids), quiet=as_json, what="answering") as advance:
