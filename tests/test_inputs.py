@@ -242,6 +242,7 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("logit_bias", {5: "1"}, r"logit_bias\[5\]='1' is not a number"),
     ("logit_bias", {5: float("inf")}, r"logit_bias\[5\]=inf is out of range: give a finite number, or -inf to ban it"),
     ("max_tokens", 2**40, "max_tokens=1099511627776 is out of range: it must be at least 1, at most 2147483648"),
+    ("temperature", 10**400, "temperature=100.* is out of range: it must be finite, at least 0.0"),
     ("max_tokens", 0, "max_tokens=0 is out of range: it must be at least 1$"),
     ("temperature", float("inf"), "temperature=inf is out of range: it must be finite, at least 0.0"),
     ("presence_penalty", float("-inf"), "presence_penalty=-inf is out of range: it must be finite"),

@@ -278,6 +278,21 @@ def test_a_kind_of_text_by_its_name(tmp_path: Path) -> None:
             assert words in refused.json()["error"]["message"]
 
 
+def test_a_drafter_by_its_other_name() -> None:
+    """The server was started with the name that other engines use; requests may use either."""
+    with serving(pocket("ngram", max_num_seqs=1), Settings(model_name="pocket")) as found:
+        for config in (
+            {},
+            {"num_speculative_tokens": 3},
+            {"method": "ngram"},
+            {"method": "lookup"},
+            {"method": "plain"},
+        ):
+            body = {"messages": STORY, "max_tokens": 16, "speculative_config": config}
+            answer = httpx.post(f"{found.url}/v1/chat/completions", json=body, timeout=600)
+            assert answer.json()["choices"][0]["message"]["content"] == said(STORY, max_tokens=16)
+
+
 def test_a_kind_of_text_where_another_drafter_than_the_server_s_own_reads_it(tmp_path: Path) -> None:
     write_task_profile(tmp_path / "stories.json", Credit().learned())
     profiles = {"stories": tmp_path / "stories.json"}

@@ -296,7 +296,7 @@ def within(name: str, value: float, low: float, high: float, *, open_low: bool =
         raise OptionError(f"{name}={value!r} is not a number")
     if value < low or value > high or (open_low and value == low) or math.isinf(number):
         ends = "" if math.isinf(low) else f"{'above' if open_low else 'at least'} {low}"
-        if isinstance(value, float) and math.isinf(value):
+        if math.isinf(number):
             ends = f"finite, {ends}" if ends else "finite"
         ends += "" if math.isinf(high) or (high == 2**31 and value <= high) else f", at most {high}"
         raise OptionError(f"{name}={shown(value)} is out of range: it must be {ends}")

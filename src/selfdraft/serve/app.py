@@ -256,7 +256,7 @@ class Server:
             {
                 "version": version("selfdraft"),
                 "model": settings.model_name,
-                "drafter": self.llm.drafter_name,
+                "drafter": self.service.own,
                 "drafters": list(self.service.methods),
                 "task_profiles": list(self.settings.task_profiles),
                 "exactness": {"level": target.exactness.level, "why": target.exactness.why},

@@ -77,16 +77,18 @@ class Service:
         self._grammars: Grammars | None = None
         self._drafters: dict[Asked, Drafter] = {}
         allowed = [ALIASES.get(name, name) for name in settings.drafters]
-        self.methods = tuple(dict.fromkeys([llm.drafter_name, "none", *allowed]))
+        self.own = ALIASES.get(llm.drafter_name, llm.drafter_name)
+        """The drafter of requests that name none."""
+        self.methods = tuple(dict.fromkeys([self.own, "none", *allowed]))
         for name in self.methods[1:]:
             self._drafters[Asked(name)] = self._built(Asked(name))
         own = llm.engine.drafter
-        self._drafters[Asked(llm.drafter_name)] = own if llm.drafter_name == "none" else GrammarDrafter(own)
+        self._drafters[Asked(self.own)] = own if self.own == "none" else GrammarDrafter(own)
 
     @property
     def drafter(self) -> Drafter:
         """The drafter of requests that ask for none."""
-        return self._drafters[Asked(self.llm.drafter_name)]
+        return self._drafters[Asked(self.own)]
 
     def chat(self, body: ChatRequest, caller: str) -> Job:
         """The job of a chat completion. Errors: ApiError, RequestError, OptionError."""
@@ -270,7 +272,7 @@ class Service:
         config = body.speculative_config
         if config is None:
             return self.drafter
-        method = self.llm.drafter_name if config.method is None else config.method
+        method = self.own if config.method is None else config.method
         asked = Asked(ALIASES.get(method, method), config.num_speculative_tokens, config.task_profile)
         if asked.method not in self.methods:
             allowed = ", ".join(self.methods)
@@ -295,7 +297,7 @@ class Service:
 
         The server's own keeps the operator's options. Errors: OptionError for options that it does not have.
         """
-        options = dict(self.llm.drafter_options if asked.method == self.llm.drafter_name else {})
+        options = dict(self.llm.drafter_options if asked.method == self.own else {})
         if asked.num_speculative_tokens is not None:
             options["num_speculative_tokens"] = asked.num_speculative_tokens
         if asked.task_profile is not None:
