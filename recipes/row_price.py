@@ -1,6 +1,6 @@
 """What mask tokens bring, by what a row costs: `auto` without and with masks where passes take given times.
 
-    python recipes/row_price.py                                          # the bundled prompts, some 20 minutes
+    python recipes/row_price.py                                          # the bundled prompts, some 40 minutes
     python recipes/row_price.py --tasks spec-bench --data-dir DATA --limit 5 --picture row-price.png
 
 The model is real and so is every token; only the clock is not. It stands still but for passes, and a pass of n rows

@@ -298,6 +298,11 @@ def test_a_profile_goes_to_a_path_under_a_name(given: tuple[Any, Any]) -> None:
         llm().save_task_profile(*given)
 
 
+def test_no_model_is_named() -> None:
+    with pytest.raises(OptionError, match="model='' names none: give a checkpoint's folder"):
+        LLM("")
+
+
 def test_a_dtype_of_torch_is_taken() -> None:
     assert LLM("pocket", dtype=torch.float32, drafter="none").target.facts.dtype == torch.float32
 
