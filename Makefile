@@ -8,7 +8,7 @@ READY_VLLM = .venv-vllm/.ready
 DATA ?= data
 LIMIT ?= 20
 BENCH = $(BIN)/selfdraft bench --tasks spec-bench,humaneval,gsm8k,mbpp,cnn-dailymail,xsum --data-dir $(DATA) --limit $(LIMIT) \
-	--drafters auto,merged,context,suffix,lookup,lookahead,recycling,cascade --max-new-tokens 64 --runs 1
+	--drafters auto,cascade,quantised,context,merged,suffix,lookup,lookahead,recycling,space,layer_skip --max-new-tokens 64 --runs 1
 
 .PHONY: demo test test-vllm check format wheel planted results clean
 
