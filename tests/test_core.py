@@ -293,7 +293,7 @@ def test_a_view_is_no_copy() -> None:
 NAN, INF = math.nan, math.inf
 WRONG: list[tuple[str, object]] = [
     *(("temperature", v) for v in (-0.1, NAN, INF, "warm", True)),
-    *(("top_k", v) for v in (-1, 1.5, 2**31 + 1)),
+    *(("top_k", v) for v in (-2, 1.5, 2**31 + 1)),
     *(("top_p", v) for v in (0.0, -0.5, 1.01, NAN)),
     *(("min_p", v) for v in (-0.01, 1.01, NAN)),
     *(("repetition_penalty", v) for v in (0.0, -1.0, INF, NAN)),
