@@ -299,7 +299,7 @@ def test_a_profile_goes_to_a_path_under_a_name(given: tuple[Any, Any]) -> None:
 
 
 def test_no_model_is_named() -> None:
-    with pytest.raises(OptionError, match="model='' names none: give a checkpoint's folder"):
+    with pytest.raises(OptionError, match="model='' names none: give a folder"):
         LLM("")
 
 

@@ -547,7 +547,7 @@ def where_of(model: str | Path | Model, device: str, quantization: str) -> torch
             raise OptionError(f"device={device!r}: the model is loaded already, on {here}; move it with model.to()")
         return here
     if not str(model).strip():
-        raise OptionError("model='' names none: give a checkpoint's folder, a GGUF file, a hub name, 'smollm2' or 'pocket'")
+        raise OptionError("model='' names none: give a folder, a GGUF file, a hub name, 'smollm2' or 'pocket'")
     blocks = quantization in ("int8", "int4") or (quantization == "auto" and find_gguf(model) is not None)
     if device == "auto" and blocks:
         return torch.device("cpu")
