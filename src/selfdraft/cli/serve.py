@@ -249,7 +249,8 @@ def check_profiles(given: ServeOptions, settings: Settings) -> None:
     own, _ = drafter_of(given.drafter, parse_config(given.speculative_config))
     allowed = [ALIASES.get(name, name) for name in (own, *settings.drafters)]
     able = [name for name, options in OPTIONS.items() if "task_profile" in options]
-    if settings.task_profiles and not set(allowed) & set(able):
+    known = all(name in OPTIONS for name in allowed)  # a drafter of another package says itself what it reads
+    if settings.task_profiles and known and not set(allowed) & set(able):
         raise OptionError(
             f"--task-profile is read by the drafters {', '.join(able)}, and this server has {', '.join(allowed)}: give "
             "one of them as --drafter, or in --allow-drafters"
