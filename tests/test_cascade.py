@@ -82,7 +82,7 @@ GREEDY, WARM = SamplingParams(max_tokens=60), SamplingParams(max_tokens=60, temp
 def inner_of(drafter: Drafter) -> InnerPasses:
     """The inner passes of `cascade`, or of `auto` with bits."""
     assert isinstance(drafter, Cascade | Auto)
-    assert drafter.inner is not None
+    assert isinstance(drafter.inner, InnerPasses)
     return drafter.inner
 
 

@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "auto": {"masks": True},
     "auto with bits": {"masks": True, "bits": 4},
     "auto with skip": {"skip_set": Skip(frozenset({1}), frozenset({1}))},
+    "auto with s3d": {"s3d": True},
 }
 """Options of a drafter under test; a drafter that is not named runs with its defaults."""
 CASES = (*NAMES, *(name for name in OPTIONS if name not in NAMES))

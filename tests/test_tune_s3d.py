@@ -99,8 +99,8 @@ def test_the_advice_of_the_adapter_is_the_default_setting() -> None:
     assert s3d.default_widths(advised) == [1, 3]
     assert s3d.default_widths(target) == [1, 2]
     drafter = S3D(advised)
-    assert len(drafter.masks) == 2
-    assert len(drafter.skip.mlp) == 1
+    assert len(drafter.short.ids) == 2
+    assert len(drafter.short.skip.mlp) == 1
     with pytest.raises(MissingMasks, match="s3d cannot be tuned without mask tokens"):
         s3d.default_widths(HFTarget(model))
 

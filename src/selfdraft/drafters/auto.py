@@ -16,6 +16,8 @@ from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.inner_passes import InnerPasses
+from selfdraft.drafting.mask_passes import MaskPasses
+from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
 from selfdraft.drafting.successors import RUNNERS_UP
@@ -32,6 +34,8 @@ TREE_FROM = 0.002
 """Seconds of a plain step from which on the tree of all sources is made: its work is then small beside it."""
 MASKED = "space"
 """The method whose masks need no pass of their own."""
+SHORT = "s3d"
+"""The method whose masks have one."""
 
 CHEAP = 1.5
 """Where a pass of 8 rows takes at most so many times one of 1 row, masks are tried unasked. It was 1.1 to 1.4 where
@@ -50,14 +54,16 @@ class Auto:
     `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source, as long as they pay; None:
     where passes were measured, rows are cheap, and no pass drafts, beside which masks bring little. `bits`: passes of a
     copy with weights rounded to so many bits draft, too, as long as they pay (`drafting/inner_passes.py`). `skip_set`:
-    so do passes without the sublayers of a set, 'FILE' or 'FILE#NAME'.
+    so do passes without the sublayers of a set, 'FILE' or 'FILE#NAME'. `s3d`: so does a short pass over masks trained
+    with `selfdraft train --recipe s3d` (`drafting/mask_passes.py`); None: where the model has such masks, passes were
+    measured, and no other of these ways is taken.
     `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
     Errors: OptionError for values out of range.
     """
 
     needs: ClassVar[Needs] = Needs(
         tokens_only=True,
-        logits_options=("recycling", "masks", "bits", "skip_set"),
+        logits_options=("recycling", "masks", "bits", "skip_set", "s3d"),
         prediction=True,
         pass_cost=True,
         runners_up=RUNNERS_UP,
@@ -73,19 +79,42 @@ class Auto:
         masks: bool | None = None,
         bits: int | None = None,
         skip_set: Skip | str | Path | None = None,
+        s3d: bool | None = None,
         task_profile: str | Path | None = None,
     ) -> None:
         self.memory = Memory(memory) if memory else None
         found, clock = target.extras.mask_tokens.get(MASKED), target.extras.clock
-        unasked = bits is None and skip_set is None and cheap_rows(target.extras.pass_cost)
+        unasked = bits is None and skip_set is None and s3d is not True and cheap_rows(target.extras.pass_cost)
         rows = wanted_masks(found, unasked if masks is None else masks)
-        before = read_task_profile(task_profile)
-        self.tree = SourceTree(every_source(recycling), num_speculative_tokens, clock, self.memory, rows, before)
+        passes = self._short_masks(target, s3d, {"masks": rows, "bits": bits, "skip_set": skip_set})
+        before, sources = read_task_profile(task_profile), every_source(recycling)
+        self.tree = SourceTree(
+            sources, num_speculative_tokens, clock, self.memory, rows or passes, before, hang=rows is not None
+        )
         self.beside = self.tree.beside
         self.copies = SuffixCopy()
         self.guard = CostGuard(target.extras.pass_cost, clock)
-        self.inner = self._inner_passes(target, bits, skip_set)
+        self.inner: InnerPasses | MaskPasses | None
+        if passes is not None:
+            self.inner = MaskPasses(target, SHORT, self.tree, self.guard)
+        else:
+            self.inner = self._inner_passes(target, bits, skip_set)
         self.uses_tree = True
+
+    @staticmethod
+    def _short_masks(target: Target, wanted: object, others: dict[str, object]) -> MaskTokens | None:
+        """The masks that a short pass reads, if one drafts. `others`: what else was asked for. Errors: OptionError;
+        AdapterMissing."""
+        taken = [name for name, value in others.items() if value is not None and value is not False]
+        if wanted is True:
+            if taken:
+                raise OptionError(f"s3d and {taken[0]} are two ways to draft with the model: give one of them")
+            return target.extras.masks_for(SHORT)
+        if wanted is not None and wanted is not False:
+            raise OptionError(f"s3d={wanted!r} is neither True nor False")
+        if wanted is False or taken or target.extras.pass_cost is None:
+            return None
+        return target.extras.mask_tokens.get(SHORT)
 
     def _inner_passes(self, target: Target, bits: int | None, skip_set: object) -> InnerPasses | None:
         """What drafts with cheaper passes, if anything does. Errors: OptionError; RunnerUnavailable without copies."""
@@ -132,7 +161,7 @@ class Auto:
         self.tree.forget(sequences)
 
     @property
-    def _maker(self) -> InnerPasses | SourceTree | SuffixCopy:
+    def _maker(self) -> InnerPasses | MaskPasses | SourceTree | SuffixCopy:
         """What makes the trees of this step."""
         return (self.inner or self.tree) if self.uses_tree else self.copies
 

@@ -75,7 +75,7 @@ class InnerPasses:
     ) -> None:
         self.target, self.short, self.tree, self.guard, self.source = target, short, tree, guard, source
         self.search = search
-        self.rule = InnerPassRule(Confidence(AGREED if isinstance(short, Rounded) else 0.0))
+        self.rule = InnerPassRule(confidence=Confidence(AGREED if isinstance(short, Rounded) else 0.0))
         self.seconds = 0.0
         """Seconds that the inner passes of this step took."""
         self._opened = False
@@ -215,47 +215,19 @@ class InnerPasses:
 
 
 @dataclass(slots=True)
-class InnerPassRule:
-    """Whether an inner pass pays: what such passes cost by their rows, and how often the model says what they said.
+class PassRule:
+    """Whether a pass that only drafts pays: what such passes cost by their rows, and what whole steps bring.
 
-    Source of the rule: renewal-reward (`drafting/cost_model.py`). An inner pass pays iff the tokens that it adds to
+    Source of the rule: renewal-reward (`drafting/cost_model.py`). A pass pays iff the tokens that it adds to
     what the model will accept are more than the cost of its seconds.
     """
 
-    confidence: Confidence = field(default_factory=Confidence)
     time: StepTime = field(default_factory=StepTime)
     throughput: Throughput = field(default_factory=Throughput)
     """Of whole steps."""
-    guessed: Mean = field(default_factory=Mean)
-    """Tokens that are expected to be right of what hangs under a chain after a pass."""
-    hanging: Mean = field(default_factory=Mean)
-    """Seconds of making what hangs under a chain."""
-    passes: int = 0
-    """Inner passes so far."""
     left: int = 0
     """Steps until a pass is tried again, though it did not pay."""
     pause: int = PAUSES[0]
-
-    def worth(self, scores: SequenceOf[float], guessed: float) -> float:
-        """Tokens that one more inner pass is expected to add to a chain of tokens with these confidences.
-
-        `guessed` tokens of what hangs under the chain are expected to be right: without the pass they are accepted
-        all the same; with it they, and one more, are part of the chain, and the usual number hangs under its new end.
-        """
-        rate = self.confidence.acceptance.value
-        survives: float = rate ** (1 + guessed)
-        gained = rate * (1 - survives) / (1 - rate) if rate < 1 else 1 + guessed
-        return self.confidence.path(scores) * (gained + survives * self.guessed.value - guessed)
-
-    def hangs(self) -> bool:
-        """Whether trees are made under the ends of this pass: a token that they guess right saves a pass.
-
-        On text that repeats nothing they would take a tenth of the time. Now and then they are made all the same.
-        """
-        self.passes += 1
-        if self.passes <= TRUSTED or self.passes % LOOK_EVERY == 0:
-            return True
-        return self.guessed.value * self.time.at(1) >= self.hanging.value
 
     def cost(self, rows: int, least: float) -> float:
         """What a pass of `rows` rows costs, in tokens; at least at `least` tokens per second."""
@@ -282,3 +254,37 @@ class InnerPassRule:
     def paid(self) -> None:
         """A pass was run because it pays."""
         self.pause, self.left = PAUSES[0], PAUSES[0]
+
+
+@dataclass(slots=True)
+class InnerPassRule(PassRule):
+    """Whether an inner pass pays: how often the model says what such passes said."""
+
+    confidence: Confidence = field(default_factory=Confidence)
+    guessed: Mean = field(default_factory=Mean)
+    """Tokens that are expected to be right of what hangs under a chain after a pass."""
+    hanging: Mean = field(default_factory=Mean)
+    """Seconds of making what hangs under a chain."""
+    passes: int = 0
+    """Inner passes so far."""
+
+    def worth(self, scores: SequenceOf[float], guessed: float) -> float:
+        """Tokens that one more inner pass is expected to add to a chain of tokens with these confidences.
+
+        `guessed` tokens of what hangs under the chain are expected to be right: without the pass they are accepted
+        all the same; with it they, and one more, are part of the chain, and the usual number hangs under its new end.
+        """
+        rate = self.confidence.acceptance.value
+        survives: float = rate ** (1 + guessed)
+        gained = rate * (1 - survives) / (1 - rate) if rate < 1 else 1 + guessed
+        return self.confidence.path(scores) * (gained + survives * self.guessed.value - guessed)
+
+    def hangs(self) -> bool:
+        """Whether trees are made under the ends of this pass: a token that they guess right saves a pass.
+
+        On text that repeats nothing they would take a tenth of the time. Now and then they are made all the same.
+        """
+        self.passes += 1
+        if self.passes <= TRUSTED or self.passes % LOOK_EVERY == 0:
+            return True
+        return self.guessed.value * self.time.at(1) >= self.hanging.value

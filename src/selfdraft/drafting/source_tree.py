@@ -18,7 +18,7 @@ from selfdraft.drafting.alignment import Aligned
 from selfdraft.drafting.context_tree import ContextTree
 from selfdraft.drafting.cost_guard import LossBudget
 from selfdraft.drafting.cost_model import RowCost
-from selfdraft.drafting.mask_prediction import MaskTokens
+from selfdraft.drafting.mask_prediction import Ahead, MaskTokens
 from selfdraft.drafting.mask_source import MASKS, MaskGroups, MaskSource
 from selfdraft.drafting.mixing import Credit, Merger, TaskProfile
 from selfdraft.drafting.output_memory import Memory
@@ -115,7 +115,8 @@ class RequestSources:
 class SourceTree:
     """Trees of at most `nodes` candidates out of `sources`; the notes of each request, and what all requests taught.
 
-    `masks`: trained mask tokens are a source, too. `memory` gets every output that is finished. What sources are worth
+    `masks`: trained mask tokens are a source, too. Their rows hang in the trees, unless `hang` is false: then somebody
+    hands in what they say (`foresee`). `memory` gets every output that is finished. What sources are worth
     outlives a request, what they read does not; `before`: what was learned earlier on text of the same kind.
     The successor table costs time at every step: it is read as long as what it alone brought is worth that (`book`).
     So it is with masks, where somebody books what they bring (`book_masks`).
@@ -130,10 +131,13 @@ class SourceTree:
         memory: Memory | None = None,
         masks: MaskTokens | None = None,
         before: TaskProfile | None = None,
+        *,
+        hang: bool = True,
     ) -> None:
         within("num_speculative_tokens", nodes, 1, 256)
         self.sources, self.most, self.memory, self.clock = sources, nodes, memory, clock
-        self.groups = MaskGroups(masks) if masks else None
+        self.trained = masks
+        self.groups = MaskGroups(masks) if masks and hang else None
         self.beside = self.groups.tables if self.groups else None
         """What is asked of the rows of a step beside likeliest tokens."""
         self.credit = Credit(before)
@@ -169,6 +173,13 @@ class SourceTree:
         room = replace(budget, max_nodes=min(budget.max_nodes, self.most, len(row_costs)))
         return note.merger.tree(room, row_costs, path)
 
+    def foresee(self, sequence: Sequence, ahead: list[Ahead]) -> None:
+        """What masks say of the places behind the last token, until the next one is known."""
+        note = self._note(sequence)
+        note.resume(sequence)
+        assert note.masks is not None, "the drafter has masks"
+        note.masks.update(ahead, sequence.tokens[-1])
+
     def with_masks(
         self,
         sequences: SequenceOf[Sequence],
@@ -196,9 +207,12 @@ class SourceTree:
             note = self._notes.get(sequence)
             if note is not None and result.tokens:
                 note.learn(sequence)
-                if self.groups is not None and note.masks is not None:
+                if note.masks is not None:
                     began = self.clock()
-                    self.groups.learn(note.masks, sequence, result)
+                    if self.groups is not None:
+                        self.groups.learn(note.masks, sequence, result)
+                    else:
+                        note.masks.update([], -1)
                     self._masking += self.clock() - began
         if not self.sources.recycling:
             return
@@ -241,7 +255,7 @@ class SourceTree:
         note = self._notes.get(sequence)
         if note is None:
             note = self._notes[sequence] = RequestSources(
-                sequence, self.sources, self.memory, self.credit, self.groups.masks if self.groups else None, self.clock
+                sequence, self.sources, self.memory, self.credit, self.trained, self.clock
             )
         return note
 
