@@ -6,19 +6,25 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import Tensor
 
 from selfdraft.core.rows import Rows
+from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
+from selfdraft.core.verify import Result
 from selfdraft.drafters import build
 from selfdraft.drafters.auto import Auto
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.estimators import TRUSTED
 from selfdraft.drafting.inner_passes import TOGETHER
 from selfdraft.drafting.mask_passes import EXPECTED, MaskPasses, expected
+from selfdraft.drafting.mask_prediction import MaskTokens, Place
+from selfdraft.drafting.mask_source import MASKS
+from selfdraft.drafting.source_tree import Sources, SourceTree
 from selfdraft.errors import MissingMasks, OptionError
 from selfdraft.models.target import HFTarget
-from selfdraft.types import PassVariant, SamplingParams
+from selfdraft.types import Budget, PassVariant, SamplingParams
 from tests.clocks import Passes, on_passes
 from tests.models import VOCAB, random_adapters, run, tiny_llama
 
@@ -89,6 +95,22 @@ def test_a_pass_whose_masks_are_never_right_ends() -> None:
     assert len(rows) < steps / 4
     assert isinstance(drafter.inner, MaskPasses)
     assert min(gain.value for gain in drafter.inner.gains) < 0.5
+
+
+def test_what_a_pass_said_counts_for_one_step() -> None:
+    tree = SourceTree(Sources(request=True), 8, lambda: 0.0, masks=MaskTokens(range(100, 103)), hang=False)
+    assert tree.groups is None
+    sequence = Sequence([1, 2, 3], 1, SamplingParams(), max_length=12)
+    said = Place(torch.tensor([5, 6]), torch.tensor([9.0, 0.0]), torch.zeros(2), 1.0)
+    wide, free = Budget(8, 8, 8), [0.0] * 8
+    assert tree.draft([sequence], [wide], free) == [EMPTY]
+    tree.foresee(sequence, [said, said])
+    (draft,) = tree.draft([sequence], [wide], free)
+    assert draft.tokens[:1] == (5,)
+    assert {*draft.sources} == {MASKS}
+    sequence.tokens += [5, 7]
+    tree.learn([sequence], [Result(draft, (0,), (5, 7))])
+    assert tree.draft([sequence], [wide], free) == [EMPTY]
 
 
 def test_what_masks_bring_is_counted_beside_trees_of_the_same_expectation() -> None:

@@ -112,7 +112,8 @@ class Auto:
             return target.extras.masks_for(SHORT)
         if wanted is not None and wanted is not False:
             raise OptionError(f"s3d={wanted!r} is neither True nor False")
-        if wanted is False or taken or target.extras.pass_cost is None:
+        profile = target.extras.pass_cost
+        if wanted is False or taken or profile is None or profile.at(1) < TREE_FROM:
             return None
         return target.extras.mask_tokens.get(SHORT)
 
