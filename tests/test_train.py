@@ -23,12 +23,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.fx.experimental import _config
 from transformers import AutoModelForCausalLM
 
 from selfdraft import LLM, SamplingParams
+from selfdraft.cli import train as cli
 from selfdraft.errors import OptionError
 from selfdraft.models.adapters import CARD, CHECKPOINT, EMBEDDINGS, load_adapter
-from selfdraft.train import loop, output, run, texts
+from selfdraft.train import head, loop, output, run, texts
 from selfdraft.train import student as student_module
 from selfdraft.train.head import Head, Shortlist, shortlist
 from selfdraft.train.loop import draw, measure, train
@@ -37,8 +39,10 @@ from selfdraft.train.settings import Settings
 from selfdraft.train.student import Student
 from selfdraft.train.texts import Text, read_prompts, read_texts, split
 from tests import killing
+from tests.far import FAR, Noted, watching
 from tests.models import VOCAB, tiny_llama
 from tests.terminal import Done, one_line, typed
+from tests.test_device import Card, cards
 from tests.test_families import model_of
 from tests.test_llm import TEXTS, model, tokenizer
 
@@ -350,6 +354,107 @@ def test_bfloat16(selfdraft: Any, folder: Path, data: Path, tmp_path: Path) -> N
         )
         assert (plain.code, drafted.code) == (0, 0)
         assert plain.out == drafted.out
+
+
+# --- where it runs ----------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_named(selfdraft: Any, folder: Path, data: Path, tmp_path: Path) -> None:
+    """That of accelerate may be named as well; another one is an error, and so is what no verb knows."""
+    asked = options(folder, data, *DISTILL, steps=1)
+    assert selfdraft("train", "--output", tmp_path / "auto", *asked).code == 0
+    assert selfdraft("train", "--output", tmp_path / "cpu", "--device", "cpu", *asked).code == 0
+    assert killing.contents(tmp_path / "auto") == killing.contents(tmp_path / "cpu")
+    one_line(
+        selfdraft("train", "--output", tmp_path / "out", "--device", "cuda", *asked),
+        "device='cuda': accelerate was told to use the CPU, here cpu; leave out --device",
+    )
+    one_line(
+        selfdraft("train", "--output", tmp_path / "out", "--device", "mps", *asked),
+        "device 'mps' is unknown; there are auto, cpu, cuda and cuda:NUMBER",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_the_error_is_that_of_all_verbs(
+    selfdraft: Any, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = ["--output", tmp_path / "out", *options(folder, data, steps=1)]
+    one_line(selfdraft("train", *asked, "--device", "cuda"), "was built without CUDA; install a CUDA build")
+    assert selfdraft("train", *asked, "--device", "cpu").code == 0
+
+
+def test_one_process_trains_where_the_option_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    wanted = torch.device("cuda", 1)
+    assert run.place_of("cuda:1", lambda: wanted) == wanted
+    assert taken == [wanted]
+    assert run.accelerator_for(tiny_llama(torch.float32)).device == wanted
+
+
+def test_several_processes_train_where_accelerate_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    state = run._processes()
+    state.num_processes, state.device = 2, torch.device("cuda", 1)
+
+    def alone() -> torch.device:
+        raise AssertionError("several processes were asked for the device of one")
+
+    assert run.place_of("auto", alone) == run.place_of("cuda", alone) == state.device
+    for name in ("cuda:0", "cuda:1", "cpu"):
+        words = f"device='{name}': accelerate gives each of 2 processes its device, here cuda:1; leave out --device"
+        with pytest.raises(OptionError, match=words):
+            run.place_of(name, alone)
+
+
+@pytest.mark.parametrize(("flags", "slots", "runner"), [((), 1, "plain"), (DISTILL, 2, "auto")])
+def test_a_gpu_is_not_filled_with_keys_and_values(
+    selfdraft: Any, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str],
+    slots: int, runner: str,
+) -> None:  # fmt: skip
+    """Steps need the memory. Texts are decoded where the model is trained, and in the dtype of that device."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    cards(monkeypatch, Card(), Card())
+    asked: list[dict[str, Any]] = []
+
+    def opened(*given: Any, **named: Any) -> LLM:
+        asked.append(named)
+        raise OptionError("enough was seen")
+
+    monkeypatch.setattr(cli, "open_llm", opened)
+    for device in ("auto", "cuda:1"):
+        done = selfdraft("train", "--output", tmp_path, *options(folder, data, *flags, "--device", device))
+        one_line(done, "enough was seen")
+    assert [one["device"] for one in asked] == ["cuda:0", "cuda:1"]
+    for one in asked:
+        assert (one["engine"].slots, one["engine"].max_model_len, one["runner"]) == (slots, 48, runner)
+
+
+@pytest.mark.parametrize("how", ["space", "s3d", "tuned", "large vocabulary"])
+def test_a_step_runs_on_another_device(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without contents: the whole loop, where nothing of the host is mixed with what is there."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(head, "WORTH", 8 if how == "large vocabulary" else 8192)
+    settings = replace(SPACE, recipe="s3d" if how == "s3d" else "space", sar_sft=how == "tuned")
+    settings = replace(settings, masks=7, steps=2)  # answers are below 7
+    lessons, noted = student_and(SPACE)[1], Noted()
+    accelerate_state.AcceleratorState._reset_state(True)
+    assert run.place_of("auto", lambda: torch.device(FAR)).type == FAR
+    with watching(noted), _config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
+        own = copy.deepcopy(tiny_llama()).to(FAR)
+        student = run.make_student(own, settings)
+        accelerator = run.accelerator_for(own)
+        noted.waits.clear()
+        *_, last = train(student, lessons, settings, accelerator, tmp_path / CHECKPOINT, every=2)
+    assert last.step == 2
+    assert noted.mixes == {}
+    assert {parameter.device.type for parameter in student.trainable()} == {FAR}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from selfdraft.cli import terminal
-from selfdraft.cli.options import DEFAULT_MODEL, Dtype, EngineSizes, Lora, Model, Threads, open_llm
+from selfdraft.cli.options import DEFAULT_MODEL, Device, Dtype, EngineSizes, Lora, Model, Threads, open_llm
 from selfdraft.errors import OptionError
-from selfdraft.types import within
+from selfdraft.types import check_device, within
 
 if TYPE_CHECKING:
     from selfdraft.core.sequence import Sequence
@@ -69,6 +69,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Same seed, same adapter.")] = 0,
     every: Annotated[int, typer.Option(help="Steps between checkpoints and measurements.", min=1)] = 100,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train mask tokens for s3d or space. The model's own weights stay as they are; a killed run goes on."""
@@ -79,12 +80,12 @@ def train(
     settings = replace(settings, rank=rank, link=link, sar_sft=sar_sft, skip_widths=_widths(skip_widths))
     settings = replace(settings, steps=steps, batch_size=batch_size, groups=groups, learning_rate=learning_rate)
     settings = replace(settings, max_length=max_length, hard_share=hard_share, thinning=thinning, modules=modules)
+    check_device(device)
     check_output(output)
     card = _finished(output, settings)
     own = _Own(distill_tokens, distill_temperature, max_length - distill_tokens) if distill else None
-    loading = partial(open_llm, lora=lora, quantization="none", device="cpu")  # gradients go through float weights
-    sizes = EngineSizes(batch_size if distill else 1)
-    llm = loading(model, "none", None, dtype, "token", threads, engine=sizes)
+    opening = partial(open_llm, model, "none", None, dtype, "token", threads, lora=lora)
+    llm = _open(opening, model, device, own, settings)
     if card is not None:
         _check_model(llm, card, output)
         return
@@ -130,6 +131,23 @@ class _Own:
         within("distill_temperature", self.temperature, 0.0, inf, open_low=True)
 
 
+def _open(opening: Callable[..., LLM], model: str, device: str, own: _Own | None, settings: Settings) -> LLM:
+    """The model where this process trains, as floats: gradients go through them.
+
+    Keys and values of a GPU are made at load: no more than own texts need, since the steps need the rest.
+    """
+    from selfdraft.llm import where_of
+    from selfdraft.train.run import place_of
+
+    place = place_of(device, lambda: where_of(model, device, "none"))
+    sizes = EngineSizes(1 if own is None else settings.batch_size)
+    if place.type != "cuda":  # to another device that accelerate found the model moves when it trains
+        return opening(quantization="none", engine=sizes, device="cpu")
+    sizes = replace(sizes, max_model_len=settings.max_length)
+    runner = "plain" if own is None else "auto"
+    return opening(quantization="none", engine=sizes, device=str(place), runner=runner)
+
+
 def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, own: _Own) -> None:
     """The model's own continuations of the prompts, written into the output folder as they come."""
     from selfdraft.models.identity import base_hash
@@ -173,11 +191,12 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
     from selfdraft.train.texts import read_texts
 
     settings.skips(llm.target.layers)
-    room = llm.target.max_length - settings.masks - 1
+    context = llm.target.facts.context
+    room = context - settings.masks - 1
     if settings.max_length > room:
         raise OptionError(
             f"max_length={settings.max_length} with {settings.masks} masks does not fit into the context of "
-            f"{llm.target.max_length}; give --max-length {room}"
+            f"{context}; give --max-length {room}"
         )
     accelerator = accelerator_for(llm.model)
     if own is not None:

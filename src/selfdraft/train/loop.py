@@ -179,12 +179,12 @@ def _generator(settings: Settings, step: int) -> torch.Generator:
 def measure(
     student: Student, texts: SequenceOf[Text], settings: Settings, skip: Skip | None, accelerator: Accelerator
 ) -> tuple[float, ...]:
-    """Share of held-out rows, per place in the group, whose likeliest token is the target's."""
+    """Share of held-out rows, per place in the group, whose likeliest token is the target's. Errors: OptionError."""
     right, total = torch.zeros(student.size), torch.zeros(student.size)
     whole = replace(settings, thinning=1.0)
     for number in range(HELD_OUT_BATCHES):
         batch = draw(texts, whole, -1 - number, skip, accelerator.device)
-        with accelerator.autocast():
+        with _blaming_memory(batch), accelerator.autocast():
             answers = student(batch)
         mine = answers.groups[:, 1] >= 0
         places = answers.places[mine].cpu()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from selfdraft.errors import OptionError
 from selfdraft.models.adapters import CHECKPOINT
@@ -19,25 +21,65 @@ from selfdraft.train.student import Student, linear_names
 from selfdraft.train.texts import Text, split
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
+
+PATIENCE = timedelta(days=30)
+"""How long processes wait for the one that writes the target's texts."""
 
 
-def accelerator_for(model: Model) -> Accelerator:
-    """Devices, processes and mixed precision as `accelerate launch` or the machine says. Errors: OptionError."""
+def place_of(asked: str, alone: Callable[[], torch.device]) -> torch.device:
+    """Where this process trains: where accelerate says if it was told of a CPU or of several processes, else `alone`().
+
+    `asked` is the option `device`. Errors: OptionError when it is another kind of device than accelerate's; those of
+    `alone`.
+    """
+    state = _processes()
+    several = state.num_processes > 1
+    if several or _told_of_cpu():
+        given: torch.device = state.device
+        if asked not in ("auto", given.type):
+            why = f"gives each of {state.num_processes} processes its device" if several else "was told to use the CPU"
+            raise OptionError(f"device={asked!r}: accelerate {why}, here {given}; leave out --device")
+        return given
+    state.device = place = alone()
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return place
+
+
+def _processes() -> PartialState:
+    """Processes and devices as accelerate sees them; always the same ones. Errors: OptionError."""
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate import PartialState
 
         import_module("peft")
     except ImportError as error:
         raise OptionError("training needs accelerate and PEFT: pip install 'selfdraft[train]'") from error
+    try:
+        return PartialState(cpu=_told_of_cpu(), timeout=PATIENCE)
+    except (ValueError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise OptionError(f"accelerate cannot start here: {why}") from error
+
+
+def _told_of_cpu() -> bool:
+    """Whether `accelerate launch --cpu` started this process, or its variable says so."""
+    from accelerate.utils import parse_flag_from_env
+
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def accelerator_for(model: Model) -> Accelerator:
+    """Devices, processes and mixed precision as `place_of` found them, or as accelerate does. Errors: OptionError."""
+    _processes()
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
     weight = next(p for p in model.parameters() if p.is_floating_point())
     dtype = str(weight.dtype).removeprefix("torch.")
     mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
-    # every step of S3D leaves out other blocks; and while one process writes the target's texts, the others wait
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # every step of S3D leaves out other blocks
     try:
-        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused, patience])
+        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused])
     except ValueError as error:  # not on this device; or this process has trained in another precision before
         why = str(error).partition("\n")[0]
         raise OptionError(f"{dtype} cannot be trained here: {why}") from error

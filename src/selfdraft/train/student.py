@@ -130,10 +130,10 @@ class Layout:
 
     @classmethod
     def of(cls, sizes: SequenceOf[int], device: torch.device) -> Layout:
-        counts = torch.tensor(sizes, device=device)
-        groups = torch.arange(len(sizes), device=device).repeat_interleave(counts)
+        counts = torch.tensor(sizes)  # on the host: how many rows that are a GPU would be asked and waited for
+        groups = torch.arange(len(sizes)).repeat_interleave(counts)
         starts = (counts.cumsum(0) - counts)[groups]
-        return cls(groups, torch.arange(len(groups), device=device) - starts)
+        return cls(groups.to(device), (torch.arange(len(groups)) - starts).to(device))
 
 
 class Student(nn.Module):
@@ -235,8 +235,9 @@ class Student(nn.Module):
         texts = torch.arange(count, device=number.device).repeat_interleave(lots)[:, None]
         inside = (pack.queries < batch.lengths[texts] - 1) & (number < groups).repeat(count, 1)
         rows = inside.flatten().nonzero().squeeze(1)
-        named = torch.stack([texts.expand_as(inside)[inside], number.repeat(count, 1)[inside]], 1)
-        return rows, named, layout.places.expand_as(inside)[inside], pack.queries[inside]
+        parts = (texts, number.repeat(count, 1), layout.places, pack.queries)
+        text, group, place, behind = (part.expand_as(inside).reshape(-1)[rows] for part in parts)
+        return rows, torch.stack([text, group], 1), place, behind
 
     def _inputs(self, batch: Batch, layout: Layout) -> Tensor:
         """Embeddings of the rows of all lots [b * lots, rows, hidden]."""
