@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import LlamaForCausalLM
 from selfdraft import LLM
 from selfdraft.errors import LoadError, OptionError, RunnerUnavailable, UnsupportedModel
 from selfdraft.models import device as devices
+from selfdraft.models import load
 from selfdraft.models.device import (
     BEHIND,
     GIB,
@@ -25,7 +28,8 @@ from selfdraft.models.device import (
     moved,
     pick_device,
 )
-from selfdraft.models.kv_cache import KVCache
+from selfdraft.models.graph.cuda import cuda_settings
+from selfdraft.models.kv_cache import KVCache, KVCacheDtype
 from selfdraft.models.load import open_target
 from selfdraft.models.proof.whole_model import Report
 from selfdraft.models.runner.runner import Runner
@@ -108,6 +112,20 @@ def test_weights_that_do_not_fit_are_refused_before_they_move(monkeypatch: pytes
     with pytest.raises(LoadError, match=r"cuda:0 has 0.0 GiB free, and the weights take .* use device 'cpu'"):
         moved(tiny_llama(), torch.device("cuda", 0))
     assert moved(tiny_llama(), CPU) is tiny_llama()
+
+
+def test_memory_that_ends_while_a_model_is_proved_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMany more lines")
+
+    monkeypatch.setattr(load, "open_target", full)
+    with pytest.raises(LoadError, match=r"cpu has too little memory to load this model .* or use device 'cpu'") as seen:
+        LLM(tiny_llama(torch.float32), drafter="none")
+    assert "\n" not in str(seen.value)
+    cards(monkeypatch, Card())
+    monkeypatch.setattr(LlamaForCausalLM, "to", full)
+    with pytest.raises(LoadError, match=r"cuda:0 has too little memory"):
+        moved(tiny_llama(), torch.device("cuda", 0))
 
 
 def test_room_is_arithmetic() -> None:
@@ -226,6 +244,33 @@ def test_weights_in_blocks_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
 def test_elsewhere_than_on_a_cpu_passes_take_the_plain_path(place: str) -> None:
     with pytest.raises(RunnerUnavailable, match=f"the fast runner is made for CPUs; the model is on {place}"):
         Runner(torch.float32, torch.device(place), KVCache(1, 256), 0)
+
+
+NO_GRAPHS = {
+    "codes of 8 bits": "graphs store keys and values as they are; leave out kv_cache_dtype to have them",
+    "quantised": "graphs have no quantised weights",
+    "float64": "attention on a GPU computes in float32 at most; take another dtype than float64",
+    "Triton": r"graphs need Triton \(.*\): pip install 'selfdraft\[gpu\]'",
+    "no GPU": "graphs are replayed by an NVIDIA GPU; the model is on cpu",
+}
+
+
+@pytest.mark.parametrize("why", NO_GRAPHS)
+def test_where_there_are_no_graphs_the_plain_path_says_why(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: `auto` runs plainly and names the reason, `fast` makes an error of it."""
+    model = copy.deepcopy(tiny_llama(torch.float32))
+    dtype = torch.float64 if why == "float64" else torch.float32
+    place = CPU if why == "no GPU" else torch.device("cuda", 0)
+    monkeypatch.setattr(load, "_open_fast", load._open_graphs)  # what is taken on a GPU
+    monkeypatch.setattr(load, "cuda_settings", lambda *_: cuda_settings(place, dtype))
+    monkeypatch.setattr(load, "is_quantised", lambda _: why == "quantised")
+    if why == "Triton":
+        monkeypatch.setitem(sys.modules, "selfdraft.models.graph.tree_attention", None)
+    stored: KVCacheDtype = "int8" if why == "codes of 8 bits" else "auto"
+    target = open_target(model, slots=1, kv_cache_dtype=stored)
+    assert re.fullmatch(f"plain: {NO_GRAPHS[why]}", target.runs)
+    with pytest.raises(RunnerUnavailable, match=NO_GRAPHS[why]):
+        open_target(model, slots=1, kv_cache_dtype=stored, runner="fast")
 
 
 @pytest.mark.parametrize("drafter", ["quantised", "cascade", "auto with bits"])

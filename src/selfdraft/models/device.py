@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +125,20 @@ def moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
             f"{device} has {free / GIB:.1f} GiB free, and the weights take {size / GIB:.1f} GiB: free some of it, give "
             "a smaller dtype, or use device 'cpu'"
         )
-    return model.to(device)
+    with in_memory_of(device):
+        return model.to(device)
+
+
+@contextmanager
+def in_memory_of(device: torch.device) -> Iterator[None]:
+    """Loading and proving a model on a device. Errors: LoadError when its memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LoadError(
+            f"{device} has too little memory to load this model and to prove it, which takes some blocks of it in a "
+            "wide dtype: free some of it, give a smaller dtype, or use device 'cpu'"
+        ) from error
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -308,8 +308,10 @@ def _open_graphs(model: PreTrainedModel, exactness: Literal["bitwise", "token"],
 
     Errors: RunnerUnavailable.
     """
-    if is_quantised(model) or sizes["kv_cache_dtype"] != "auto":
-        raise RunnerUnavailable("graphs have no quantised weights, and store keys and values as they are")
+    if is_quantised(model):
+        raise RunnerUnavailable("graphs have no quantised weights")
+    if sizes["kv_cache_dtype"] != "auto":
+        raise RunnerUnavailable("graphs store keys and values as they are; leave out kv_cache_dtype to have them")
     weight = next(p for p in model.parameters() if p.is_floating_point())
     settings, level = cuda_settings(weight.device, weight.dtype), Exactness("token", "asked for")
     if exactness not in ("bitwise", "token"):

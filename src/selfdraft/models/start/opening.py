@@ -27,7 +27,7 @@ from selfdraft.models.adapters import MaskAdapter, find_adapters, load_adapters
 from selfdraft.models.checkpoint.embedded import checkpoint
 from selfdraft.models.checkpoint.folder import check_tokenizer_files, check_vocabulary
 from selfdraft.models.checkpoint.lora import unwrapped
-from selfdraft.models.device import BEHIND, Room, bfloat16_units, free_bytes, moved
+from selfdraft.models.device import BEHIND, Room, bfloat16_units, free_bytes, in_memory_of, moved
 from selfdraft.models.facts import Stock
 from selfdraft.models.kv_cache import KVCacheDtype
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
@@ -169,17 +169,18 @@ def _loaded(path: str | Path, folder: Path, wanted: Wanted, proofs: ProofStore |
 def _target(stock: Model, wanted: Wanted, folder: Path | None, proofs: ProofStore | None) -> HFTarget:
     from selfdraft.models import load
 
-    target = load.open_target(
-        stock,
-        slots=wanted.slots,
-        exactness=wanted.exactness,
-        context=wanted.context,
-        adapters=load_adapters(_adapters(wanted, folder), stock),
-        runner=wanted.runner,
-        kv_cache_dtype=wanted.kv_cache_dtype,
-        proofs=proofs,
-        clock=wanted.clock,
-    )
+    with in_memory_of(next(stock.parameters()).device):
+        target = load.open_target(
+            stock,
+            slots=wanted.slots,
+            exactness=wanted.exactness,
+            context=wanted.context,
+            adapters=load_adapters(_adapters(wanted, folder), stock),
+            runner=wanted.runner,
+            kv_cache_dtype=wanted.kv_cache_dtype,
+            proofs=proofs,
+            clock=wanted.clock,
+        )
     if target.facts.device.type == "cuda":
         _take_room(target, wanted.context)
     return target
