@@ -7,15 +7,17 @@
     python recipes/gpu.py host                     # without a GPU: microseconds of the host's work in a step
     python recipes/gpu.py page gpu/*.json          # its tables; --into docs/gpu.md writes them there
 
-Each of the three runs takes less than ten minutes, and writes OUT/VERB.json after each of its parts; what fails does
-not stop the next part. Models are random weights of real shapes, made on the device; recorded answers are forced upon
-them. Without a GPU a run ends with code 2.
+Each of the three runs takes less than ten minutes, and writes OUT/VERB.json after each figure. Every part is a process
+of its own: what fails, or does not end in four minutes, does not stop the next part. Models are random weights of real
+shapes, made on the device; recorded answers are forced upon them. Without a GPU a run ends with code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
@@ -24,6 +26,10 @@ from gpu_runs.packing import be_installed, pack
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "src")]  # where the project runs from its source
 SUITE = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "tests/test_gpu.py")
+
+
+ASKED_SECONDS = 120.0
+"""Most that the first answer of a GPU may take."""
 
 
 def options() -> argparse.ArgumentParser:
@@ -57,6 +63,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     if told.verb == "pack":
         return pack(told.out, told.python)
     be_installed(ROOT)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # parts are forked: nothing may open the GPU before
     if told.verb == "host":
         from gpu_runs.host import host
 
@@ -89,25 +96,23 @@ def _page(told: argparse.Namespace) -> int:
 
 
 def _run(told: argparse.Namespace) -> int:
+    import torch
     from gpu_runs.bench import SHAPES, cuda_bench
     from gpu_runs.parts import Run
 
     from selfdraft.errors import SelfdraftError
-    from selfdraft.models.device import pick_device
-    from selfdraft.models.graph.cuda import cuda_settings
 
     shapes = told.shape.split(",")
     if odd := [shape for shape in shapes if shape not in SHAPES]:
         raise NothingRuns(f"--shape {odd[0]!r} is unknown; there are {', '.join(SHAPES)}")
+    facts, forks = _machine()
+    bench = cuda_bench(SUITE, getattr(torch, str(facts["dtype"])))
     try:
-        device = pick_device("cuda")
-        bench = cuda_bench(SUITE)
-        cuda_settings(device, bench.dtype)
         told.out.mkdir(parents=True, exist_ok=True)
         settings = _speed_settings(told) if told.verb == "speed" else None
     except (SelfdraftError, OSError) as error:
         raise NothingRuns(str(error)) from error
-    run = Run(told.verb, bench, told.out, told.minutes)
+    run = Run(told.verb, bench, told.out, told.minutes, facts=facts, forks=forks)
     if told.verb == "check":
         from gpu_runs.check import check
 
@@ -120,6 +125,45 @@ def _run(told: argparse.Namespace) -> int:
 
     assert settings is not None, "made above"
     return speed(run, shapes, settings)
+
+
+def _machine() -> tuple[dict[str, object], bool]:
+    """The conditions of the first GPU, and whether a process that was forked can use it. Errors: NothingRuns."""
+    from gpu_runs.parts import CheckFailed, apart
+
+    try:
+        (facts,) = apart(_asked, ASKED_SECONDS)
+        return facts, True
+    except CheckFailed as error:
+        if not error.trace:
+            raise NothingRuns(str(error)) from error
+        print(f"parts share one process: {error}", file=sys.stderr)
+    try:
+        (facts,) = _asked()
+        return facts, False
+    except CheckFailed as error:
+        raise NothingRuns(str(error)) from error
+
+
+def _asked() -> Iterator[dict[str, object]]:
+    """The conditions, when the GPU has answered once. Errors: CheckFailed where there is none that can be used."""
+    import torch
+    from gpu_runs.bench import cuda_bench
+    from gpu_runs.parts import CheckFailed, conditions
+
+    from selfdraft.errors import SelfdraftError
+    from selfdraft.models.device import BFLOAT16_FROM, pick_device
+    from selfdraft.models.graph.cuda import cuda_settings
+
+    try:
+        device = pick_device("cuda")
+        able = torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
+        dtype = torch.bfloat16 if able else torch.float16
+        cuda_settings(device, dtype)
+    except SelfdraftError as error:
+        raise CheckFailed(str(error)) from error
+    torch.zeros(1, device=device).item()
+    yield conditions(cuda_bench(SUITE, dtype))
 
 
 def _speed_settings(told: argparse.Namespace):  # type: ignore[no-untyped-def]

@@ -96,9 +96,11 @@ def text_of(length: int) -> list[int]:
     return [*drawn.tolist(), *END]
 
 
-def decoding(target: HFTarget, drafter: str, sampling: SamplingParams, length: int) -> Engine:
+def decoding(
+    target: HFTarget, drafter: str, sampling: SamplingParams, length: int, options: dict[str, object] | None = None
+) -> Engine:
     """An engine that decodes behind a text which the cache has: nothing was prefilled, as nothing is looked at."""
-    engine = Engine(target, build(drafter, target, OPTIONS.get(drafter, {})))
+    engine = Engine(target, build(drafter, target, OPTIONS.get(drafter, {}) if options is None else options))
     sequence = open_sequence(text_of(length), sampling, seed=1, eos=frozenset(), context=target.max_length)
     engine.submit(sequence)
     engine.waiting.clear()

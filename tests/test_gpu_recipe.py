@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -179,6 +181,60 @@ def test_a_part_that_fails_does_not_end_the_run_and_time_does(tmp_path: Path) ->
     )
     assert "failed" not in found["whole"]
     assert found["late"]["failed"] == "not begun: the 0 minutes were over"
+
+
+def hanging() -> Iterator[dict[str, object]]:
+    yield {"figure": "one", "value": 1}
+    threading.Event().wait()
+
+
+def dying() -> Iterator[dict[str, object]]:
+    yield {"figure": "one", "value": 1}
+    os._exit(7)
+
+
+def breaking() -> Iterator[dict[str, object]]:
+    yield {"figure": "one", "value": 1}
+    raise RuntimeError("an illegal access\nand more")
+
+
+def test_a_part_in_a_process_of_its_own_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has found before stays."""
+    run = run_of("check", tmp_path)
+    run.forks = True
+
+    def whole() -> Iterator[dict[str, object]]:
+        run.bench.known["shape"] = (3, 4)
+        yield {"figure": "two", "value": os.getpid()}
+
+    run.do("dying", dying)
+    run.do("breaking", breaking)
+    run.do("whole", whole)
+    found = parts(tmp_path, "check")
+    for name, why in (("dying", "its process ended with code 7"), ("breaking", "RuntimeError: an illegal access")):
+        assert (found[name]["failed"], found[name]["figures"]) == (why, [{"figure": "one", "value": 1}])
+    assert "raise RuntimeError" in found["breaking"]["trace"]
+    assert found["whole"]["figures"][0]["value"] != os.getpid()
+    assert run.bench.known == {"shape": (3, 4)}
+
+
+def test_a_part_that_hangs_is_ended() -> None:
+    made = part_of("parts")
+    with pytest.raises(made.CheckFailed, match="it did not end in 0 s"):
+        list(made.apart(hanging, 0))
+    assert multiprocessing.active_children() == []
+
+
+def test_figures_are_written_before_their_part_has_ended(tmp_path: Path) -> None:
+    run = run_of("check", tmp_path)
+    seen = []
+
+    def part() -> Iterator[dict[str, object]]:
+        yield {"figure": "one", "value": 1}
+        seen.extend(parts(tmp_path, "check")["some"]["figures"])
+
+    run.do("some", part)
+    assert seen == [{"figure": "one", "value": 1}]
 
 
 # --- the command and the page -----------------------------------------------------------------------------------

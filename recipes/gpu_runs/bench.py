@@ -123,10 +123,9 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def cuda_bench(suite: tuple[str, ...]) -> Bench:
-    """The first GPU."""
+def cuda_bench(suite: tuple[str, ...], dtype: torch.dtype) -> Bench:
+    """The first GPU; it is not asked for anything yet."""
     device = torch.device("cuda", 0)
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return Bench(
         device,
         dtype,

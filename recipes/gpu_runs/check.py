@@ -28,7 +28,7 @@ from selfdraft.models.proof.one_class import equal_rows
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 
-SUITE_SECONDS = 240
+SUITE_SECONDS = 200
 WIDTHS = (16, 32, 64, 128)
 
 
