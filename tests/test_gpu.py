@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.clocks import on_passes
 from tests.models import random_adapters, run
+from tests.terminal import typed
 from tests.test_families import FAMILIES, NEW, prompts
 from tests.test_families import build as build_model
 from tests.test_oracle import EOS, MIXED, OPTIONS, Way, decode
@@ -116,3 +119,25 @@ def test_memory_is_given_back_with_the_target() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() - before < 2**24
+
+
+def test_an_adapter_is_trained_and_used_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With own texts, in half precision as the checkpoint is."""
+    for name in ("peft", "accelerate"):
+        pytest.importorskip(name)
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    stories = ("Once upon a time", "The little dog", "Lily and Ben", "One day a bird")
+    data.write_text("".join(json.dumps({"prompt": f"{story} was"}) + "\n" for story in stories), "utf-8")
+    sizes = {"steps": 4, "every": 2, "max-length": 48, "groups": 3, "batch-size": 2, "distill-tokens": 12}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", size)]
+    there = ["--model", "pocket", "--device", "cuda"]
+    done = typed(monkeypatch, capsys, "train", "--distill", *there, "--data", data, *words, "--output", out)
+    assert done.code == 0, done.err
+    more = ("--drafter", "space", "--adapter", out)
+    said = [
+        typed(monkeypatch, capsys, "generate", stories[0], *there, "--max-new-tokens", 16, *way) for way in ((), more)
+    ]
+    assert [one.code for one in said] == [0, 0]
+    assert said[0].out.startswith(said[1].out[:8])

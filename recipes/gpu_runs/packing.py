@@ -13,8 +13,9 @@ WHEELS = (
     "transformers==5.23.0", "accelerate", "platformdirs", "regex", "tokenizers", "safetensors", "huggingface-hub",
     "filelock", "gguf", "hf-xet", "httpx", "httpcore", "h11", "anyio", "idna", "certifi", "packaging", "pyyaml", "tqdm",
     "typer", "click", "shellingham", "rich", "pygments", "markdown-it-py", "mdurl",
+    "peft", "psutil", "pytest", "iniconfig", "pluggy",
 )  # fmt: skip
-"""Wheels that the project needs beside torch, numpy and jinja2, which a machine for GPUs has; some 20 MB."""
+"""Wheels that the project and its tests need beside torch, numpy and jinja2, which a machine for GPUs has; some 30 MB."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
 
 
