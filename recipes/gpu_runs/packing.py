@@ -15,7 +15,7 @@ WHEELS = (
     "typer", "click", "shellingham", "rich", "pygments", "markdown-it-py", "mdurl",
     "peft", "psutil", "pytest", "iniconfig", "pluggy",
 )  # fmt: skip
-"""Wheels that the project and its tests need beside torch, numpy and jinja2, which a machine for GPUs has; some 30 MB."""
+"""What the project and its tests need beside torch, numpy and jinja2, which a machine for GPUs has: 29 MB."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
 
 
