@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
@@ -45,11 +46,13 @@ from selfdraft.models.device import check_placement
 from selfdraft.models.exactness import MULTIPLES, NATURAL, Shapes
 from selfdraft.models.facts import GROWING, context_of, ropes_of
 from selfdraft.models.graph.cuda import cuda_settings, one_class
+from selfdraft.models.graph.graph_runner import GraphSettings
 from selfdraft.models.kinds import first_line, has_experts, is_quantised, mixes_rows
 from selfdraft.models.kv_cache import KVCacheDtype, check_kv_cache_dtype
 from selfdraft.models.packed.quantise import quantise_model
 from selfdraft.models.proof.kept import ProofStore, Record, identity_of
 from selfdraft.models.proof.one_class import equal_rows
+from selfdraft.models.proof.quicker import quicker
 from selfdraft.models.proof.shapes import probe_fast, probe_shapes
 from selfdraft.models.proof.whole_model import prove
 from selfdraft.models.runner import kernel_build
@@ -312,14 +315,28 @@ def _open_graphs(model: PreTrainedModel, exactness: Literal["bitwise", "token"],
         raise RunnerUnavailable("graphs have no quantised weights")
     if sizes["kv_cache_dtype"] != "auto":
         raise RunnerUnavailable("graphs store keys and values as they are; leave out kv_cache_dtype to have them")
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    settings, level = cuda_settings(weight.device, weight.dtype), Exactness("token", "asked for")
     if exactness not in ("bitwise", "token"):
         raise OptionError(f"exactness={exactness!r} is unknown; there are 'bitwise' and 'token'")
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    settings, told = quicker(model, cuda_settings(weight.device, weight.dtype), sizes["clock"])
+    if settings.glue is not None:
+        try:
+            return _graphs(model, exactness, settings, told, sizes)
+        except UnsupportedModel as error:
+            settings, told = replace(settings, glue=None), f"; small kernels are not fused: {error}"
+    return _graphs(model, exactness, settings, told, sizes)
+
+
+def _graphs(
+    model: PreTrainedModel, exactness: Literal["bitwise", "token"], settings: GraphSettings, told: str, sizes: Sizes
+) -> HFTarget:
+    """A proven target with these graphs, and what `runs` says of them besides. Errors: UnsupportedModel."""
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    level = Exactness("token", "asked for")
     if exactness == "bitwise" and has_experts(model):
         level = Exactness("token", "each expert sees as many rows as are sent to it, and that number varies")
     elif exactness == "bitwise":
-        one = cuda_settings(weight.device, weight.dtype, one_class(sizes["slots"]))
+        one = replace(cuda_settings(weight.device, weight.dtype, one_class(sizes["slots"])), glue=settings.glue)
         equal, rows = equal_rows(model, one)
         if equal == rows:
             settings = one
@@ -327,6 +344,7 @@ def _open_graphs(model: PreTrainedModel, exactness: Literal["bitwise", "token"],
         else:
             level = Exactness("token", f"{equal} of {rows} rows of two blocks had the same bits plain and drafted")
     target = HFTarget(model, exactness=level, graphs=settings, **sizes)
+    target.runs += told
     prove(target, model)
     return target
 

@@ -144,7 +144,7 @@ class HFTarget:
         experts = has_experts(self._view)
         places = settings.places or self._context + SPARE
         self.graphs = GraphRunner(self, self._view, places, settings, experts=experts)
-        self.cache, self.runs = self.graphs.cache, f"fast: {settings}"
+        self.cache, self.runs = self.graphs.cache, f"fast: {self.graphs}"
 
     @cached_property
     def fitted(self) -> tuple[MaskAdapter, ...]:

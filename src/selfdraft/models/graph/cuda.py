@@ -18,7 +18,7 @@ def one_class(slots: int) -> tuple[int, ...]:
 
 
 def cuda_settings(device: torch.device, dtype: torch.dtype, classes: tuple[int, ...] = CLASSES) -> GraphSettings:
-    """CUDA graphs with the attention of `tree_kernels.py`, in a cache that is small at first.
+    """CUDA graphs with the attention of `tree_kernels.py` and fused glue, in a cache that is small at first.
 
     Errors: RunnerUnavailable without a GPU, without Triton, or for a type that the kernels do not compute in.
     """
@@ -27,7 +27,9 @@ def cuda_settings(device: torch.device, dtype: torch.dtype, classes: tuple[int, 
     if dtype == torch.float64:
         raise RunnerUnavailable("attention on a GPU computes in float32 at most; take another dtype than float64")
     try:
+        from selfdraft.models.graph.fused_glue import fused_glue
         from selfdraft.models.graph.tree_attention import attend_fused
     except ImportError as error:
         raise RunnerUnavailable(f"graphs need Triton ({error}): pip install 'selfdraft[gpu]'") from error
-    return GraphSettings(CudaCapture(device), attend_fused, classes, places=2 * PIECE, event=torch.cuda.Event)
+    places, event = 2 * PIECE, torch.cuda.Event
+    return GraphSettings(CudaCapture(device), attend_fused, classes, places=places, event=event, glue=fused_glue)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import chain
+from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,12 +23,15 @@ from selfdraft.models.adapters import Gate, MaskAdapter, gate_rows
 from selfdraft.models.attention import Plan
 from selfdraft.models.graph.capture import Capture, Replay
 from selfdraft.models.graph.parts import joined, parts_of
+from selfdraft.models.graph.plain_glue import Glue
 from selfdraft.models.graph.plain_tree_attention import Attention, Reach
 from selfdraft.models.graph.sheet import MOVES, PATH, Event, Lines, Move, Part, Sheet, SheetSize, cut, lay_out
 from selfdraft.models.graph.stacked_cache import StackedCache, shapes_of
 from selfdraft.models.graph.static_pass import StaticPlan
+from selfdraft.models.graph.tape_pass import Given, TapePass
 from selfdraft.models.kinds import first_line
-from selfdraft.types import PassVariant, Skip
+from selfdraft.models.runner.tape import Slot
+from selfdraft.types import Clock, PassVariant, Skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +44,8 @@ TILE_ROWS = 16
 """Query rows of a tile of attention, heads that share keys beneath each other."""
 SPARE = 256
 """Places behind the context: rows of a draft stand there for a moment."""
+TRIALS = 5
+"""How often the replays of a pass are timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,8 @@ class GraphSettings:
     `classes`: numbers of rows, ascending. With one class alone all decoding passes have one shape: the level 'bitwise'.
     `shortest`: places that the least of graphs sees; the next see 4 times as many each. `most`: graphs that are kept.
     `places`: those of a slot at first; None: all of the context, and some behind it for drafts. `event` makes what
-    guards the blocks of a sheet (`Sheet`).
+    guards the blocks of a sheet (`Sheet`). `glue` runs what stands between products and attention, in
+    passes that are tapes (`tape_pass.py`); None: they are the stock forward, as are those that cannot be tapes.
     """
 
     capture: Capture
@@ -60,6 +67,7 @@ class GraphSettings:
     most: int = 64
     places: int | None = None
     event: Callable[[], Event] | None = None
+    glue: Glue | None = None
 
     @property
     def one_class(self) -> bool:
@@ -148,6 +156,21 @@ class GraphRunner:
         self._sheets: dict[tuple[int, int], Sheet] = {}
         self._fixed = self._addresses()
         self._captures = True
+        self._tapes: dict[tuple[int, bool], tuple[PreTrainedModel, TapePass | str]] = {}
+        """Of views, with masks or without: the tape, or why there is none."""
+        self._tape(view, masked=False)
+
+    def __str__(self) -> str:
+        if self.settings.glue is None:
+            return str(self.settings)
+        plain = self._tape(self._view, masked=False)
+        why = "" if isinstance(plain, TapePass) else f"; small kernels are not fused: {plain}"
+        return f"{self.settings}{why or ', small kernels fused'}"
+
+    @property
+    def fused(self) -> bool:
+        """Whether the plain pass is a tape with fused glue."""
+        return isinstance(self._tape(self._view, masked=False), TapePass)
 
     @property
     def edges(self) -> int:
@@ -195,6 +218,28 @@ class GraphRunner:
                     self._try_capture(graph)
             yield left
 
+    @torch.inference_mode()
+    def seconds(self, clock: Clock, times: int) -> float:
+        """Of one replay of the least plain pass, which nothing else delays: the median of some trials of so many.
+
+        Errors: RunnerUnavailable where it cannot be captured.
+        """
+        lines = lay_out(chain_rows([(0, 0, 0)]), {})
+        graph = self._graph(self.host.view_for(None, gated=False), self.settings.classes[0], lines, masked=False)
+        if graph.replay is None:
+            self._try_capture(graph)
+        if graph.replay is None or graph.said is None:
+            raise RunnerUnavailable(self.host.runs)
+        trials = []
+        for _ in range(TRIALS):
+            graph.said[0, 0].item()  # waits for what was asked for before
+            began = clock()
+            for _ in range(times):
+                graph.replay()
+            graph.said[0, 0].item()
+            trials.append((clock() - began) / times)
+        return median(trials)
+
     def close(self) -> None:
         """Let go of all graphs."""
         for graph in self._graphs.values():
@@ -202,6 +247,7 @@ class GraphRunner:
                 graph.replay.close()
         self._graphs.clear()
         self._sheets.clear()
+        self._tapes.clear()
 
     def _decode(self, rows: Rows, short: PassVariant | None) -> Tensor:
         acting: dict[int, list[int]] = {}
@@ -273,10 +319,19 @@ class GraphRunner:
         reach = Reach(key.length, self.settings.piece, self.tile)
         keys, values, stacks = dict(self.cache.keys), dict(self.cache.values), tuple(self.cache.stacks)
         plan = StaticPlan(keys, values, stacks, sheet.parts, reach, self.settings.attention)
-        gate = self.host.gate
+        gate, tape = self.host.gate, self._tape(model, masked=key.masked)
+
+        def run_tape(tape: TapePass) -> Tensor:
+            tokens = sheet.parts["tokens"]
+            inputs = {Slot.TOKENS: tokens, Slot.POSITIONS: sheet.parts["positions"]}
+            if key.masked:
+                inputs[Slot.EMBEDS] = self.host.embeds(tokens.long()[None])
+            return tape(inputs, Given(plan, sheet.gates, key.rows))
 
         def run() -> Tensor:
             plan.begin()
+            if isinstance(tape, TapePass):
+                return run_tape(tape)
             tokens, positions = (sheet.parts[name].long()[None] for name in ("tokens", "positions"))
             given = {"inputs_embeds": self.host.embeds(tokens)} if key.masked else {"input_ids": tokens}
             gate.columns = sheet.gates if key.masked else None
@@ -288,6 +343,21 @@ class GraphRunner:
             return answers
 
         return Graph(model, sheet, plan, run)
+
+    def _tape(self, model: PreTrainedModel, *, masked: bool) -> TapePass | str:
+        """The tape of a view, or why its passes are the stock forward."""
+        glue, key = self.settings.glue, (id(model), masked)
+        if glue is None:
+            return "not asked for"
+        if key not in self._tapes:  # the view is kept, so that its id stays its own
+            self.host.gate.traced = True
+            try:
+                self._tapes[key] = model, TapePass(model, glue, embedded=masked)
+            except RunnerUnavailable as error:
+                self._tapes[key] = model, str(error)
+            finally:
+                self.host.gate.traced = False
+        return self._tapes[key][1]
 
     def _sheet(self, rows: int, path: int) -> Sheet:
         """All graphs of so many rows read the same sheet."""

@@ -137,7 +137,7 @@ def record(forward: Callable[..., SequenceOf[Tensor]], inputs: SequenceOf[Tensor
     """What `forward` does to its inputs. Errors: whatever `forward` raises; RunnerUnavailable."""
     graph = Graph()
     with torch.inference_mode(False), torch.no_grad():
-        given = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in inputs]
+        given = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=one.device) for one in inputs]
         mode = _Recording(graph)
         for one in given:
             node = Node(None, (), {}, one)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from selfdraft.models.runner.codes import (
 )
 from selfdraft.models.runner.fuse import fused
 from selfdraft.models.runner.graph import VIEWS, Graph, Node, record
-from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.tape import TYPES, Buffer, Instr, Kind, Operand, Slot, Tape, assemble
 from selfdraft.models.runner.trace_ops import Recorder
 
@@ -97,15 +96,40 @@ class Traced:
     """Width of the hidden states that are noted on the way; 0: none are."""
 
 
+class Weights(Protocol):
+    """Where weights lie that rows are multiplied by."""
+
+    def floats(self, weight: Tensor) -> Tensor:
+        """What products read of weights [out, in]: a `Packer` packs them."""
+
+
 @torch.no_grad()
-def trace(model: PreTrainedModel, packer: Packer, *, embedded: bool, resuming: bool) -> Traced:
+def trace(model: PreTrainedModel, packer: Weights, *, embedded: bool, resuming: bool) -> Traced:
     """Write down the forward pass of a view, its weights packed by `packer`. `embedded`: it starts from embeddings;
     `resuming`: the view takes hidden states from the call (`view.resuming`).
 
     Errors: RunnerUnavailable says which operation is in the way.
     """
+    writer, calls = _recorded(model, packer, embedded=embedded, resuming=resuming)
+    return writer.write(calls)
+
+
+@torch.no_grad()
+def instructions(model: PreTrainedModel, weights: Weights, *, embedded: bool) -> list[Instr]:
+    """The pass of a view as instructions, in an order in which they could run; see `trace`.
+
+    Errors: RunnerUnavailable.
+    """
+    return _recorded(model, weights, embedded=embedded, resuming=False)[0].instructions()[0]
+
+
+def _recorded(
+    model: PreTrainedModel, packer: Weights, *, embedded: bool, resuming: bool
+) -> tuple[_Writer, tuple[tuple[int, int | None], ...]]:
+    """What translates the pass of a view, and the attention calls in it."""
     rows, asked = _marks(model)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    dtype, device = weight.dtype, weight.device
     if dtype not in (torch.float32, torch.bfloat16):
         raise RunnerUnavailable(f"the fast runner computes in float32 and bfloat16, not in {dtype}")
     hidden = int(model.config.get_text_config().hidden_size)
@@ -119,14 +143,15 @@ def trace(model: PreTrainedModel, packer: Packer, *, embedded: bool, resuming: b
         noted = None if recorder.hidden is entering else recorder.hidden
         return [said] if noted is None else [said, noted]
 
-    ids, wanted = torch.zeros(1, rows, dtype=torch.int64), torch.zeros(asked, dtype=torch.int64)
-    states = torch.zeros(1, rows, hidden, dtype=dtype)
+    ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
+    wanted = torch.zeros(asked, dtype=torch.int64, device=device)
+    states = torch.zeros(1, rows, hidden, dtype=dtype, device=device)
     try:
         graph = record(forward, (ids, ids, wanted, states, states))
     except Exception as error:  # whatever stops the trace, the plain path is there
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunnerUnavailable(f"its forward pass cannot be traced: {line}") from error
-    return _Writer(graph, packer, rows, asked).write(tuple(recorder.calls))
+    return _Writer(graph, packer, rows, asked), tuple(recorder.calls)
 
 
 def _marks(model: nn.Module) -> tuple[int, int]:
@@ -141,7 +166,7 @@ def _marks(model: nn.Module) -> tuple[int, int]:
 class _Writer:
     """Translates the nodes of one traced graph."""
 
-    def __init__(self, graph: Graph, packer: Packer, rows: int, asked: int) -> None:
+    def __init__(self, graph: Graph, packer: Weights, rows: int, asked: int) -> None:
         self.graph, self.packer, self.rows, self.asked = graph, packer, rows, asked
         self.multiplied = _multiplied(graph)
         self.instrs: list[Instr] = []
@@ -149,6 +174,11 @@ class _Writer:
         self.known: dict[Node, Known] = {}
 
     def write(self, calls: tuple[tuple[int, int | None], ...]) -> Traced:
+        instrs, vocab, notes = self.instructions()
+        return Traced(assemble(instrs), calls, self.heads, vocab, notes)
+
+    def instructions(self) -> tuple[list[Instr], int, int]:
+        """What the pass does, the size of the vocabulary, and the width of the states that it notes."""
         slots = (Slot.TOKENS, Slot.POSITIONS, Slot.ASKED, Slot.EMBEDS, Slot.ENTERING)
         for node, slot in zip(self.graph.inputs, slots, strict=True):
             self.known[node] = self._input(node.value, slot)
@@ -157,7 +187,7 @@ class _Writer:
         said = [self.known[node] for node in self.graph.outputs]
         outputs = [self._fresh_output(value, slot) for value, slot in zip(said, OUTPUTS, strict=False)]
         notes = outputs[1].buffer.width if len(outputs) > 1 else 0
-        return Traced(assemble(fused(self.instrs)), calls, self.heads, outputs[0].buffer.width, notes)
+        return fused(self.instrs), outputs[0].buffer.width, notes
 
     def _input(self, example: Tensor, slot: Slot) -> Value:
         width = math.prod(size for size in example.shape if size not in (self.rows, self.asked))
