@@ -104,6 +104,14 @@ def passes(target: HFTarget) -> Tensor:
     return torch.cat([target.forward(one) for one in rows])
 
 
+def test_rows_whose_gate_is_closed_keep_their_bits() -> None:
+    """A row beside one with masks, and alone; of one class of rows both passes are of the same shape."""
+    target = glued(2, classes=(ONE,))
+    masks = Draft((7,), (-1,), ("",), 1).with_probes([*target.extras.masks_for("space").ids][:1], [-1], "space")
+    alone, beside = (target.forward(tree_rows([(0, 0, 5, EMPTY), *more])) for more in ([], [(1, 0, 6, masks)]))
+    assert torch.equal(alone[0], beside[0])
+
+
 def test_a_family_decodes_the_text_of_its_stock_forward() -> None:
     """Gemma 2: (1 + w) in its norms, soft caps, windows; with masks."""
     family = FAMILIES["gemma2"]

@@ -21,6 +21,7 @@ from selfdraft.core.tree import Draft
 from selfdraft.drafters import NAMES
 from selfdraft.files.token_log import Logged
 from selfdraft.models.graph.graph_runner import GraphSettings
+from selfdraft.models.graph.plain_glue import plain_glue
 from tests.clocks import Ticking
 from tests.graphs import settings
 
@@ -57,7 +58,7 @@ def bench(**changes: object) -> Any:
 
     given = {"shapes": {"1b": SMALL, "8b": SMALL}, "lengths": (8, 24, 40), "context": 1024, "tokens": 3, "text": 6,
              "copied": 2**12, "warm": 1, "times": 2, "prompt": 12, "tried": (16, 32), "slots": (1, 2),
-             "drafters": tuple(NAMES) if ALL else SOME, **changes}  # fmt: skip
+             "drafters": tuple(NAMES) if ALL else SOME, "glue": plain_glue, **changes}  # fmt: skip
     suite = (sys.executable, "-c", "print('FAILED one\\n1 failed, 2 passed in 0.1s'); raise SystemExit(1)")
     return made.Bench(
         torch.device("cpu"), torch.float32, graphs, clock, lambda: made.ClockMark(clock()), lambda: None, suite, **given
@@ -86,7 +87,8 @@ def test_check_runs_whole(tmp_path: Path) -> None:
     rows = {figure["rows"]: figure["value"] for figure in found["bits of passes, 1b"]["figures"]}
     assert rows[32] == "150 of 150"
     ways = [figure["figure"] for figure in found["plain decoding, 1b"]["figures"]]
-    assert ways == ["bound", "transformers", "ours, call by call", "ours, graphs", "ours, graphs of one row"]
+    assert ways[:4] == ["bound", "transformers", "ours, call by call", "ours, graphs"]
+    assert ways[4:] == ["ours, graphs, fused glue", "ours, graphs of one row", "ours, graphs of one row, fused glue"]
 
 
 def test_time_runs_whole_on_a_clock_that_is_handed_in(tmp_path: Path) -> None:

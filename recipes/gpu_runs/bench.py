@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from selfdraft.drafters import NAMES
 from selfdraft.models.graph.capture import Capture, Replay
 from selfdraft.models.graph.cuda import cuda_settings
 from selfdraft.models.graph.graph_runner import GraphSettings
+from selfdraft.models.graph.plain_glue import Glue
 
 SHAPES: dict[str, dict[str, int | bool]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -72,7 +73,7 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     graphs: Callable[[tuple[int, ...]], GraphSettings]
-    """How passes become graphs of these classes of rows."""
+    """How passes become graphs of these classes of rows, without glue."""
     clock: Callable[[], float]
     """Seconds, of the host."""
     mark: Callable[[], Mark]
@@ -80,6 +81,8 @@ class Bench:
     """Wait until the device has done all that it was asked for."""
     suite: tuple[str, ...]
     compiles: bool = False
+    glue: Glue | None = None
+    """What fuses small kernels."""
     shapes: Mapping[str, Mapping[str, int | bool]] = field(default_factory=lambda: SHAPES)
     lengths: tuple[int, ...] = (512, 4096, 16384)
     context: int = CONTEXT
@@ -96,6 +99,8 @@ class Bench:
     """Tokens of a text that is compared."""
     known: dict[tuple[object, ...], tuple[int, int]] = field(default_factory=dict)
     """Rows of equal bits, and rows that were compared, for models and classes that were tried."""
+    quicker: dict[tuple[object, ...], Glue | None] = field(default_factory=dict)
+    """The glue that passes of models and classes use, None where they are quicker without."""
     copied: int = COPIED
     warm: int = WARM
     times: int = TIMES
@@ -129,12 +134,13 @@ def cuda_bench(suite: tuple[str, ...], dtype: torch.dtype) -> Bench:
     return Bench(
         device,
         dtype,
-        lambda classes: cuda_settings(device, dtype, classes),
+        lambda classes: replace(cuda_settings(device, dtype, classes), glue=None),
         time.perf_counter,
         CudaMark,
         torch.cuda.synchronize,
         suite,
         compiles=True,
+        glue=cuda_settings(device, dtype).glue,
     )
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -16,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gpu_runs.bench import Bench, copy_speed, product_speed, random_model, read_bytes
 from gpu_runs.parts import CheckFailed, Figure, Run
-from gpu_runs.passes import best_settings, figure, opened
+from gpu_runs.passes import best_settings, figure, fuses, opened
 from selfdraft.core.sequence import open_sequence
 from selfdraft.drafters import build
 from selfdraft.engine.engine import Engine
@@ -163,8 +164,16 @@ def plain(bench: Bench, shape: str) -> Iterator[Figure]:
     for name, say in ways.items():
         yield _plain_figure(bench, name, shape, say, bound)
     settings, level = best_settings(bench, model, 1)
-    for name, graphs in {"ours, graphs": settings, "ours, graphs of one row": bench.graphs((1,))}.items():
+    graphs_of = {
+        "ours, graphs": replace(settings, glue=None),
+        "ours, graphs, fused glue": replace(settings, glue=bench.glue),
+        "ours, graphs of one row": bench.graphs((1,)),
+        "ours, graphs of one row, fused glue": replace(bench.graphs((1,)), glue=bench.glue),
+    }
+    for name, graphs in graphs_of.items():
         with opened(bench, model, graphs, bench.prompt + bench.tokens + 1) as (target, _):
+            if name.endswith("fused glue") and not fuses(target):
+                continue
             yield {
                 **_plain_figure(bench, name, shape, partial(decoded, target, bench.prompt), bound),
                 "level": level.level,

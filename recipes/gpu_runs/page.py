@@ -13,10 +13,11 @@ NOT = "not measured"
 BEGIN, END = "<!-- figures of recipes/gpu.py -->", "<!-- end of figures -->"
 SHAPES = ("1b", "8b")
 TITLES = {"1b": "1B", "8b": "8B"}
+FEW = (1, 16, 64)
 ANSWERS = {"sharegpt": "chat (sharegpt)", "instructcoder": "code editing (instructcoder)"}
 PLAIN = (
     "transformers", "transformers, static cache, compiled", "ours, call by call", "ours, graphs",
-    "ours, graphs of one row",
+    "ours, graphs, fused glue", "ours, graphs of one row", "ours, graphs of one row, fused glue",
 )  # fmt: skip
 
 
@@ -130,9 +131,14 @@ def _plain(found: Figures) -> str:
 
 def _contexts(found: Figures) -> str:
     lines = [
-        [f"{TITLES[shape]}, {tokens:,} tokens",
-         *(found.cell("time", "T(n)", number(2, unit=" ms"), shape=shape, tokens=tokens, rows=n) for n in (1, 16, 64))]
-        for shape in SHAPES for tokens in (512, 4096, 16384)
+        [f"{TITLES[shape]}, {tokens:,} tokens{more}",
+         *(found.cell("time", f"T(n){more}", number(2, unit=" ms"), shape=shape, tokens=tokens, rows=n) for n in FEW)]
+        for shape in SHAPES for tokens in (512, 4096, 16384) for more in ("", ", fused glue")
+    ]  # fmt: skip
+    lines += [
+        [f"{TITLES[shape]}, small kernels a block{more}",
+         found.cell("time", f"kernels: small{more}", number(1), shape=shape), "", ""]
+        for shape in SHAPES for more in ("", ", fused glue")
     ]  # fmt: skip
     return _rows(["pass of", "1 row", "16 rows", "64 rows"], lines)
 

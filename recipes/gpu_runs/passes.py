@@ -20,6 +20,7 @@ from selfdraft.models.adapters import MaskAdapter
 from selfdraft.models.graph.cuda import one_class
 from selfdraft.models.graph.graph_runner import CLASSES, SPARE, GraphSettings
 from selfdraft.models.proof.one_class import equal_rows
+from selfdraft.models.proof.quicker import quicker
 from selfdraft.models.target import Exactness, HFTarget
 from selfdraft.types import PassVariant
 
@@ -46,16 +47,27 @@ def opened(
 
 
 def best_settings(bench: Bench, model: PreTrainedModel, slots: int) -> tuple[GraphSettings, Exactness]:
-    """What a target gets at load: one class of rows where that gives equal bits, else several. Tried once a shape."""
+    """What a target gets at load: one class of rows where that gives equal bits, else several, and glue where that is
+    quicker. Tried once a shape.
+    """
     classes, config = one_class(slots), model.config
-    one, kind = bench.graphs(classes), (config.hidden_size, config.num_hidden_layers, model.dtype, classes)
+    kind = config.hidden_size, config.num_hidden_layers, model.dtype, classes
+    if kind not in bench.quicker:
+        many = replace(bench.graphs(CLASSES), glue=bench.glue)
+        bench.quicker[kind] = quicker(model, many, bench.clock)[0].glue
+    one = replace(bench.graphs(classes), glue=bench.quicker[kind])
     if kind not in bench.known:
         bench.known[kind] = equal_rows(model, one)
     equal, rows = bench.known[kind]
     why = f"{equal} of {rows} rows of two blocks had the same bits plain and drafted"
     if equal == rows:
         return one, Exactness("bitwise", why)
-    return bench.graphs(CLASSES), Exactness("token", why)
+    return replace(bench.graphs(CLASSES), glue=one.glue), Exactness("token", why)
+
+
+def fuses(target: HFTarget) -> bool:
+    """Whether its plain passes have their small kernels fused."""
+    return target.graphs is not None and target.graphs.fused
 
 
 def rows_at(target: HFTarget, base: int, count: int) -> Rows:

@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 from gpu_runs.bench import Bench, random_model, read_bytes
 from gpu_runs.check import machine
 from gpu_runs.parts import CheckFailed, Figure, Run
-from gpu_runs.passes import ROWS, figure, fill, opened, pass_seconds, row_times, rows_at, timed_figure
-from selfdraft.models.graph.graph_runner import CLASSES
+from gpu_runs.passes import ROWS, figure, fill, fuses, opened, pass_seconds, row_times, rows_at, timed_figure
+from selfdraft.models.graph.graph_runner import CLASSES, GraphSettings
 from selfdraft.models.target import HFTarget
 from selfdraft.types import middle
 
 PIECES = (256, 512, 1024)
+FEW = (1, 16, 64)
+FUSED = ", fused glue"
+"""Behind the name of a figure whose passes have their small kernels fused."""
 KINDS = {
     "attention": ("whole_pieces", "rest_of_path"),
     "product": ("gemm", "cutlass", "nvjet", "splitk", "gemv", "matmul"),
@@ -59,6 +62,12 @@ def rows_and_contexts(bench: Bench, shape: str) -> Iterator[Figure]:
             for count in ROWS:
                 told = timed_figure("T(n)", times[count], shape=shape, tokens=base, rows=count)
                 yield {**told, "by_T(1)": round(median(times[count]) / first, 3)}
+    fused = replace(bench.graphs(CLASSES), glue=bench.glue)
+    with opened(bench, model, fused, bench.lengths[-1] + 1) as (target, notes):
+        fill(target)
+        for base in bench.lengths if fuses(target) else ():
+            for count, found in row_times(bench, target, notes, base, FEW).items():
+                yield timed_figure(f"T(n){FUSED}", found, shape=shape, tokens=base, rows=count)
 
 
 def classes(bench: Bench, shape: str) -> Iterator[Figure]:
@@ -86,12 +95,19 @@ def pieces(bench: Bench, shape: str) -> Iterator[Figure]:
 
 def kernels(bench: Bench, shape: str) -> Iterator[Figure]:
     """What one replay of one row consists of, as torch's profiler sees it. Errors: CheckFailed where it sees none."""
+    model = random_model(bench, shape)
+    for more, glue in (("", None), (FUSED, bench.glue)):
+        yield from _kernels(bench, shape, model, replace(bench.graphs((1,)), glue=glue), more)
+
+
+def _kernels(bench: Bench, shape: str, model: PreTrainedModel, settings: GraphSettings, more: str) -> Iterator[Figure]:
     from torch.autograd.profiler import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    model = random_model(bench, shape)
     base, blocks = bench.lengths[0], int(bench.shapes[shape]["num_hidden_layers"])
-    with opened(bench, model, bench.graphs((1,)), base + 1) as (target, notes):
+    with opened(bench, model, settings, base + 1) as (target, notes):
+        if more and not fuses(target):
+            return
         fill(target)
         whole = median(pass_seconds(bench, target, notes, base, 1))
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])]
@@ -107,9 +123,9 @@ def kernels(bench: Bench, shape: str) -> Iterator[Figure]:
         raise CheckFailed("the profiler saw no kernels")
     runs = 3  # `pass_seconds` with warm=1 and times=1
     for kind in counts:
-        told = figure(f"kernels: {kind}", counts[kind] / runs / blocks, "a block", shape=shape)
+        told = figure(f"kernels: {kind}{more}", counts[kind] / runs / blocks, "a block", shape=shape)
         yield {**told, "ms": 1e3 * seconds[kind] / runs}
-    yield figure("gaps", 1e3 * (whole - sum(seconds.values()) / runs), "ms", shape=shape)
+    yield figure(f"gaps{more}", 1e3 * (whole - sum(seconds.values()) / runs), "ms", shape=shape)
 
 
 def half(bench: Bench, shape: str) -> Iterator[Figure]:

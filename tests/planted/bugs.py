@@ -1591,6 +1591,34 @@ BUGS = (
         "y = y + (x @ down @ up).to(y.dtype)",
         "in a pass of fixed shape every row uses the adapter",
     ),
+    Bug(
+        "glue-no-barrier",
+        "models/graph/glue_source.py",
+        'self._say("tl.debug_barrier()")',
+        "pass",
+        "a kernel reads what another thread has not written yet",
+    ),
+    Bug(
+        "glue-last-chunk-lost",
+        "models/graph/glue_source.py",
+        "chunks = -(-self.widest // self.chunk) if self.chunked else 1",
+        "chunks = max(1, self.widest // self.chunk) if self.chunked else 1",
+        "the last columns of a row are computed by no program",
+    ),
+    Bug(
+        "glue-gate-open",
+        "models/graph/tape_pass.py",
+        "memory[instr.target] = torch.where(on, said + more, said)",
+        "memory[instr.target] = said + more",
+        "in a pass that is a tape every row uses the adapter",
+    ),
+    Bug(
+        "glue-slower-kept",
+        "models/proof/quicker.py",
+        "if one <= other else",
+        "if one > 0 else",
+        "fused kernels are kept where they are slower",
+    ),
 )
 
 LAW, ORACLE = "tests/test_law.py::test_", "tests/test_oracle.py::test_"
@@ -1603,7 +1631,7 @@ SLOTS, WORKER = "tests/test_slots.py::test_", "tests/test_serve_worker.py::test_
 GRAMMAR, SECURITY = "tests/test_serve_grammar.py::test_", "tests/test_serve_security.py::test_"
 INPUTS = "tests/test_serve_inputs.py::test_"
 KV, ROWS = "tests/test_kv_int8.py::test_", "tests/test_attention_rows.py::test_"
-FUSE, GRAPHS = "tests/test_fuse.py::test_", "tests/test_graphs.py::test_"
+FUSE, GRAPHS, GLUE = "tests/test_fuse.py::test_", "tests/test_graphs.py::test_", "tests/test_glue.py::test_"
 ROWS_OF_VLLM = "tests/test_vllm_requests.py::test_"
 MASK_SOURCE, TRAIN = "tests/test_mask_source.py::test_", "tests/test_train.py::test_"
 RANKS = "tests/test_ranks.py::test_"
@@ -1631,6 +1659,10 @@ QUICK = (
     MASK_SOURCE + "masks_that_lose_are_paused_until_a_new_request",
     "tests/test_told.py::test_the_text_is_that_of_plain_decoding[lookahead]",
     "tests/test_device.py::test_room_is_arithmetic",
+    GLUE + "what_is_read_elsewhere_goes_through_memory_behind_a_barrier",
+    GLUE + "what_nobody_reads_is_not_stored_and_long_rows_are_cut",
+    GLUE + "the_quicker_way_is_kept",
+    GLUE + "rows_whose_gate_is_closed_keep_their_bits",
     "tests/test_far.py::test_gate_rows_that_do_not_lie_together_are_numbers_of_the_device",
     ROWS_OF_VLLM + "a_batch_that_is_mixed_up_at_every_step_changes_no_request",
     ROWS_OF_VLLM + "a_preempted_request_goes_on_and_one_that_left_for_long_is_read_anew",
