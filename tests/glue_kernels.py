@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from selfdraft.models.graph.glue_source import Source, source_of
 from selfdraft.models.graph.plain_glue import Memory, plain_glue
-from selfdraft.models.graph.tape_pass import AsTheyLie, glue_of
+from selfdraft.models.graph.tape_pass import AsTheyLie, groups_of
 from selfdraft.models.runner.tape import Buffer, Instr, Operand
 from selfdraft.models.runner.trace import instructions
 from selfdraft.models.target import HFTarget
@@ -39,11 +39,11 @@ def programs(model: PreTrainedModel) -> Iterator[Program]:
     """The runs of glue of a model's pass, of equal ones the first."""
     view = HFTarget(model)._view
     known = set[str]()
-    for instrs, outside in glue_of(instructions(view, AsTheyLie(), embedded=False)):
-        text = source_of(instrs, outside).text
-        if text not in known:
+    for group in groups_of(instructions(view, AsTheyLie(), embedded=False)):
+        text = source_of(group.instrs, group.outside).text if group.glue else ""
+        if text and text not in known:
             known.add(text)
-            yield instrs, outside
+            yield group.instrs, group.outside
 
 
 def in_float64(program: Program) -> tuple[Program, dict[Buffer, Buffer]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import linecache
+from collections.abc import Callable, Set
 from collections.abc import Sequence as SequenceOf
-from collections.abc import Set
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 import triton
@@ -18,6 +18,13 @@ from selfdraft.models.graph.glue_kernels import sigmoid, tanh
 from selfdraft.models.graph.glue_source import Source, source_of
 from selfdraft.models.graph.plain_glue import Memory, Rows
 from selfdraft.models.runner.tape import Buffer, Instr
+
+
+class Kernel(Protocol):
+    """A function of Triton's."""
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        """What launches it as so many programs."""
 
 
 def fused_glue(instrs: SequenceOf[Instr], outside: Set[Buffer]) -> Rows:
@@ -31,7 +38,7 @@ class FusedRows:
     """See `Rows`: one launch."""
 
     source: Source
-    kernel: Any
+    kernel: Kernel
 
     def __call__(self, memory: Memory, rows: int) -> None:
         device = next(iter(memory.values())).device
@@ -44,10 +51,10 @@ class FusedRows:
 
 
 @cache
-def kernel_of(text: str) -> Any:
+def kernel_of(text: str) -> Kernel:
     """The kernel of a source. Triton asks Python for the lines of a function, so they are noted where it looks."""
     whole, name = "@triton.jit\n" + text, f"<glue {sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = len(whole), None, whole.splitlines(keepends=True), name
-    space = {"triton": triton, "tl": tl, "sigmoid": sigmoid, "tanh": tanh, "__name__": __name__}
+    space: dict[str, object] = {"triton": triton, "tl": tl, "sigmoid": sigmoid, "tanh": tanh, "__name__": __name__}
     exec(compile(whole, name, "exec"), space)  # of our own words and of sizes alone
-    return space["glue"]
+    return cast("Kernel", space["glue"])

@@ -6,7 +6,7 @@ any device: each run of glue is one program of rows, which on a GPU is one kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,7 +75,7 @@ class TapePass:
 
     def __init__(self, model: PreTrainedModel, glue: Glue, *, embedded: bool) -> None:
         with torch.inference_mode(False):
-            groups = _groups(instructions(model, AsTheyLie(), embedded=embedded))
+            groups = groups_of(instructions(model, AsTheyLie(), embedded=embedded))
         instrs = [instr for group in groups for instr in group.instrs]
         self._inputs = {one.slot: one for instr in instrs for one in instr.reads if one.slot in INPUTS}
         self._logits = next(instr.target for instr in instrs if instr.target.slot == Slot.LOGITS)
@@ -94,7 +94,7 @@ class TapePass:
         return memory[self._logits]
 
 
-def _groups(instrs: SequenceOf[Instr]) -> list[Group]:
+def groups_of(instrs: SequenceOf[Instr]) -> list[Group]:
     """What runs at once: all glue up to the next product, gate or attention; of the latter each by itself."""
     read = {buffer for instr in instrs for buffer in instr.reads}
     needed = [instr for instr in instrs if instr.target in read or instr.target.slot == Slot.LOGITS]
@@ -112,11 +112,6 @@ def _groups(instrs: SequenceOf[Instr]) -> list[Group]:
         outside = frozenset(one for one in touched if last[one] > i or one.slot == Slot.LOGITS)
         found.append(Group(part, _is_glue(part[0]), outside, tuple(one for one in touched if one not in outside)))
     return found
-
-
-def glue_of(instrs: SequenceOf[Instr]) -> Iterator[tuple[list[Instr], frozenset[Buffer]]]:
-    """The runs of glue of a pass, as `Glue` takes them."""
-    return ((group.instrs, group.outside) for group in _groups(instrs) if group.glue)
 
 
 def _is_glue(instr: Instr) -> bool:

@@ -72,10 +72,24 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known: dict[int, Node] = {}
         self.alive: list[Tensor] = []
         """Tensors whose ids are known: none of them may be given to another one."""
+        self.blocks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def note(self, tensor: Tensor, node: Node) -> None:
         self.known[id(tensor)] = node
         self.alive.append(tensor)
+
+    def blank(self, like: Tensor, device: torch.device) -> Tensor:
+        """A tensor of this size and type with arbitrary contents.
+
+        A CPU takes no memory that is not touched. Elsewhere all of them lie in one block, for a GPU has none to spare.
+        """
+        if device.type == "cpu":
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        size = 1 + sum((count - 1) * step for count, step in zip(like.shape, like.stride(), strict=True))
+        key = device, like.dtype
+        if key not in self.blocks or self.blocks[key].numel() < size:
+            self.blocks[key] = torch.empty(size, dtype=like.dtype, device=device)
+        return self.blocks[key].as_strided(like.shape, like.stride())
 
     def node_of(self, one: object) -> object:
         return self.known.get(id(one), one) if isinstance(one, Tensor) else one
@@ -96,7 +110,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if parts is not NotImplemented:
             return parts
         named_args, named_kwargs = tree_map(self.node_of, (args, kwargs))
-        said = _returned(func, args, kwargs)
+        said = self.returned(func, args, kwargs)
         node = Node(func, named_args, named_kwargs, said if isinstance(said, Tensor) else said[0])
         self.graph.nodes.append(node)
         if isinstance(said, Tensor):
@@ -108,29 +122,28 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.note(one, part)
         return said
 
+    def returned(self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Returned:
+        """Tensors of the sizes and types that the operation returns; a view is taken as it is."""
+        if func.namespace == "aten" and func.overloadpacket.__name__ in VIEWS:
+            view: Returned = func(*args, **kwargs)
+            return view
 
-def _returned(func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> Returned:
-    """Tensors of the sizes and types that the operation returns; a view is taken as it is."""
-    if func.namespace == "aten" and func.overloadpacket.__name__ in VIEWS:
-        view: Returned = func(*args, **kwargs)
-        return view
+        def described(one: object) -> object:
+            if not isinstance(one, Tensor):
+                return one
+            return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
 
-    def described(one: object) -> object:
-        if not isinstance(one, Tensor):
-            return one
-        return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="meta")
+        device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        there = {name: "meta" if name == "device" and one is not None else one for name, one in kwargs.items()}
+        said = func(*tree_map(described, args), **tree_map(described, there))
 
-    device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    there = {name: "meta" if name == "device" and one is not None else one for name, one in kwargs.items()}
-    said = func(*tree_map(described, args), **tree_map(described, there))
+        def made(one: object) -> object:
+            if not isinstance(one, Tensor):
+                return one
+            return self.blank(one, device)
 
-    def made(one: object) -> object:
-        if not isinstance(one, Tensor):
-            return one
-        return torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device)
-
-    found: Returned = tree_map(made, said)
-    return found
+        found: Returned = tree_map(made, said)
+        return found
 
 
 def record(forward: Callable[..., SequenceOf[Tensor]], inputs: SequenceOf[Tensor]) -> Graph:
