@@ -94,14 +94,14 @@ def error(said: Tensor, wanted: Tensor) -> float:
     return float(((said.double() - wanted.double()).abs() / high).max())
 
 
-def compared(program: Program) -> dict[str, float]:
+def compared(program: Program, device: str = "cpu") -> dict[str, float]:
     """Errors of the kernel and of its specification against float64; the share of equal numbers; and whether each row
     has the bits that it has alone. Of all numbers that others read.
     """
     from selfdraft.models.graph.fused_glue import fused_glue
 
     instrs, outside = program
-    given = inputs_of(program)
+    given = {one: x.to(device) for one, x in inputs_of(program).items()}
     wide, others = in_float64(program)
     exact: Memory = {others[one]: x.double() if x.is_floating_point() else x for one, x in given.items()}
     plain_glue(*wide)(exact, ROWS)

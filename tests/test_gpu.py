@@ -18,6 +18,7 @@ from selfdraft.models.load import open_target
 from selfdraft.models.target import HFTarget
 from selfdraft.types import SamplingParams
 from tests.clocks import on_passes
+from tests.glue_kernels import SEEN, compared, programs
 from tests.models import random_adapters, run
 from tests.terminal import typed
 from tests.test_families import FAMILIES, NEW, prompts
@@ -70,6 +71,16 @@ def test_the_kernels_say_what_the_specification_says(case: str) -> None:
         : len(which)
     ]
     torch.testing.assert_close(said.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SEEN)
+def test_the_kernels_of_glue_say_what_their_specification_says(name: str, dtype: torch.dtype) -> None:
+    """And a row says the same alone."""
+    for program in programs(model_of(name).to(dtype)):
+        found = compared(program, "cuda")
+        assert found["alone"] == 1
+        assert found["fused"] <= 2 * found["plain"] + 4 * torch.finfo(dtype).eps, found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
