@@ -3,13 +3,15 @@
     python -m recipes.fleet batch --profile PROFILE.json --rows ROWS.jsonl
     python -m recipes.fleet plan --profile PROFILE.json --rows ROWS.jsonl --replicas 1000 --rates 0.2,0.4,0.6
     python -m recipes.fleet table PLAN.out ... --plot FLEET.png
-    python -m recipes.fleet check LOAD.json ... --profile PROFILE.json --rows ROWS.jsonl --replicas 2 --beside BUSY.json
+    python -m recipes.fleet costs --pid PID --profile PROFILE.json --rows ROWS.jsonl --output HOST.json
+    python -m recipes.fleet check LOAD.json ... --profile PROFILE.json --rows ROWS.jsonl --replicas 2 --host HOST.json
 
 `PROFILE.json`: what `selfdraft tune machine --json` prints, or the profile that it has kept. `ROWS.jsonl`: what
 `selfdraft bench --drafters auto --output` wrote: lengths of prompts and answers, and what became of drafts.
-`batch` says at which batch drafting stops paying. `plan` runs a fleet with and without drafting, routed by conversation
-and in turn: tokens per second, times, cost per million tokens; `table` puts several such runs together. `check` puts
-`selfdraft bench serve --json` of real replicas beside the simulation of the same requests.
+`batch` says at which batch drafting stops paying. `plan` runs a fleet with and without drafting, routed by
+conversation and in turn: tokens per second, times, cost per million tokens; `table` puts several such runs together.
+`costs` measures what a running server takes of the processors beside its passes. `check` puts `selfdraft bench serve
+--json` of real replicas beside the simulation of the same requests, with `--host` on one machine with all these costs.
 Needs `pip install 'selfdraft[fleet]'`. Results: docs/scaling.md.
 """
 
@@ -17,16 +19,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
+from recipes.fleet_costs import LENGTHS, at_rest, host_from, under_load
+from recipes.fleet_host import Host, as_json, read_host
 from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
 
 from selfdraft.bench.charts import draw_load
 from selfdraft.bench.load.arrivals import Point, plan
+from selfdraft.bench.load.conditions import client_machine
 from selfdraft.bench.load.figures import Round, figures
 from selfdraft.bench.results import read_rows
 from selfdraft.bench.tasks import Item, load, names_of
@@ -63,8 +69,8 @@ def kinds_from(paths: SequenceOf[Path], drafter: str) -> dict[str, Kind]:
 def serving_of(given: argparse.Namespace) -> Serving:
     beside = profile_from(given.beside) if given.beside else None
     sizes = {"slots": given.max_batch, "chunk": given.prefill_chunk, "queue": given.max_queue}
-    ours = {"per_request": given.per_request_ms / 1e3, "per_answer": given.per_answer_ms / 1e3}
-    return Serving(profile_from(given.profile), beside=beside, **sizes, **ours)
+    host = read_host(given.host) if given.host else None
+    return Serving(profile_from(given.profile), host=host, beside=beside, **sizes)
 
 
 def told(fleet: Fleet) -> JsonObject:
@@ -149,6 +155,38 @@ def table(records: Iterable[JsonObject]) -> Iterator[str]:
         )
 
 
+# Costs
+
+
+def costs(given: argparse.Namespace) -> None:
+    """What a server takes beside its passes; see recipes/fleet_costs.py. One request at a time, without drafts."""
+    kinds, serving = kinds_from(given.rows, given.drafter), serving_of(given)
+    if given.pid is None or given.output is None:
+        raise SystemExit("costs needs --pid, the process of 'selfdraft serve', and --output, where to write them")
+    rest = at_rest(given.pid, given.rest)
+    few, many = (under_load(given.url, given.pid, size, given.dataset, given.requests) for size in LENGTHS)
+    passes = []
+    for size, spent in zip(LENGTHS, (few, many), strict=True):
+        asked = known(spent.asked, kinds, given.dataset)
+        fleet = Fleet(given.replicas, serving)
+        fleet.closed([(key, replace(kinds[key], output=min(kinds[key].output, size))) for key in asked], 1)
+        passes.append(sum(one.busy for one in fleet.replicas.values()))
+    host = host_from(rest, few, many, given.processors, passes)
+    measured = [asdict(one) for one in (rest, few, many)]
+    document = {"host": as_json(host), "measured": measured, "passes": passes, "client": client_machine()}
+    given.output.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    print("\n".join(told_costs(host)))
+
+
+def told_costs(host: Host) -> Iterator[str]:
+    yield "| process | ms of a request | ms of a part |"
+    yield "|---|---:|---:|"
+    for name, cost in [("replica, beside passes", host.replica), *host.way, ("others", host.beside)]:
+        yield f"| {name} | {1e3 * cost.request:.1f} | {1e3 * cost.part:.2f} |"
+    always = f"{host.always:.2f} of {host.processors:g} cores are taken all the time"
+    yield f"{always}; an answer adds {1e3 * host.per_answer:.2f} ms to a step."
+
+
 # Check
 
 
@@ -161,9 +199,7 @@ def check(given: argparse.Namespace) -> None:
     for path in given.files:
         document = json.loads(path.read_text("utf-8"))
         conditions = document["conditions"]
-        asks = asked_in(conditions)
-        if missing := next((key for key in asks if key not in kinds), None):
-            raise SystemExit(f"{path}: {missing!r} is not in the rows: run 'selfdraft bench' on the tasks of --dataset")
+        asks = known(asked_in(conditions), kinds, conditions["dataset"])
         options = {one["name"]: one["options"] for one in conditions["servers"]}
         for point in document["points"]:
             plain = options[point["server"]].get("speculative_config", {}).get("method") == "none"
@@ -171,6 +207,13 @@ def check(given: argparse.Namespace) -> None:
             for name, real, ours in compared(point, found):
                 words = f"{real:.1f} | {ours:.1f} | {ours / real:.2f}"
                 print(f"| {point['server']} | {point['concurrency']} | {name} | {words} |")
+
+
+def known(asks: list[str], kinds: Mapping[str, Kind], dataset: str) -> list[str]:
+    """The prompts, all of which are in the kept rows. Errors: SystemExit."""
+    if missing := next((key for key in asks if key not in kinds), None):
+        raise SystemExit(f"{missing!r} is not in the rows: run 'selfdraft bench --tasks {dataset}'")
+    return asks
 
 
 def asked_in(conditions: JsonObject) -> list[str]:
@@ -186,9 +229,9 @@ def asked_in(conditions: JsonObject) -> list[str]:
 def simulated(
     serving: Serving, given: argparse.Namespace, point: JsonObject, asks: list[str], kinds: dict[str, Kind]
 ) -> JsonObject:
-    """The figures of all rounds of a point."""
+    """The figures of a point, of so many rounds that it does not matter which replicas the conversations drew."""
     rounds = []
-    for number in range(point["rounds"]):
+    for number in range(given.draws):
         fleet = Fleet(given.replicas, serving, routing=given.routing, seed=given.seed + number)
         if serving.beside is not None:
             fleet.pair_up()
@@ -205,7 +248,7 @@ def compared(real: JsonObject, ours: JsonObject) -> Iterator[tuple[str, float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["batch", "plan", "table", "check"])
+    parser.add_argument("what", choices=["batch", "plan", "table", "costs", "check"])
     parser.add_argument(
         "files", nargs="*", type=Path, help="of check: what bench serve --json wrote; of table: what plan printed"
     )
@@ -217,8 +260,15 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-queue", type=int, default=64)
     parser.add_argument("--prefill-chunk", type=int, default=256)
-    parser.add_argument("--per-request-ms", type=float, default=0.0, help="from the client to the queue and back")
-    parser.add_argument("--per-answer-ms", type=float, default=0.0, help="that an answer adds to a step")
+    parser.add_argument("--host", type=Path, help="of check: what costs has written of the machine that all share")
+    parser.add_argument("--draws", type=int, default=30, help="of check: rounds that are simulated")
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of costs: the server")
+    parser.add_argument("--pid", type=int, help="of costs: the process of 'selfdraft serve'")
+    parser.add_argument("--dataset", default="quick/chat", help="of costs: the task whose prompts are asked")
+    parser.add_argument("--requests", type=int, default=12, help="of costs: of each length of answers")
+    parser.add_argument("--rest", type=float, default=10.0, help="of costs: seconds without any request")
+    parser.add_argument("--processors", type=float, default=os.cpu_count(), help="of costs: cores of the machine")
+    parser.add_argument("--output", type=Path, help="of costs: the file that --host reads")
     parser.add_argument("--apart-ms", type=float, default=5.0, help="of check: between the first requests of clients")
     parser.add_argument("--routing", default="conversation", choices=ROUTING)
     parser.add_argument("--seed", type=int, default=0)
@@ -236,7 +286,7 @@ def main() -> None:
     if given.what != "table" and not (given.profile and given.rows):
         parser.error("--profile and --rows are needed")
     try:
-        {"batch": batch, "plan": plan_fleet, "table": read_plans, "check": check}[given.what](given)
+        {"batch": batch, "plan": plan_fleet, "table": read_plans, "costs": costs, "check": check}[given.what](given)
     except SelfdraftError as error:
         raise SystemExit(str(error)) from error
 

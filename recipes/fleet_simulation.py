@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 
 import simpy
+from recipes.fleet_host import Desk, Front, Host, Waiting
 
 from selfdraft.bench.load.arrivals import Ask
 from selfdraft.bench.load.client import Answer
@@ -28,8 +29,6 @@ from selfdraft.engine.slots import Reuse, Slots
 from selfdraft.integrations.ray.conversation import preferred
 from selfdraft.types import JsonObject, SamplingParams
 
-Waiting = Generator[simpy.Event, object, None]
-"""A process of SimPy."""
 ROUTINGS = ("conversation", "round-robin", "fewest")
 POLICIES = ("none", "always", "pays")
 RANKED = 16
@@ -86,12 +85,15 @@ class Serving:
     policy: str = "none"
     """When a step drafts: never, always as the kept rows did, or for those requests for which it pays at this batch."""
     reuse: Reuse = "all"
-    per_request: float = 0.0
-    """Seconds from the client to the queue and back, beside all steps."""
-    per_answer: float = 0.0
-    """Seconds that each running answer adds to a step beside the pass: text, events, the way to the client."""
+    host: Host | None = None
+    """The machine that all replicas, the way to them and the client share; None: nothing but the passes takes time."""
     beside: Profile | None = None
     """Seconds of passes while the neighbour on the same processor works, too."""
+
+    @property
+    def per_answer(self) -> float:
+        """Seconds that each running answer adds to a step beside the pass."""
+        return self.host.per_answer if self.host else 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -107,9 +109,10 @@ class Request:
     answer: Answer
     weights: tuple[SequenceOf[int], SequenceOf[int]]
     """Accepted tokens of a draft, and how many drafts had at most so many."""
-    at: float = 0.0
-    """When it came to the replica."""
     first: float | None = None
+    """When its first part came to the client."""
+    sending: bool = False
+    """Whether a part is to be sent next: what is new goes with it."""
 
     def drafts(self) -> tuple[int, int]:
         """Draft tokens of a step and how many of them are accepted, drawn as they were in the kept row."""
@@ -126,8 +129,9 @@ class Request:
 class Replica:
     """One process with an engine: takes requests in, and runs step after step while it has any."""
 
-    def __init__(self, env: simpy.Environment, name: str, serving: Serving) -> None:
-        self.env, self.name, self.serving = env, name, serving
+    def __init__(self, env: simpy.Environment, name: str, serving: Serving, front: Front | None = None) -> None:
+        self.env, self.name, self.serving, self.front = env, name, serving, front
+        self.desk: Desk | None = front.desk() if front is not None else None
         self.slots = Slots(serving.slots, serving.chunk, serving.reuse)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -175,10 +179,10 @@ class Replica:
                 self.running.append(sequence)
             work = scheduler.plan(self.running, self.serving.chunk, self.serving.rows)
             drafts = self._drafts([one for one, size in work if size == 1])
-            seconds = self._seconds(work, drafts)
-            self.busy += seconds
+            seconds, begun = self._seconds(work, drafts), self.env.now
             self.steps += 1
-            yield self.env.timeout(seconds)
+            yield self.env.timeout(seconds) if self.front is None else self.front.processors.run(seconds)
+            self.busy += self.env.now - begun
             for sequence, size in work:
                 self._move(sequence, size, drafts.get(sequence, (0, 0))[1])
 
@@ -214,26 +218,48 @@ class Replica:
         sequence.num_cached += size
         if sequence.num_cached < len(sequence.tokens):
             return
-        request, now = self.requests[sequence], self.env.now
+        request = self.requests[sequence]
         new = 1 + accepted  # a draft is never longer than what may still be written
         sequence.tokens += [request.conversation] * new
         sequence.num_cached += new - 1
-        if request.first is None:
-            request.first = now
         if sequence.remaining == 0:
             self._end(request)
+        if self.front is None:
+            self._arrives(request, last=sequence.finished)
+        elif not request.sending:
+            request.sending = True
+            self.env.process(self._send(request))
 
     def _end(self, request: Request) -> None:
-        sequence, answer, back = request.sequence, request.answer, self.serving.per_request
+        sequence = request.sequence
         sequence.finish_reason = "length"
         self.running.remove(sequence)
         self.slots.give(sequence.slot, scheduler.held_by(sequence, self.owners.pop(sequence)))
         del self.requests[sequence]
-        assert request.first is not None
-        answer.chunks, answer.end = [request.first + back, self.env.now + back], self.env.now + back
-        answer.tokens, answer.prompt_tokens = sequence.num_output_tokens, sequence.prompt_length
-        answer.cached_tokens = sequence.stats.num_cached_tokens
-        request.done.succeed()
+
+    def _send(self, request: Request) -> Waiting:
+        """A part of an answer on its way to the client; while it waits for the replica's own threads, it grows."""
+        assert self.front is not None
+        assert self.desk is not None
+        last = False
+
+        def begins() -> None:
+            nonlocal last
+            request.sending, last = False, request.sequence.finished
+
+        yield from self.front.back(self.desk, begins)
+        self._arrives(request, last)
+
+    def _arrives(self, request: Request, last: bool) -> None:
+        """The client has a part of its answer, which may be the last one."""
+        answer, sequence, now = request.answer, request.sequence, self.env.now
+        if request.first is None:
+            request.first = now
+        if last:
+            answer.chunks, answer.end = [request.first, now], now
+            answer.tokens, answer.prompt_tokens = sequence.num_output_tokens, sequence.prompt_length
+            answer.cached_tokens = sequence.stats.num_cached_tokens
+            request.done.succeed()
 
 
 def worth_drafting(serving: Serving, kinds: SequenceOf[Kind], tokens: int) -> list[int]:
@@ -268,7 +294,9 @@ class Fleet:
     def __init__(self, count: int, serving: Serving, *, routing: str = "conversation", seed: int = 0) -> None:
         self.env = simpy.Environment()
         self.serving, self.routing, self.seed = serving, routing, seed
-        self.replicas = {name: Replica(self.env, name, serving) for name in (f"r{n}" for n in range(count))}
+        self.front = Front(self.env, serving.host) if serving.host is not None else None
+        names = [f"r{n}" for n in range(count)]
+        self.replicas = {name: Replica(self.env, name, serving, self.front) for name in names}
         self.answers: list[Answer] = []
         self._names = [*self.replicas]
         self._turn = self._number = 0
@@ -294,10 +322,23 @@ class Fleet:
         draw = random.Random(f"{self.seed} {number}")
         request = Request(ask, kind, conversation, sequence, env.event(), draw, Answer(ask, sent=env.now), weights)
         self.answers.append(request.answer)
-        if not self._place(conversation).submit(request):
-            request.answer.error, request.answer.end = "429", env.now
-            request.done.succeed()
+        replica = self._place(conversation)
+        if self.front is None:
+            self._submit(request, replica)
+        else:
+            env.process(self._bring(request, replica, self.front))
         return request
+
+    def _bring(self, request: Request, replica: Replica, front: Front) -> Waiting:
+        """A request on its way to a replica."""
+        assert replica.desk is not None
+        yield from front.to(replica.desk)
+        self._submit(request, replica)
+
+    def _submit(self, request: Request, replica: Replica) -> None:
+        if not replica.submit(request):
+            request.answer.error, request.answer.end = "429", self.env.now
+            request.done.succeed()
 
     def _place(self, conversation: int) -> Replica:
         if self.routing == "round-robin":
@@ -327,7 +368,7 @@ class Fleet:
         `apart`: seconds between the first requests of two clients. A server reads them one after the other, and the
         first one's prompt is read before the others are there.
         """
-        left = enumerate(asks)
+        left = enumerate(asks, self.seed << 32)  # other conversations, and so other replicas, with another seed
 
         def client(begins: float) -> Waiting:
             yield self.env.timeout(begins)

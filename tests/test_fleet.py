@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 
 pytest.importorskip("simpy", reason="SimPy is not installed: pip install 'selfdraft[fleet]'")
 
+import simpy
 from recipes.fleet import kinds_from, profile_from
+from recipes.fleet_costs import Spent, between, host_from, processes
+from recipes.fleet_host import Cost, Host, Processors, Waiting, as_json, read_host
 from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
 
 from selfdraft.drafting.cost_model import Profile
@@ -32,11 +36,11 @@ def run(fleet: Fleet, kinds: list[Kind], clients: int = 1) -> Fleet:
 
 
 def test_one_request_alone_takes_its_prompt_and_its_steps() -> None:
-    (answer,) = run(Fleet(1, Serving(LINE, per_request=0.5, per_answer=0.002)), [Kind(300, 4)]).answers
-    pieces = LINE.step(256) + LINE.step(44, 256) + 2 * 0.002
-    assert answer.first == pytest.approx(pieces + 0.5)
-    steps = sum(LINE.step(1, tokens) + 0.002 for tokens in (300, 301, 302))
-    assert answer.end - answer.sent == pytest.approx(pieces + steps + 0.5)
+    (answer,) = run(Fleet(1, Serving(LINE)), [Kind(300, 4)]).answers
+    pieces = LINE.step(256) + LINE.step(44, 256)
+    assert answer.first == pytest.approx(pieces)
+    steps = sum(LINE.step(1, tokens) for tokens in (300, 301, 302))
+    assert answer.end - answer.sent == pytest.approx(pieces + steps)
     assert (answer.tokens, answer.prompt_tokens, answer.cached_tokens) == (4, 300, 0)
 
 
@@ -169,3 +173,122 @@ def test_files_of_tune_and_bench_are_read(tmp_path: Path) -> None:
     assert {kind.rows for kind in kinds_from([kept], "none").values()} == {0.0}
     with pytest.raises(SystemExit, match="no rows of the drafter 'nobody'"):
         kinds_from([kept], "nobody")
+
+
+MACHINE = Host(2.0, Cost(0.010, 0.002), (("gateway", Cost(0.020, 0.003)), ("client", Cost(0.030, 0.001))))
+"""Two cores; a request takes 60 ms to its replica, and each part of an answer 6 ms to the client."""
+
+
+def ends(cores: float, jobs: list[tuple[float, float]]) -> list[float]:
+    """When jobs (begin, seconds of a core) end."""
+    env, found = simpy.Environment(), dict[int, float]()
+    processors = Processors(env, cores)
+
+    def one(number: int, begins: float, seconds: float) -> Waiting:
+        yield env.timeout(begins)
+        yield processors.run(seconds)
+        found[number] = env.now
+
+    for number, (begins, seconds) in enumerate(jobs):
+        env.process(one(number, begins, seconds))
+    env.run()
+    return [found[number] for number in range(len(jobs))]
+
+
+def test_cores_are_shared_evenly_and_nobody_has_more_than_one() -> None:
+    assert ends(2.0, [(0, 1)]) == [1]
+    assert ends(2.0, [(0, 1), (0, 3)]) == [1, 3]
+    assert ends(2.0, [(0, 1), (0, 1), (0, 2)]) == pytest.approx([1.5, 1.5, 2.5])  # alone again for the last second
+    assert ends(1.0, [(0, 2), (1, 0.5)]) == pytest.approx([2.5, 2.0])
+    assert ends(1.5, [(0, 1), (0, 1)]) == pytest.approx([4 / 3, 4 / 3])
+    assert ends(2.0, [(0, 0), (5, 1)]) == [0, 6]
+    draw = random.Random(4)
+    jobs = [(draw.random(), draw.random()) for _ in range(200)]
+    assert max(ends(2.0, jobs)) == pytest.approx(sum(seconds for _, seconds in jobs) / 2, abs=1.0)
+
+
+def test_one_answer_goes_through_all_processes_beside_the_passes() -> None:
+    (answer,) = run(Fleet(1, Serving(LINE, host=MACHINE)), [Kind(10, 3)]).answers
+    first = 0.060 + LINE.step(10) + 0.006
+    assert answer.first == pytest.approx(first)
+    # the way back of one part is shorter than a step, and has a core of its own
+    assert answer.end - answer.sent == pytest.approx(first + LINE.step(1, 10) + LINE.step(1, 11))
+    assert (answer.tokens, answer.prompt_tokens) == (3, 10)
+    slower = run(Fleet(1, Serving(LINE, host=replace(MACHINE, per_answer=0.002))), [Kind(10, 3)]).answers[0]
+    assert slower.end == pytest.approx(answer.end + 3 * 0.002)
+    busy = run(Fleet(1, Serving(LINE, host=replace(MACHINE, always=1.0))), [Kind(10, 3)]).answers[0]
+    assert busy.end > answer.end + 2 * 0.005  # one core: parts take their time from the next step
+
+
+def test_work_beside_the_passes_takes_their_cores() -> None:
+    """Four cores' worth of passes and parts on two cores take twice as long, whoever waits for whom."""
+    kinds = [Kind(10, 100)] * 2
+    alone = run(Fleet(2, Serving(FLAT), routing="round-robin"), kinds, clients=2).env.now
+    for part, times in ((0.0, 1.0), (0.010, 2.0)):
+        host = Host(2.0, beside=Cost(0.0, part))
+        both = run(Fleet(2, Serving(FLAT, host=host), routing="round-robin"), kinds, clients=2)
+        assert both.env.now == pytest.approx(times * alone, rel=0.03)
+
+
+def test_the_slowest_process_bounds_a_stream_and_parts_that_wait_for_a_replica_become_one() -> None:
+    slow = Host(8.0, way=(("gateway", Cost(0.0, 0.025)),))
+    fleet = run(Fleet(1, Serving(FLAT, host=slow)), [Kind(10, 100)])
+    assert fleet.env.now == pytest.approx(100 * 0.025, rel=0.02)
+    (replica,) = fleet.replicas.values()
+    assert replica.busy == pytest.approx(100 * 0.010)
+    joined = run(Fleet(1, Serving(FLAT, host=Host(8.0, replica=Cost(0.0, 0.025)))), [Kind(10, 100)])
+    assert joined.env.now == pytest.approx(100 * 0.010 + 2 * 0.025, abs=0.026)
+    assert joined.answers[0].tokens == 100
+
+
+def test_costs_are_solved_from_two_loads_less_what_is_taken_always() -> None:
+    rest = Spent(wall=10.0, beside={"gateway": 1.0, "beside": 2.0})
+
+    def load(requests: int, parts: int, wall: float) -> Spent:
+        beside = {"replica": 0.01 * requests + 0.002 * parts, "gateway": 0.1 * wall + 0.02 * requests + 0.003 * parts}
+        beside |= {"client": 0.03 * requests + 0.001 * parts, "beside": 0.2 * wall}
+        return Spent(requests, parts, wall=wall, passes=1.0 + 0.011 * parts, beside=beside)
+
+    host = host_from(rest, load(10, 20, 3.0), load(10, 600, 9.0), 2.0, (0.5 + 0.010 * 20, 0.5 + 0.010 * 600))
+    assert [name for name, _ in host.way] == ["gateway", "client"]
+    found = [host.replica, *(cost for _, cost in host.way), host.beside]
+    wanted = [MACHINE.replica, *(cost for _, cost in MACHINE.way), Cost()]
+    assert [one.request for one in found] == pytest.approx([one.request for one in wanted])
+    assert [one.part for one in found] == pytest.approx([one.part for one in wanted])
+    assert (host.always, host.per_answer) == pytest.approx((0.3, 0.001))
+    with pytest.raises(SystemExit, match="as many parts in a request"):
+        host_from(rest, load(10, 20, 3.0), load(20, 40, 9.0), 2.0, (0.0, 0.0))
+
+
+def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    place = tmp_path / "host.json"
+    place.write_text(json.dumps({"host": as_json(MACHINE)}))
+    assert read_host(place) == MACHINE
+    with pytest.raises(SystemExit, match="has no costs"):
+        read_host(tmp_path / "missing.json")
+
+
+def test_processes_are_told_apart_by_their_titles_and_the_busiest_thread_runs_the_passes(tmp_path: Path) -> None:
+    def process(number: int, parent: int, title: str, threads: dict[int, int]) -> None:
+        place = tmp_path / str(number)
+        for thread, ticks in {None: sum(threads.values()), **threads}.items():
+            folder = place if thread is None else place / "task" / str(thread)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "stat").write_text(f"{number} (a) b) S {parent} " + "0 " * 9 + f"{ticks - 1} 1 0 0")
+        (place / "cmdline").write_text(title.replace(" ", "\0"))
+
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    process(10, 1, "python selfdraft serve", {10: 5})
+    assert {one.role for one in processes(10, tmp_path).values()} == {"replica"}
+    process(11, 10, "raylet --x", {11: 7})
+    process(12, 11, "ray::ServeReplica:selfdraft:replicas", {12: 10, 13: 100})
+    process(14, 11, "ray::ServeReplica:selfdraft:gateway", {14: 20})
+    process(15, 11, "ray::ProxyActor", {15: 30})
+    process(16, 1, "ray::ServeReplica:selfdraft:replicas of another server", {16: 9})
+    before = processes(10, tmp_path)
+    process(12, 11, "ray::ServeReplica:selfdraft:replicas", {12: 40, 13: 400})
+    process(14, 11, "ray::ServeReplica:selfdraft:gateway", {14: 70})
+    spent = between(before, processes(10, tmp_path))
+    assert spent.passes == pytest.approx(300 * tick)
+    wanted = {"replica": 30 * tick, "gateway": 50 * tick, "proxy": 0.0, "beside": 0.0}
+    assert spent.beside == pytest.approx(wanted)
