@@ -234,6 +234,17 @@ class TestWithRay:
         cluster.start_ray(1)
         assert seen == [own or "60"]
 
+    def test_ray_that_does_not_start_in_time_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from selfdraft.integrations.ray import cluster
+
+        def late(*_: object, **__: object) -> None:
+            raise Exception("The current node timed out during startup.")  # it is of this very class
+
+        monkeypatch.setattr("ray.init", late)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with pytest.raises(SelfdraftError, match=r"^Ray cannot be started: The current node timed out during startup"):
+            cluster.start_ray(1)
+
     def test_a_port_in_use_is_said_before_ray_is_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from selfdraft.integrations.ray import command
 

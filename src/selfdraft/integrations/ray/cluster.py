@@ -37,7 +37,7 @@ def start_ray(cpus: float) -> None:
     with terminal.waiting("starting Ray"):
         try:
             ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **sizes)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises Exception itself where its processes do not start within 30 seconds
             how = f"joined at {address}" if address else "started"
             raise OptionError(f"Ray cannot be {how}: {last_line(error)}") from error
     for name in ("ray.serve", "ray.data"):
