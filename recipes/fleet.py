@@ -31,7 +31,7 @@ from recipes.fleet_host import Host, as_json, read_host
 from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
 
 from selfdraft.bench.charts import draw_load
-from selfdraft.bench.load.arrivals import Point, plan
+from selfdraft.bench.load.arrivals import Ask, Point, plan
 from selfdraft.bench.load.conditions import client_machine
 from selfdraft.bench.load.figures import Round, figures
 from selfdraft.bench.results import read_rows
@@ -42,6 +42,8 @@ from selfdraft.types import JsonObject
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 HOUR, MILLION = 3600.0, 1e6
+APART = 0.005
+"""Seconds between the first requests of two clients, where nothing is known of what a client does."""
 
 
 def profile_from(path: Path) -> Profile:
@@ -164,13 +166,13 @@ def costs(given: argparse.Namespace) -> None:
     if given.pid is None or given.output is None:
         raise SystemExit("costs needs --pid, the process of 'selfdraft serve', and --output, where to write them")
     rest = at_rest(given.pid, given.rest)
-    few, many = (under_load(given.url, given.pid, size, given.dataset, given.requests) for size in LENGTHS)
+    loads = [under_load(given.url, given.pid, size, given.dataset, given.requests) for size in LENGTHS]
     passes = []
-    for size, spent in zip(LENGTHS, (few, many), strict=True):
-        asked = known(spent.asked, kinds, given.dataset)
+    for _, asks in loads:
         fleet = Fleet(given.replicas, serving)
-        fleet.closed([(key, replace(kinds[key], output=min(kinds[key].output, size))) for key in asked], 1)
+        fleet.closed(kinds_of(asks, kinds, given.dataset), 1)
         passes.append(sum(one.busy for one in fleet.replicas.values()))
+    (few, _), (many, _) = loads
     host = host_from(rest, few, many, given.processors, passes)
     measured = [asdict(one) for one in (rest, few, many)]
     document = {"host": as_json(host), "measured": measured, "passes": passes, "client": client_machine()}
@@ -199,43 +201,47 @@ def check(given: argparse.Namespace) -> None:
     for path in given.files:
         document = json.loads(path.read_text("utf-8"))
         conditions = document["conditions"]
-        asks = known(asked_in(conditions), kinds, conditions["dataset"])
+        asks = kinds_of(asked_in(conditions), kinds, conditions["dataset"])
         options = {one["name"]: one["options"] for one in conditions["servers"]}
         for point in document["points"]:
             plain = options[point["server"]].get("speculative_config", {}).get("method") == "none"
-            found = simulated(replace(serving, policy="none" if plain else "pays"), given, point, asks, kinds)
+            found = simulated(replace(serving, policy="none" if plain else "pays"), given, point, asks)
             for name, real, ours in compared(point, found):
                 words = f"{real:.1f} | {ours:.1f} | {ours / real:.2f}"
                 print(f"| {point['server']} | {point['concurrency']} | {name} | {words} |")
 
 
-def known(asks: list[str], kinds: Mapping[str, Kind], dataset: str) -> list[str]:
-    """The prompts, all of which are in the kept rows. Errors: SystemExit."""
-    if missing := next((key for key in asks if key not in kinds), None):
-        raise SystemExit(f"{missing!r} is not in the rows: run 'selfdraft bench --tasks {dataset}'")
-    return asks
+def kinds_of(asks: Iterable[Ask], kinds: Mapping[str, Kind], dataset: str) -> list[tuple[str, Kind]]:
+    """What requests are by the kept rows, no longer than was asked. Errors: SystemExit for one that is not in them."""
+    found = []
+    for ask in asks:
+        key = ask.key.rpartition(", at most ")[0]
+        if key not in kinds:
+            raise SystemExit(f"{key!r} is not in the rows: run 'selfdraft bench --tasks {dataset}'")
+        found.append((key, replace(kinds[key], output=min(kinds[key].output, ask.max_tokens))))
+    return found
 
 
-def asked_in(conditions: JsonObject) -> list[str]:
-    """The prompts of a round in their order, as `bench serve` has drawn them."""
+def asked_in(conditions: JsonObject) -> list[Ask]:
+    """The requests of a round in their order, as `bench serve` has drawn them."""
     names = names_of(conditions["dataset"])
     items = [Item(f"{name} {one.key}", one.turns) for name in names for one in load(name, None, chat=True, limit=None)]
     count = conditions["requests"] + conditions["warmup"]
     lengths = [int(size) for size in str(conditions["max_tokens"]).split(",")]
-    asks = plan(items, count, lengths, [], conditions["seed"])[: conditions["requests"]]
-    return [ask.key.rpartition(", at most ")[0] for ask in asks]
+    return plan(items, count, lengths, [], conditions["seed"])[: conditions["requests"]]
 
 
 def simulated(
-    serving: Serving, given: argparse.Namespace, point: JsonObject, asks: list[str], kinds: dict[str, Kind]
+    serving: Serving, given: argparse.Namespace, point: JsonObject, asks: SequenceOf[tuple[str, Kind]]
 ) -> JsonObject:
     """The figures of a point, of so many rounds that it does not matter which replicas the conversations drew."""
+    apart = 0.0 if serving.host else APART  # with a host the client's own work lies between two
     rounds = []
     for number in range(given.draws):
         fleet = Fleet(given.replicas, serving, routing=given.routing, seed=given.seed + number)
         if serving.beside is not None:
             fleet.pair_up()
-        fleet.closed([(key, kinds[key]) for key in asks], point["concurrency"], given.apart_ms / 1e3)
+        fleet.closed(asks, point["concurrency"], apart)
         rounds.append(Round("", Point(), number, fleet.answers, 0.0, whole=True))
     return figures(rounds, {})
 
@@ -269,7 +275,6 @@ def main() -> None:
     parser.add_argument("--rest", type=float, default=10.0, help="of costs: seconds without any request")
     parser.add_argument("--processors", type=float, default=os.cpu_count(), help="of costs: cores of the machine")
     parser.add_argument("--output", type=Path, help="of costs: the file that --host reads")
-    parser.add_argument("--apart-ms", type=float, default=5.0, help="of check: between the first requests of clients")
     parser.add_argument("--routing", default="conversation", choices=ROUTING)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", default="0.2,0.4,0.6", help="of plan: requests a second of one replica")

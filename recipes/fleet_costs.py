@@ -21,6 +21,7 @@ from pathlib import Path
 
 from recipes.fleet_host import Cost, Host, solved
 
+from selfdraft.bench.load.arrivals import Ask
 from selfdraft.bench.load.rows import Rows
 from selfdraft.cli.bench_serve import LoadOptions, load_of
 
@@ -49,8 +50,6 @@ class Spent:
     requests: int = 0
     parts: int = 0
     """Parts of answers with text."""
-    asked: list[str] = field(default_factory=list)
-    """The names of the prompts."""
     wall: float = 0.0
     passes: float = 0.0
     """Seconds of processors of the threads that run passes."""
@@ -121,8 +120,8 @@ def between(before: Mapping[int, Process], after: Mapping[int, Process]) -> Spen
     return spent
 
 
-def under_load(url: str, root: int, length: int, dataset: str, requests: int) -> Spent:
-    """What requests for answers of at most so many tokens take, one after the other."""
+def under_load(url: str, root: int, length: int, dataset: str, requests: int) -> tuple[Spent, list[Ask]]:
+    """What requests for answers of at most so many tokens take, one after the other, and the requests."""
     given = LoadOptions([url], dataset=dataset, requests=requests, max_tokens=str(length), concurrency="1", rounds=1)
     given = replace(given, speculative_config=[PLAIN])
     before: dict[int, Process] = {}
@@ -142,9 +141,8 @@ def under_load(url: str, root: int, length: int, dataset: str, requests: int) ->
     if any(answer.error for answer in answers):
         raise SystemExit("some requests failed: costs are those of a server that answers all")
     spent.requests, spent.parts, spent.wall = len(answers), sum(len(answer.chunks) for answer in answers), wall
-    spent.asked = [ask.key.rpartition(", at most ")[0] for ask in load.asks]
     spent.beside["client"] = sum(one.processor_seconds for one in load.measured)
-    return spent
+    return spent, [*load.asks]
 
 
 def at_rest(root: int, seconds: float) -> Spent:

@@ -14,11 +14,12 @@ import pytest
 pytest.importorskip("simpy", reason="SimPy is not installed: pip install 'selfdraft[fleet]'")
 
 import simpy
-from recipes.fleet import kinds_from, profile_from
+from recipes.fleet import kinds_from, kinds_of, profile_from
 from recipes.fleet_costs import Spent, between, host_from, processes
 from recipes.fleet_host import Cost, Host, Processors, Waiting, as_json, read_host
 from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
 
+from selfdraft.bench.load.arrivals import Ask
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.integrations.ray.conversation import preferred
 
@@ -173,6 +174,13 @@ def test_files_of_tune_and_bench_are_read(tmp_path: Path) -> None:
     assert {kind.rows for kind in kinds_from([kept], "none").values()} == {0.0}
     with pytest.raises(SystemExit, match="no rows of the drafter 'nobody'"):
         kinds_from([kept], "nobody")
+    asks = [Ask(0, f"spec-bench/mt-bench 81, at most {most}", "", most, 0) for most in (16, 9999)]
+    assert [(key, kind.output) for key, kind in kinds_of(asks, kinds, "spec-bench")] == [
+        ("spec-bench/mt-bench 81", 16),
+        ("spec-bench/mt-bench 81", 64),
+    ]
+    with pytest.raises(SystemExit, match="'nothing' is not in the rows: run 'selfdraft bench --tasks quick'"):
+        kinds_of([Ask(0, "nothing, at most 8", "", 8, 0)], kinds, "quick")
 
 
 MACHINE = Host(2.0, Cost(0.010, 0.002), (("gateway", Cost(0.020, 0.003)), ("client", Cost(0.030, 0.001))))
@@ -271,10 +279,9 @@ def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_processes_are_told_apart_by_their_titles_and_the_busiest_thread_runs_the_passes(tmp_path: Path) -> None:
     def process(number: int, parent: int, title: str, threads: dict[int, int]) -> None:
         place = tmp_path / str(number)
-        for thread, ticks in {None: sum(threads.values()), **threads}.items():
-            folder = place if thread is None else place / "task" / str(thread)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "stat").write_text(f"{number} (a) b) S {parent} " + "0 " * 9 + f"{ticks - 1} 1 0 0")
+        for folder, ticks in ((".", sum(threads.values())), *((f"task/{one}", had) for one, had in threads.items())):
+            (place / folder).mkdir(parents=True, exist_ok=True)
+            (place / folder / "stat").write_text(f"{number} (a) b) S {parent} " + "0 " * 9 + f"{ticks - 1} 1 0 0")
         (place / "cmdline").write_text(title.replace(" ", "\0"))
 
     tick = 1 / os.sysconf("SC_CLK_TCK")
