@@ -72,7 +72,7 @@ def serving_of(given: argparse.Namespace) -> Serving:
     beside = profile_from(given.beside) if given.beside else None
     sizes = {"slots": given.max_batch, "chunk": given.prefill_chunk, "queue": given.max_queue}
     host = read_host(given.host) if given.host else None
-    return Serving(profile_from(given.profile), host=host, beside=beside, **sizes)
+    return Serving(profile_from(given.profile), host=host, pace=given.stream_pace, beside=beside, **sizes)
 
 
 def told(fleet: Fleet) -> JsonObject:
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--max-queue", type=int, default=64)
     parser.add_argument("--prefill-chunk", type=int, default=256)
     parser.add_argument("--host", type=Path, help="of check: what costs has written of the machine that all share")
+    parser.add_argument("--stream-pace", type=float, default=0.0, help="that of 'selfdraft serve'")
     parser.add_argument("--draws", type=int, default=30, help="of check: rounds that are simulated")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of costs: the server")
     parser.add_argument("--pid", type=int, help="of costs: the process of 'selfdraft serve'")

@@ -87,6 +87,8 @@ class Serving:
     reuse: Reuse = "all"
     host: Host | None = None
     """The machine that all replicas, the way to them and the client share; None: nothing but the passes takes time."""
+    pace: float = 0.0
+    """Seconds from one part of an answer to the next (`selfdraft serve --stream-pace`); 0: each step's as it comes."""
     beside: Profile | None = None
     """Seconds of passes while the neighbour on the same processor works, too."""
 
@@ -165,6 +167,8 @@ class Replica:
         sequence = request.sequence
         self.requests[sequence], self.owners[sequence] = request, str(request.conversation)
         self.waiting.append(sequence)
+        if self.serving.pace:
+            self.env.process(self._paced(request))
         if self._wake is not None:
             self._wake.succeed()
             self._wake = None
@@ -224,9 +228,7 @@ class Replica:
         sequence.num_cached += new - 1
         if sequence.remaining == 0:
             self._end(request)
-        if self.front is None:
-            self._arrives(request, last=sequence.finished)
-        elif not request.sending:
+        if not (self.serving.pace or request.sending):
             request.sending = True
             self.env.process(self._send(request))
 
@@ -237,25 +239,29 @@ class Replica:
         self.slots.give(sequence.slot, scheduler.held_by(sequence, self.owners.pop(sequence)))
         del self.requests[sequence]
 
+    def _paced(self, request: Request) -> Waiting:
+        """Parts at an even pace, news or not."""
+        while not request.sequence.finished:
+            yield self.env.timeout(self.serving.pace)
+            self.env.process(self._send(request))
+
     def _send(self, request: Request) -> Waiting:
         """A part of an answer on its way to the client; while it waits for the replica's own threads, it grows."""
-        assert self.front is not None
-        assert self.desk is not None
-        last = False
+        some = last = False
 
         def begins() -> None:
-            nonlocal last
-            request.sending, last = False, request.sequence.finished
+            nonlocal some, last
+            request.sending = False
+            some, last = request.sequence.num_output_tokens > 0, request.sequence.finished
 
-        yield from self.front.back(self.desk, begins)
-        self._arrives(request, last)
-
-    def _arrives(self, request: Request, last: bool) -> None:
-        """The client has a part of its answer, which may be the last one."""
+        if self.front is None or self.desk is None:
+            begins()
+        else:
+            yield from self.front.back(self.desk, begins)
         answer, sequence, now = request.answer, request.sequence, self.env.now
-        if request.first is None:
+        if some and request.first is None:
             request.first = now
-        if last:
+        if last and request.first is not None and not request.done.triggered:
             answer.chunks, answer.end = [request.first, now], now
             answer.tokens, answer.prompt_tokens = sequence.num_output_tokens, sequence.prompt_length
             answer.cached_tokens = sequence.stats.num_cached_tokens

@@ -249,6 +249,16 @@ def test_the_slowest_process_bounds_a_stream_and_parts_that_wait_for_a_replica_b
     assert joined.answers[0].tokens == 100
 
 
+def test_a_paced_stream_has_a_part_for_each_pace_and_not_for_each_step() -> None:
+    host = Host(8.0, way=(("gateway", Cost(0.0, 0.025)),))
+    fleet = run(Fleet(1, Serving(FLAT, host=host, pace=0.1)), [Kind(10, 100)])
+    (answer,) = fleet.answers
+    assert answer.first == pytest.approx(0.125)
+    assert answer.end == pytest.approx(1.0 + 0.025, abs=0.11)
+    without = run(Fleet(1, Serving(FLAT, pace=0.1)), [Kind(10, 100)]).answers[0]
+    assert (without.first, without.end) == pytest.approx((0.1, 1.0), abs=0.11)
+
+
 def test_costs_are_solved_from_two_loads_less_what_is_taken_always() -> None:
     rest = Spent(wall=10.0, beside={"gateway": 1.0, "beside": 2.0})
 
