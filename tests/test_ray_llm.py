@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -85,7 +84,7 @@ def served(python: str, folder: Path, *arguments: str) -> Iterator[str]:
     command += ["--engine", json.dumps(engine), "--port", str(port), *arguments]
     own = {**environment(), "HF_HUB_OFFLINE": "1"}
     with (folder / "said").open("wb") as said:
-        process = subprocess.Popen(command, env=own, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(command, env=own, stdout=said, stderr=said)
         try:
             for _ in range(900):
                 if b"Ctrl-C ends" in (folder / "said").read_bytes():
@@ -94,12 +93,8 @@ def served(python: str, folder: Path, *arguments: str) -> Iterator[str]:
                 time.sleep(1)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(120)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()
+            process.wait(120)
 
 
 def post(url: str, body: JsonObject) -> JsonObject:
