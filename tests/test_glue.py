@@ -157,6 +157,27 @@ def test_a_pass_with_masks_that_is_no_tape_runs_its_stock_forward() -> None:
     assert target.runs.endswith("small kernels fused")
 
 
+def test_a_kernel_that_breaks_at_its_first_launch_is_given_up_for_its_kind_of_pass_alone() -> None:
+    """The choice at load is made with plain passes; a kernel of one with masks is compiled when it is first run."""
+
+    def some(instrs: SequenceOf[Instr], outside: Set[Buffer]) -> RowProgram:
+        masked = any(one.slot == Slot.EMBEDS for instr in instrs for one in instr.reads)
+        return broken if masked else plain_glue(instrs, outside)
+
+    def broken(memory: Memory, count: int) -> None:
+        raise ValueError("no such instruction")
+
+    model = tiny_llama(torch.float32)
+    target = on_passes(HFTarget(model, slots=4, adapters=random_adapters(model), graphs=settings(glue=some)))
+    same_text(decode(target, build("space", target), MIXED, Way(slots=4)), MIXED)
+    assert target.graphs is not None
+    assert sorted(str(tape) for _, tape in target.graphs._tapes.values() if isinstance(tape, str)) == [
+        "no such instruction"
+    ]
+    assert target.runs.endswith("small kernels fused")
+    assert replays(target) > 0
+
+
 def test_types_that_tapes_do_not_compute_in() -> None:
     assert "computes in float32 and bfloat16, not in torch.float64" in glued(dtype=torch.float64).runs
 

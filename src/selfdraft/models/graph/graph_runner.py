@@ -319,7 +319,7 @@ class GraphRunner:
         reach = Reach(key.length, self.settings.piece, self.tile)
         keys, values, stacks = dict(self.cache.keys), dict(self.cache.values), tuple(self.cache.stacks)
         plan = StaticPlan(keys, values, stacks, sheet.parts, reach, self.settings.attention)
-        gate, tape = self.host.gate, self._tape(model, masked=key.masked)
+        gate = self.host.gate
 
         def run_tape(tape: TapePass) -> Tensor:
             tokens = sheet.parts["tokens"]
@@ -330,8 +330,15 @@ class GraphRunner:
 
         def run() -> Tensor:
             plan.begin()
+            tape = self._tape(model, masked=key.masked)
             if isinstance(tape, TapePass):
-                return run_tape(tape)
+                try:
+                    return run_tape(tape)
+                except Exception as error:
+                    if tape.ran:  # its kernels are there, so it is something else
+                        raise
+                    self._tapes[id(model), key.masked] = model, first_line(error)
+                    plan.begin()
             tokens, positions = (sheet.parts[name].long()[None] for name in ("tokens", "positions"))
             given = {"inputs_embeds": self.host.embeds(tokens)} if key.masked else {"input_ids": tokens}
             gate.columns = sheet.gates if key.masked else None

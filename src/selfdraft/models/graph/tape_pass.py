@@ -83,6 +83,8 @@ class TapePass:
             Part(_rows(glue(group.instrs, group.outside)) if group.glue else _heavy(group.instrs), group.over)
             for group in groups
         ]
+        self.ran = False
+        """Whether it has once run to its end: kernels are compiled at their first launch."""
 
     def __call__(self, inputs: Mapping[Slot, Tensor], given: Given) -> Tensor:
         """Answers [rows, vocab] of all rows. `inputs` are those of the pass, a row each."""
@@ -91,6 +93,7 @@ class TapePass:
             part.do(memory, given)
             for buffer in part.over:
                 memory.pop(buffer, None)
+        self.ran = True
         return memory[self._logits]
 
 
