@@ -1459,6 +1459,20 @@ BUGS = (
         "an engine that runs chains gets a tree",
     ),
     Bug(
+        "prompt-rows-counted",
+        "tune/lookahead.py",
+        "rows += (1 + len(result.draft)) * bool(result.tokens)",
+        "rows += 1 + len(result.draft)",
+        "passes that read a piece of a prompt count among the rows of decode steps: the scaling law is fitted to them",
+    ),
+    Bug(
+        "law-drawn-straight",
+        "bench/charts.py",
+        "line.intercept + line.slope * log(rows)",
+        "line.intercept + line.slope * rows",
+        "the line of the scaling law is drawn over the rows, not over their logarithm",
+    ),
+    Bug(
         "ranks-lose-columns",
         "parallel/shares.py",
         "run = -(-len(leaves) // size)",
@@ -1803,5 +1817,7 @@ QUICK = (
     START + "the_trial_of_bits_can_tell",
     START + "the_stock_model_comes_late_over_the_same_weights",
     START + "what_is_odd_is_passed_over_and_written_anew[adapters]",
+    "tests/test_paper_tables.py::test_rows_of_a_prompt_are_not_counted",
+    "tests/test_paper_tables.py::test_the_picture_has_the_fitted_line",
 )
 """Seconds, not minutes; the cheapest first."""

@@ -5,8 +5,9 @@ And one of a replay: predicted against actual acceptance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from selfdraft.replay.reliability import Reliability
+    from selfdraft.tune.lookahead import Point
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#6A4C93")
 """Okabe and Ito's colours, told apart by the colour-blind too, and two more."""
@@ -437,3 +439,37 @@ def steps_by_rows(records: SequenceOf[JsonObject], path: Path) -> None:
 def _height(value: float | None) -> float:
     """A figure on an axis; a gap where there is none."""
     return float("nan") if value is None else value
+
+
+def draw_scaling_law(laws: Mapping[str, SequenceOf[Point]], path: Path, foot: str) -> None:
+    """Tokens per pass of lookahead over the rows of a pass, one panel for each key. Errors: RequestError."""
+    _save(scaling_law(laws, foot), path)
+
+
+def scaling_law(laws: Mapping[str, SequenceOf[Point]], foot: str) -> Figure:
+    """Dots of fixed sizes, one colour for each N, with the line fitted to ln(rows) of all."""
+    from selfdraft.tune.lookahead import fit_log
+
+    figure, panels = _canvas(max(len(laws), 2), 10.0, 4.8, "Lookahead: tokens a pass by the rows of a pass")
+    labels = sorted({f"N = {point.ngram_size}" for points in laws.values() for point in points})
+    for axes, (title, points) in zip(panels, laws.items(), strict=False):
+        for number, label in enumerate(labels):
+            found = [point for point in points if f"N = {point.ngram_size}" == label]
+            style: JsonObject = {"color": _colour(labels, label), "marker": "osD^vPX*"[number % 8], "markersize": 5}
+            rows, heights = [one.rows_per_step for one in found], [one.tokens_per_pass for one in found]
+            axes.plot(rows, heights, linestyle="", label=label, **style)
+            for one in found:
+                place = (one.rows_per_step, one.tokens_per_pass)
+                axes.annotate(f"W {one.window_size}", place, (4, -9), textcoords="offset points", fontsize=6.5)
+        line = fit_log(points)
+        ends = [min(one.rows_per_step for one in points), max(one.rows_per_step for one in points)]
+        said = f"{line.intercept:.2f} + {line.slope:.3f} ln(rows), r = {line.correlation:.2f}"
+        axes.plot(ends, [line.intercept + line.slope * log(rows) for rows in ends], color=FAINT, linewidth=1.2)
+        axes.set_title(f"{title}: {said}", fontsize=10, color=INK)
+        axes.set_xscale("log")
+        axes.set_xlabel("rows of a pass")
+        axes.grid(color="#E3E3E3", linewidth=0.7)
+    panels[0].set_ylabel("tokens a pass")
+    _legend(figure, panels)
+    figure.text(0.02, 0.16 / figure.get_size_inches()[1], foot, fontsize=7.5, color=FAINT, va="center")
+    return figure

@@ -72,15 +72,20 @@ def measure(
     for width, size, guesses in grid:
         empty = Point(width, size, guesses, 0, 0, 0, 0.0, adaptive)
         engine = engine_for(empty.options)
-        tokens = steps = rows = 0
         began = clock()
-        for request in requests:
-            sequence = request()
-            for _, result in engine.generate([sequence]):
-                rows += (1 + len(result.draft)) * bool(result.tokens)
-            tokens += sequence.stats.num_output_tokens
-            steps += sequence.stats.num_steps
+        tokens, steps, rows = counted(engine, [request() for request in requests])
         yield Point(width, size, guesses, tokens, steps, rows, clock() - began, adaptive)
+
+
+def counted(engine: Engine, sequences: Iterable[Sequence]) -> tuple[int, int, int]:
+    """Tokens, steps, and rows of all decode steps (prefill left out) of requests that are run one at a time."""
+    tokens = steps = rows = 0
+    for sequence in sequences:
+        for _, result in engine.generate([sequence]):
+            rows += (1 + len(result.draft)) * bool(result.tokens)
+        tokens += sequence.stats.num_output_tokens
+        steps += sequence.stats.num_steps
+    return tokens, steps, rows
 
 
 @dataclass(frozen=True, slots=True)
