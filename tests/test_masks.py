@@ -537,7 +537,7 @@ def test_the_link_of_a_token_is_the_same_whenever_it_is_asked() -> None:
 def test_advice_is_followed(folder: Path) -> None:
     target = on_passes(HFTarget(tiny_llama(), adapters=[load_adapter(folder, tiny_llama())]))
     drafter = build("s3d", target)
-    assert len(drafter.masks) == 2  # type: ignore[attr-defined]
+    assert len(drafter.short.ids) == 2  # type: ignore[attr-defined]
     assert [s.output for s in run(target, drafter, prompts()[:2], SamplingParams(max_tokens=10))] == [
         s.output for s in run(target, "none", prompts()[:2], SamplingParams(max_tokens=10))
     ]

@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "s3d": ("skip_width", "num_masks", "num_speculative_tokens", "branches", "min_probability"),
     "space": ("num_speculative_tokens", "branches", "mask_groups", "min_probability"),
     "merged": ("num_speculative_tokens", "memory", "recycling", "masks", "task_profile", "min_probability"),
-    "auto": ("num_speculative_tokens", "memory", "recycling", "masks", "bits", "skip_set", "task_profile"),
+    "auto": ("num_speculative_tokens", "memory", "recycling", "masks", "bits", "skip_set", "s3d", "task_profile"),
     "cascade": ("bits", "num_speculative_tokens", "memory", "recycling", "task_profile"),
 }
 """The built-in drafters and the options that each one takes."""

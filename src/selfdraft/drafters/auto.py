@@ -16,8 +16,9 @@ from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.drafting.inner_passes import InnerPasses
-from selfdraft.drafting.mask_passes import MaskPasses
+from selfdraft.drafting.mask_passes import MaskPasses, ShortPass
 from selfdraft.drafting.mask_prediction import MaskTokens
+from selfdraft.drafting.mask_source import BRANCHES
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.source_tree import SourceTree, every_source, wanted_masks
 from selfdraft.drafting.successors import RUNNERS_UP
@@ -96,15 +97,19 @@ class Auto:
         self.guard = CostGuard(target.extras.pass_cost, clock)
         self.inner: InnerPasses | MaskPasses | None
         if passes is not None:
-            self.inner = MaskPasses(target, SHORT, self.tree, self.guard)
+            advice, layers = target.extras.tuned_options.get(SHORT, {}), target.extras.num_layers
+            short = ShortPass(target, passes, SHORT, BRANCHES, layers=layers, advice=advice)
+            self.inner = MaskPasses(short, self.tree, self.guard)
         else:
             self.inner = self._inner_passes(target, bits, skip_set)
         self.uses_tree = True
 
     @staticmethod
     def _short_masks(target: Target, wanted: object, others: dict[str, object]) -> MaskTokens | None:
-        """The masks that a short pass reads, if one drafts. `others`: what else was asked for. Errors: OptionError;
-        AdapterMissing."""
+        """The masks that a short pass reads, if one drafts. `others`: what else was asked for.
+
+        Errors: OptionError; MissingMasks.
+        """
         taken = [name for name, value in others.items() if value is not None and value is not False]
         if wanted is True:
             if taken:

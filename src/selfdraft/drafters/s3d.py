@@ -36,7 +36,17 @@ class S3D:
         min_probability: float | None = None,
     ) -> None:
         self.guesser = Guesser(num_speculative_tokens, branches, RowCost(min_probability))
-        self.short = ShortPass(target, SOURCE, branches, num_masks, skip_width)
+        extras = target.extras
+        self.short = ShortPass(
+            target,
+            extras.masks_for(SOURCE),
+            SOURCE,
+            branches,
+            layers=extras.num_layers,
+            advice=extras.tuned_options.get(SOURCE, {}),
+            num_masks=num_masks,
+            skip_width=skip_width,
+        )
         self.timer = StepTimer(target.extras.clock)
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:

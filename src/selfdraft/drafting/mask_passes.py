@@ -14,14 +14,13 @@ from selfdraft.core.tree import EMPTY, Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_guard import CostGuard
 from selfdraft.drafting.estimators import Mean
-from selfdraft.drafting.inner_passes import TOGETHER, PassRule
+from selfdraft.drafting.inner_passes import TOGETHER, PassRule, Runs
 from selfdraft.drafting.mask_prediction import Ahead, MaskTokens
-from selfdraft.drafting.mask_source import BRANCHES, MASKS
+from selfdraft.drafting.mask_source import MASKS
 from selfdraft.drafting.mask_tables import foresee
 from selfdraft.drafting.source_tree import SourceTree, only_from
 from selfdraft.drafting.step_timer import StepTimer
-from selfdraft.protocols import Target
-from selfdraft.types import Budget, middle, within
+from selfdraft.types import Budget, JsonObject, middle, within
 
 FIRST_GAIN = 1.0
 """Tokens that masks are thought to bring in a step before any was seen."""
@@ -30,24 +29,31 @@ EXPECTED = 4
 
 
 class ShortPass:
-    """A pass over the last token of each sequence and masks behind it, without `skip_width` middle blocks.
+    """A pass over the last token of each sequence and masks behind it, without `skip_width` of `layers` blocks.
 
-    `method`: whose masks and adapter. Options that are None come from the adapter's card; without its advice half of
-    the blocks are left out, and all masks are used. `branches`: guesses for each place.
-    Errors: OptionError for values out of range; AdapterMissing where the model has no such masks.
+    `trained`: the masks of `method`. Options that are None come from `advice`, what the adapter's card says; without it
+    half of the blocks are left out, and all masks are used. `branches`: guesses for each place.
+    Errors: OptionError for values out of range.
     """
 
     def __init__(
-        self, target: Target, method: str, branches: int, num_masks: int | None = None, skip_width: int | None = None
+        self,
+        target: Runs,
+        trained: MaskTokens,
+        method: str,
+        branches: int,
+        *,
+        layers: int,
+        advice: JsonObject,
+        num_masks: int | None = None,
+        skip_width: int | None = None,
     ) -> None:
-        self.target, self.method, self.branches = target, method, branches
-        self.trained: MaskTokens = target.extras.masks_for(method)
-        advice = target.extras.tuned_options.get(method, {})
-        count = num_masks if num_masks is not None else advice.get("num_masks", len(self.trained.ids))
-        width = skip_width if skip_width is not None else advice.get("skip_width", target.extras.num_layers // 2)
-        within("num_masks", count, 1, len(self.trained.ids))
-        self.ids = self.trained.ids[:count]
-        self.skip = middle(target.extras.num_layers, width)
+        self.target, self.trained, self.method, self.branches = target, trained, method, branches
+        count = advice.get("num_masks", len(trained.ids)) if num_masks is None else num_masks
+        width = advice.get("skip_width", layers // 2) if skip_width is None else skip_width
+        within("num_masks", count, 1, len(trained.ids))
+        self.ids = trained.ids[:count]
+        self.skip = middle(layers, width)
 
     def rows(self, budget: Budget) -> int:
         """Rows that the pass has for a sequence; 0 where nothing can be drafted."""
@@ -78,8 +84,8 @@ class MaskPasses:
     than the tokens that come anyway in its time. The drafter's trees have masks as a source without groups.
     """
 
-    def __init__(self, target: Target, method: str, tree: SourceTree, guard: CostGuard) -> None:
-        self.short, self.tree, self.guard = ShortPass(target, method, BRANCHES), tree, guard
+    def __init__(self, short: ShortPass, tree: SourceTree, guard: CostGuard) -> None:
+        self.short, self.tree, self.guard = short, tree, guard
         self.rule = PassRule()
         self.gains = [Mean(FIRST_GAIN, 3.0, 0.995) for _ in range(EXPECTED)]
         """Tokens that only masks named, by the class of the tree without them."""
