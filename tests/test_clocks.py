@@ -26,6 +26,7 @@ REASONS = {
     "fake_server.py": "sleeps in the virtual time of its event loop",
     "serving.py": "waits, up to ten minutes, until a server has started or has nothing left to do",
     "ranks.py": "waits, up to a few minutes, until processes have ended, and tells when; nothing is asserted of it",
+    "test_ray_llm.py": "waits, up to fifteen minutes, until a server answers, and a minute until it tells its counters",
     "test_vllm_engine.py": "waits, up to ten minutes, until another process answers",
     "planted/__main__.py": "prints how long a bug took",
 }
