@@ -2,10 +2,12 @@
 
     python recipes/paper_tables.py lookahead --data-dir DATA --record lookahead.jsonl --picture scaling-law.png
     python recipes/paper_tables.py space --data-dir DATA --record space.jsonl
+    python recipes/paper_tables.py space --record space.jsonl --numbers       # the tables of what is there
 
 Counts, no clock: they may be made beside other work. Every text is compared with that of plain decoding. Each line of
-the record is one prompt decoded one way; what is there is not run again, so a run that was ended goes on. Tables are
-made of prompts that were decoded all ways; the pass that reads a prompt, and says the first token, is counted.
+the record is one prompt decoded one way; what is there is not run again, so a run that was ended goes on, and records
+of several processes can be put into one file. Tables are made of prompts that were decoded all ways; the pass that
+reads a prompt, and says the first token, is counted.
 """
 
 from __future__ import annotations
@@ -152,6 +154,8 @@ def read(path: Path) -> dict[Key, dict[str, Any]]:
 def run(given: argparse.Namespace, ways: Mapping[str, Way]) -> None:
     """Append to the record what it does not have. Errors: SystemExit where a text is not that of plain decoding."""
     known = read(given.record)
+    if not given.numbers:
+        return
     llm = LLM(given.model, drafter="none")
     for task, number, prompt in prompts_of(llm, given.data_dir, given.prompts, given.numbers):
         for temperature, (name, way) in product(given.temperatures, ways.items()):
@@ -218,7 +222,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--prompts", type=int, default=6, help="of each task")
-    parser.add_argument("--numbers", type=int, nargs="*", help="these of them alone; records can be put together")
+    parser.add_argument("--numbers", type=int, nargs="*", help="these of them; none: what the record has")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--record", type=Path, required=True, help="jsonl; a run goes on where it ended")

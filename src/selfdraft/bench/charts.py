@@ -441,6 +441,10 @@ def _height(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
+ROWS_SHOWN = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200)
+"""Numbers of rows that stand below a logarithmic axis, where they are in its range."""
+
+
 def draw_scaling_law(laws: Mapping[str, SequenceOf[Point]], path: Path, foot: str) -> None:
     """Tokens per pass of lookahead over the rows of a pass, one panel for each key. Errors: RequestError."""
     _save(scaling_law(laws, foot), path)
@@ -467,6 +471,9 @@ def scaling_law(laws: Mapping[str, SequenceOf[Point]], foot: str) -> Figure:
         axes.plot(ends, [line.intercept + line.slope * log(rows) for rows in ends], color=FAINT, linewidth=1.2)
         axes.set_title(f"{title}: {said}", fontsize=10, color=INK)
         axes.set_xscale("log")
+        shown = [rows for rows in ROWS_SHOWN if ends[0] <= rows <= ends[1]]
+        axes.set_xticks(shown, [str(rows) for rows in shown])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("rows of a pass")
         axes.grid(color="#E3E3E3", linewidth=0.7)
     panels[0].set_ylabel("tokens a pass")
