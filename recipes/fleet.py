@@ -26,7 +26,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
-from recipes.fleet_costs import LENGTHS, at_rest, host_from, under_load
+from recipes.fleet_costs import LENGTHS, Passes, at_rest, host_from, under_load
 from recipes.fleet_host import Host, as_json, read_host
 from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
 
@@ -165,17 +165,22 @@ def costs(given: argparse.Namespace) -> None:
     kinds, serving = kinds_from(given.rows, given.drafter), serving_of(given)
     if given.pid is None or given.output is None:
         raise SystemExit("costs needs --pid, the process of 'selfdraft serve', and --output, where to write them")
-    rest = at_rest(given.pid, given.rest)
     loads = [under_load(given.url, given.pid, size, given.dataset, given.requests) for size in LENGTHS]
-    passes = []
-    for _, asks in loads:
+    rest = at_rest(given.pid, given.rest)  # last: a server that has just started is still at work
+
+    def busy(asks: SequenceOf[tuple[str, Kind]]) -> float:
         fleet = Fleet(given.replicas, serving)
-        fleet.closed(kinds_of(asks, kinds, given.dataset), 1)
-        passes.append(sum(one.busy for one in fleet.replicas.values()))
-    (few, _), (many, _) = loads
+        fleet.closed(asks, 1)
+        return sum(one.busy for one in fleet.replicas.values())
+
+    (few, asks), (many, others) = loads
+    short = kinds_of(asks, kinds, given.dataset)
+    prompts = busy([(key, replace(kind, output=1)) for key, kind in short])
+    rows = sum(kind.prompt - 1 for _, kind in short)
+    passes = Passes(busy(short), busy(kinds_of(others, kinds, given.dataset)), prompts, rows)
     host = host_from(rest, few, many, given.processors, passes)
     measured = [asdict(one) for one in (rest, few, many)]
-    document = {"host": as_json(host), "measured": measured, "passes": passes, "client": client_machine()}
+    document = {"host": as_json(host), "measured": measured, "passes": asdict(passes), "client": client_machine()}
     given.output.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     print("\n".join(told_costs(host)))
 
@@ -186,7 +191,10 @@ def told_costs(host: Host) -> Iterator[str]:
     for name, cost in [("replica, beside passes", host.replica), *host.way, ("others", host.beside)]:
         yield f"| {name} | {1e3 * cost.request:.1f} | {1e3 * cost.part:.2f} |"
     always = f"{host.always:.2f} of {host.processors:g} cores are taken all the time"
-    yield f"{always}; an answer adds {1e3 * host.per_answer:.2f} ms to a step."
+    steps = (
+        f"an answer adds {1e3 * host.per_answer:.2f} ms to a step, a row of a prompt saves {1e3 * host.unasked:.2f} ms"
+    )
+    yield f"{always}; {steps}."
 
 
 # Check

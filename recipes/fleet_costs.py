@@ -1,6 +1,6 @@
 """What a server takes of the processors beside its passes: processor seconds of every process, by requests and parts.
 
-Three runs against a server that is there: nothing for some seconds, short answers, long answers; one request at a
+Three runs against a server that is there: short answers, long answers, nothing for some seconds; one request at a
 time, so that no part waits for another one. What a process takes of a request and of a part of an answer follows from
 the two loads, less what it takes without any. Seconds of processors are those of /proc: of each process below the one
 that was started, and of each thread of a replica. The thread of a replica that has run most runs the passes.
@@ -154,16 +154,29 @@ def at_rest(root: int, seconds: float) -> Spent:
     return spent
 
 
-def host_from(rest: Spent, few: Spent, many: Spent, processors: float, passes: SequenceOf[float]) -> Host:
-    """The costs of a machine. `passes`: seconds of the steps of both loads as the profile has them."""
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """What the profile says of the passes of both loads, in seconds."""
+
+    few: float
+    many: float
+    prompts: float
+    """Those that read prompts, the same ones in both loads."""
+    rows: int
+    """Rows of prompts but for their last ones."""
+
+
+def host_from(rest: Spent, few: Spent, many: Spent, processors: float, passes: Passes) -> Host:
+    """The costs of a machine."""
     shares = {role: seconds / rest.wall for role, seconds in rest.beside.items()}
 
     def cost(role: str) -> Cost:
         less = [one.beside.get(role, 0.0) - shares.get(role, 0.0) * one.wall for one in (few, many)]
         return solved(*((one.requests, one.parts, spent) for one, spent in zip((few, many), less, strict=True)))
 
-    further = many.parts - few.parts
-    longer = (many.passes - few.passes) - (passes[1] - passes[0])
+    longer = (many.passes - few.passes - passes.many + passes.few) / (many.parts - few.parts)
+    reading = few.passes - (passes.few - passes.prompts) - longer * (few.parts - few.requests)
+    unasked = max((passes.prompts - reading) / passes.rows, 0.0)
     way = tuple((role, cost(role)) for role in WAY if role in many.beside)
-    per_answer = max(longer / further, 0.0)
-    return Host(processors, cost("replica"), way, cost("beside"), sum(shares.values()), per_answer)
+    always = sum(shares.values())
+    return Host(processors, cost("replica"), way, cost("beside"), always, max(longer, 0.0), unasked)

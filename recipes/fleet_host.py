@@ -48,6 +48,8 @@ class Host:
     """Cores that are taken all the time, requests or not."""
     per_answer: float = 0.0
     """That a running answer adds to a step, in the thread that runs the passes."""
+    unasked: float = 0.0
+    """That a row of a prompt saves of a pass: only the last one is asked for logits, and a profile is of rows that are."""
 
 
 def read_host(path: Path) -> Host:
@@ -163,6 +165,7 @@ def as_json(host: Host) -> dict[str, object]:
         "processors": host.processors,
         "always": host.always,
         "per_answer": host.per_answer,
+        "unasked": host.unasked,
         "way": [[name, _cost(cost)] for name, cost in host.way],
         **{name: _cost(cost) for name, cost in costs.items()},
     }

@@ -97,6 +97,11 @@ class Serving:
         """Seconds that each running answer adds to a step beside the pass."""
         return self.host.per_answer if self.host else 0.0
 
+    @property
+    def unasked(self) -> float:
+        """Seconds that a row saves of a pass when it is not asked for logits."""
+        return self.host.unasked if self.host else 0.0
+
 
 @dataclass(eq=False, slots=True)
 class Request:
@@ -215,7 +220,8 @@ class Replica:
         serving, profile = self.serving, self.serving.profile
         if serving.beside is not None and self.neighbour is not None and self.neighbour.works:
             profile = serving.beside
-        return profile.step(rows, tokens, len(work)) + serving.per_answer * len(work)
+        unasked = sum(size - 1 for _, size in work)  # rows of prompts but for their last ones
+        return profile.step(rows, tokens, len(work)) + serving.per_answer * len(work) - serving.unasked * unasked
 
     def _move(self, sequence: Sequence, size: int, accepted: int) -> None:
         """What a step has brought to one sequence."""

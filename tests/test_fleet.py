@@ -15,7 +15,7 @@ pytest.importorskip("simpy", reason="SimPy is not installed: pip install 'selfdr
 
 import simpy
 from recipes.fleet import kinds_from, kinds_of, profile_from
-from recipes.fleet_costs import Spent, between, host_from, processes
+from recipes.fleet_costs import Passes, Spent, between, host_from, processes
 from recipes.fleet_host import Cost, Host, Processors, Waiting, as_json, read_host
 from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, steady_speed
 
@@ -224,6 +224,8 @@ def test_one_answer_goes_through_all_processes_beside_the_passes() -> None:
     assert (answer.tokens, answer.prompt_tokens) == (3, 10)
     slower = run(Fleet(1, Serving(LINE, host=replace(MACHINE, per_answer=0.002))), [Kind(10, 3)]).answers[0]
     assert slower.end == pytest.approx(answer.end + 3 * 0.002)
+    prompt = run(Fleet(1, Serving(LINE, host=replace(MACHINE, unasked=0.0005))), [Kind(10, 3)]).answers[0]
+    assert prompt.end == pytest.approx(answer.end - 9 * 0.0005)
     busy = run(Fleet(1, Serving(LINE, host=replace(MACHINE, always=1.0))), [Kind(10, 3)]).answers[0]
     assert busy.end > answer.end + 2 * 0.005  # one core: parts take their time from the next step
 
@@ -265,17 +267,19 @@ def test_costs_are_solved_from_two_loads_less_what_is_taken_always() -> None:
     def load(requests: int, parts: int, wall: float) -> Spent:
         beside = {"replica": 0.01 * requests + 0.002 * parts, "gateway": 0.1 * wall + 0.02 * requests + 0.003 * parts}
         beside |= {"client": 0.03 * requests + 0.001 * parts, "beside": 0.2 * wall}
-        return Spent(requests, parts, wall=wall, passes=1.0 + 0.011 * parts, beside=beside)
+        steps = 0.011 * (parts - requests)  # 1 ms longer than in the profile
+        return Spent(requests, parts, wall=wall, passes=0.8 * requests + steps, beside=beside)
 
-    host = host_from(rest, load(10, 20, 3.0), load(10, 600, 9.0), 2.0, (0.5 + 0.010 * 20, 0.5 + 0.010 * 600))
+    passes = Passes(10 * 1.0 + 0.010 * 10, 10 * 1.0 + 0.010 * 590, 10 * 1.0, 1000)  # prompts take 1 s by the profile
+    host = host_from(rest, load(10, 20, 3.0), load(10, 600, 9.0), 2.0, passes)
     assert [name for name, _ in host.way] == ["gateway", "client"]
     found = [host.replica, *(cost for _, cost in host.way), host.beside]
     wanted = [MACHINE.replica, *(cost for _, cost in MACHINE.way), Cost()]
     assert [one.request for one in found] == pytest.approx([one.request for one in wanted])
     assert [one.part for one in found] == pytest.approx([one.part for one in wanted])
-    assert (host.always, host.per_answer) == pytest.approx((0.3, 0.001))
+    assert (host.always, host.per_answer, host.unasked) == pytest.approx((0.3, 0.001, 2.0 / 1000))
     with pytest.raises(SystemExit, match="as many parts in a request"):
-        host_from(rest, load(10, 20, 3.0), load(20, 40, 9.0), 2.0, (0.0, 0.0))
+        host_from(rest, load(10, 20, 3.0), load(20, 40, 9.0), 2.0, passes)
 
 
 def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:
