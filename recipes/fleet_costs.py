@@ -14,7 +14,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path

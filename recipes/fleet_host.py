@@ -49,7 +49,7 @@ class Host:
     per_answer: float = 0.0
     """That a running answer adds to a step, in the thread that runs the passes."""
     unasked: float = 0.0
-    """That a row of a prompt saves of a pass: only the last one is asked for logits, and a profile is of rows that are."""
+    """That a row of a prompt saves of a pass: it is not asked for logits, and the rows of a profile are."""
 
 
 def read_host(path: Path) -> Host:
