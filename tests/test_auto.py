@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from selfdraft import LLM
-from selfdraft.core.sequence import Sequence
+from selfdraft.core.sequence import Sequence, open_sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters.auto import Auto
 from selfdraft.drafting.cost_guard import MOST, RAREST, SHARE, START, TRIAL, LossBudget
 from selfdraft.drafting.cost_model import LiveCost, Profile, best_size
 from selfdraft.drafting.mask_prediction import Guess, expand
+from selfdraft.engine.engine import Engine
 from selfdraft.errors import OptionError
 from selfdraft.files.token_log import Logged, read_logs
 from selfdraft.models.target import HFTarget
@@ -69,6 +70,38 @@ def test_a_row_is_priced_by_its_own_sequence() -> None:
     profile = Profile((1, 2), (1.0, 1.0), (0.01, 0.02))
     assert profile.at(2, tokens=100) == pytest.approx(3.0)
     assert profile.at(2, tokens=100, sequences=2) == pytest.approx(1.0 + 0.02 * 50 + 0.01 * 50)
+
+
+def test_beside_a_prompt_a_row_costs_what_it_adds_to_that_pass() -> None:
+    profile = Profile((1, 8, 16), (1.0, 1.0, 5.0), (0.0,) * 3)
+    for cost in (profile.marginal, profile.further):
+        assert max(cost(7)) == 0.0, "up to eight rows are free"
+    assert profile.marginal(7, prefill=100) == pytest.approx((0.5,) * 7)
+    assert profile.further(3, sequences=2, prefill=6) == pytest.approx((0.0, 0.5, 1.0, 1.5))
+
+
+def test_steps_that_read_a_prompt_draft_where_that_pays_there() -> None:
+    """Sixteen rows are free, each further one takes half a step: drafts pay, but not beside 32 rows of a prompt."""
+    target = tiny_target(slots=2)
+    target.profile = Profile((1, 16, 48), (1.0, 1.0, 17.0), (0.0,) * 3)
+    drafter = Auto(target)
+    engine = Engine(target, drafter, slots=2, chunk=32)
+    sampling = SamplingParams(max_tokens=150)
+    loops, long = (
+        open_sequence(prompt, sampling, seed=0, eos=frozenset(), context=target.max_length)
+        for prompt in ([1, 2, 3], [*range(4, 60)] * 2)
+    )
+    engine.submit(loops)
+    while loops.num_output_tokens < 60:
+        ((_, result),) = engine.advance()
+    assert len(result.draft) > 0, "the text repeats itself by then"
+    engine.submit(long)
+    beside: list[int] = []
+    while not long.num_output_tokens:
+        beside += [len(result.draft) for sequence, result in engine.advance() if sequence is loops]
+    assert len(beside) == 4
+    assert sum(beside) == 0
+    assert sum(len(result.draft) for _ in range(3) for _, result in engine.advance()) > 0
 
 
 def test_chances_fall_along_the_tree() -> None:

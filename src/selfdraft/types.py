@@ -372,6 +372,8 @@ class Budget:
     """Deepest probe: positions the model has."""
     chain: bool = False
     """Only one path can be run: of siblings the first one stays."""
+    prefill_rows: int = 0
+    """Rows of other sequences' prompts that are read in the same pass: beside them a row may be dearer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ class Auto:
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         if self.inner is not None:
             self.inner.start(sequences)
-        if not self.guard.drafts(sequences):
+        if not self.guard.drafts(sequences, budgets):
             return [EMPTY] * len(sequences)
         with self.guard.timed():
             self._choose(sequences)

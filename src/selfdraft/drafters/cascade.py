@@ -53,7 +53,7 @@ class Cascade:
 
     def draft(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> list[Draft]:
         self.inner.start(sequences)
-        if not self.guard.drafts(sequences):
+        if not self.guard.drafts(sequences, budgets):
             return [EMPTY] * len(sequences)
         with self.guard.timed():
             costs = self.guard.row_costs(sequences, self.tree.most)

@@ -18,7 +18,7 @@ from selfdraft.core.tree import Draft, chances_of
 from selfdraft.core.verify import Result
 from selfdraft.drafting.cost_model import LearnedCost, LiveCost, Profile, StepCost, Throughput, best_size
 from selfdraft.drafting.estimators import StepTime
-from selfdraft.types import Clock
+from selfdraft.types import Budget, Clock
 
 REST_EVERY = 16
 """During a pause one step of 16 is timed."""
@@ -100,11 +100,12 @@ class CostGuard:
         """Whether this step drafts. A step that nobody drafts for (a prefill) leaves it as it is."""
         self._began = self._own = 0.0
         """When this step began, and the seconds of it that drafting took."""
-        self._count = self._since_plain = self._rested = 0
+        self._count = self._since_plain = self._rested = self._prefill = 0
 
-    def drafts(self, sequences: SequenceOf[Sequence]) -> bool:
+    def drafts(self, sequences: SequenceOf[Sequence], budgets: SequenceOf[Budget]) -> bool:
         """Begin a step: whether it drafts. It does not during a pause, nor when a plain step is due."""
         self._began, self._own, self._count = self.clock(), 0.0, len(sequences)
+        self._prefill = budgets[0].prefill_rows  # all of them say the same
         if self.budget.rests(sequences):
             self.drafting = False
         else:
@@ -125,7 +126,7 @@ class CostGuard:
         """What the first, second, ... node of a tree must bring, in tokens; at most `most` nodes, and never falling."""
         remembered, count, most = sum(s.num_cached for s in sequences), len(sequences), min(most, self.cost.most_rows)
         rate, own = self.tokens_per_second(sequences), self.node_time.per_row
-        return [rate * (each + own) for each in self.cost.prices(most, count, remembered)]
+        return [rate * (each + own) for each in self.cost.prices(most, count, remembered, self._prefill)]
 
     def cut(self, sequences: SequenceOf[Sequence], drafts: list[Draft]) -> list[Draft]:
         """The part of the trees that brings most for the whole step's cost; none at all where none pays.
@@ -137,7 +138,7 @@ class CostGuard:
         chances = [chances_of(draft) for draft in drafts]
         order = sorted((-own, tree, node) for tree, each in enumerate(chances) for node, own in enumerate(each))
         rate, remembered = self.tokens_per_second(sequences), sum(s.num_cached for s in sequences)
-        seconds = self.cost.added(len(order), len(sequences), remembered)
+        seconds = self.cost.added(len(order), len(sequences), remembered, self._prefill)
         size = best_size([-first[0] for first in order], [rate * each for each in seconds])  # making them is paid
         if size == len(order):
             return drafts

@@ -96,17 +96,18 @@ class Profile:
         """Seconds of a step: the pass, and the host's work beside it."""
         return self.at(rows, tokens, sequences) + self.host
 
-    def marginal(self, most: int, tokens: int = 0, sequences: int = 1) -> tuple[float, ...]:
+    def marginal(self, most: int, tokens: int = 0, sequences: int = 1, prefill: int = 0) -> tuple[float, ...]:
         """Seconds that the first, second, ... further row of every sequence adds, shared out among the sequences.
 
         T may have steps (shapes are rounded up), so it is the slope of the convex line below T: these never fall,
         and taking rows as long as they are worth it stops where a step is full, not where it begins.
+        `prefill`: rows of prompts that are read in the same pass.
         """
-        return _marginal(self, most, block_of(tokens), sequences)
+        return _marginal(self, most, block_of(tokens), sequences, prefill)
 
-    def further(self, most: int, tokens: int = 0, sequences: int = 1) -> tuple[float, ...]:
+    def further(self, most: int, tokens: int = 0, sequences: int = 1, prefill: int = 0) -> tuple[float, ...]:
         """Seconds that 0, 1, ... `most` rows beside those of plain decoding add to a pass, its steps included."""
-        return _further(self, most, block_of(tokens), sequences)
+        return _further(self, most, block_of(tokens), sequences, prefill)
 
 
 def _between(values: SequenceOf[float], right: int, share: float) -> float:
@@ -114,8 +115,8 @@ def _between(values: SequenceOf[float], right: int, share: float) -> float:
 
 
 @lru_cache(256)
-def _marginal(profile: Profile, most: int, tokens: int, sequences: int) -> tuple[float, ...]:
-    seconds = [profile.at(sequences * (1 + n), tokens, sequences) for n in range(most + 1)]
+def _marginal(profile: Profile, most: int, tokens: int, sequences: int, prefill: int) -> tuple[float, ...]:
+    seconds = [profile.at(prefill + sequences * (1 + n), tokens, sequences) for n in range(most + 1)]
     slopes: list[float] = []
     start = 0
     while start < most:
@@ -127,9 +128,9 @@ def _marginal(profile: Profile, most: int, tokens: int, sequences: int) -> tuple
 
 
 @lru_cache(256)
-def _further(profile: Profile, most: int, tokens: int, sequences: int) -> tuple[float, ...]:
-    plain = profile.at(sequences, tokens, sequences)
-    return tuple(profile.at(sequences + n, tokens, sequences) - plain for n in range(most + 1))
+def _further(profile: Profile, most: int, tokens: int, sequences: int, prefill: int) -> tuple[float, ...]:
+    plain = profile.at(prefill + sequences, tokens, sequences)
+    return tuple(profile.at(prefill + sequences + n, tokens, sequences) - plain for n in range(most + 1))
 
 
 def block_of(tokens: int) -> int:
@@ -164,10 +165,13 @@ class StepCost(Protocol):
     def at(self, rows: int, sequences: int, tokens: int) -> float:
         """Seconds expected of a step; 0 before any was seen."""
 
-    def prices(self, most: int, sequences: int, tokens: int) -> list[float]:
-        """Seconds that the first, second, ... further row of every sequence adds; they never fall."""
+    def prices(self, most: int, sequences: int, tokens: int, prefill: int = 0) -> list[float]:
+        """Seconds that the first, second, ... further row of every sequence adds; they never fall.
 
-    def added(self, most: int, sequences: int, tokens: int) -> list[float]:
+        `prefill`: rows of prompts that are read in the same pass.
+        """
+
+    def added(self, most: int, sequences: int, tokens: int, prefill: int = 0) -> list[float]:
         """Seconds that 0, 1, ... `most` further rows add to a step, all sequences together."""
 
 
@@ -187,10 +191,10 @@ class LearnedCost:
     def at(self, rows: int, sequences: int, tokens: int) -> float:
         return self.time.at(rows) if self.time.steps else 0.0
 
-    def prices(self, most: int, sequences: int, tokens: int) -> list[float]:
+    def prices(self, most: int, sequences: int, tokens: int, prefill: int = 0) -> list[float]:
         return [self.time.per_row] * most
 
-    def added(self, most: int, sequences: int, tokens: int) -> list[float]:
+    def added(self, most: int, sequences: int, tokens: int, prefill: int = 0) -> list[float]:
         return [self.time.per_row * rows for rows in range(most + 1)]
 
 
@@ -304,15 +308,15 @@ class LiveCost:
         """Seconds expected of a step."""
         return self.corrected.step(rows, tokens, sequences) * self.speed.value
 
-    def prices(self, most: int, sequences: int, tokens: int) -> list[float]:
+    def prices(self, most: int, sequences: int, tokens: int, prefill: int = 0) -> list[float]:
         """Seconds that the first, second, ... further row of every sequence adds; they never fall."""
         scale = self.speed.value
-        return [scale * each for each in self.corrected.marginal(most, tokens, sequences)]
+        return [scale * each for each in self.corrected.marginal(most, tokens, sequences, prefill)]
 
-    def added(self, most: int, sequences: int, tokens: int) -> list[float]:
+    def added(self, most: int, sequences: int, tokens: int, prefill: int = 0) -> list[float]:
         """Seconds that 0, 1, ... `most` further rows add to a step, all sequences together."""
         scale = self.speed.value
-        return [scale * each for each in self.corrected.further(most, tokens, sequences)]
+        return [scale * each for each in self.corrected.further(most, tokens, sequences, prefill)]
 
 
 def rising(values: SequenceOf[float], weights: SequenceOf[float]) -> list[float]:

@@ -37,7 +37,8 @@ def step(
     """
     sequences = [sequence for sequence, _ in work]
     ready = [sequence for sequence in sequences if len(sequence.tokens) - sequence.num_cached == 1]
-    budgets = [budget(target, sequence, nodes) for sequence in ready]
+    reading = sum(share for _, share in work) - len(ready)
+    budgets = [budget(target, sequence, nodes, reading) for sequence in ready]
     proposed = dict(zip(ready, drafter.draft(ready, budgets) if ready else (), strict=True))  # 1 guess
     clipped = {s: proposed[s].clip(b, target.vocab, target.num_mask_ids) for s, b in zip(ready, budgets, strict=True)}
     rows = pack([(s, share, clipped[s][0] if s in clipped else EMPTY) for s, share in work])  # 2 lay out the rows
@@ -63,8 +64,8 @@ def committed(sequence: Sequence, result: Result) -> int:
         raise EngineError(what, sequence) from error
 
 
-def budget(target: Target, sequence: Sequence, nodes: int) -> Budget:
+def budget(target: Target, sequence: Sequence, nodes: int, prefill_rows: int = 0) -> Budget:
     """What may hang under the sequence's last token: accepted tokens plus the bonus must fit into its room."""
     last = len(sequence.tokens) - 1
     depth = min(sequence.remaining - 1, target.next_boundary(last) - 1 - last)
-    return Budget(nodes, max(depth, 0), max(target.max_length - 1 - last, 0))
+    return Budget(nodes, max(depth, 0), max(target.max_length - 1 - last, 0), prefill_rows=prefill_rows)
