@@ -157,6 +157,59 @@ def test_it_learns(folder: Path, data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / CARD).read_text())["held_out_acceptance"] == [round(one, 4) for one in share]
 
 
+@pytest.fixture(scope="module")
+def trained(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of `space` for the tiny checkpoint."""
+    out = tmp_path_factory.mktemp("trained")
+    own = model()
+    lessons = read_texts([data], LLM(own, tokenizer=tokenizer()).encode, 48)
+    settings = replace(SPACE, rank=4, link=4, steps=20, groups=8, learning_rate=0.02)
+    list(run.run(own, tokenizer(), lessons, settings, out, run.accelerator_for(own)))
+    return out
+
+
+@pytest.mark.parametrize("recipe", ["space", "s3d"])
+def test_a_training_begins_where_another_one_ended(
+    selfdraft: Any, folder: Path, data: Path, trained: Path, tmp_path: Path, recipe: str
+) -> None:
+    """With a learning rate of nothing the tensors are those it began with; the card names them by a hash."""
+    out = tmp_path / "second"
+    given = ["--start-from", trained, "--recipe", recipe, "--output", out]
+    done = selfdraft("train", *options(folder, data, *given, rank=4, link=4, learning_rate="1e-30"))
+    assert done.code == 0, done.err
+    first, second = (load_adapter(place, model()) for place in (trained, out))
+    assert torch.equal(first.embeddings, second.embeddings)
+    assert first.link is not None
+    assert second.link is not None
+    assert all(torch.equal(*pair) for pair in zip(first.link, second.link, strict=True))
+    shared = first.layers.keys() & second.layers.keys()
+    assert len(shared) == len(second.layers) > 0
+    assert all(
+        torch.equal(*pair) for path in shared for pair in zip(first.layers[path], second.layers[path], strict=True)
+    )
+    card = json.loads((out / CARD).read_text())
+    assert str(trained) not in json.dumps(card)
+    assert len(card["settings"]["start"]) == 24
+    again = selfdraft("train", *options(folder, data, *given, rank=4, link=4, learning_rate="1e-30"))
+    assert "holds this adapter already" in again.err
+    fresh = selfdraft("train", *options(folder, data, *given[2:], rank=4, link=4, learning_rate="1e-30"))
+    one_line(fresh, "was trained with start=")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"rank": 8, "link": 4}, "rank=8, but the adapter to start from has 4: give --rank 4"),
+        ({"rank": 4, "link": 0}, "link=0, but the adapter to start from has 4: give --link 4"),
+    ],
+)
+def test_a_start_of_other_sizes(
+    selfdraft: Any, folder: Path, data: Path, trained: Path, tmp_path: Path, sizes: dict[str, object], words: str
+) -> None:
+    flags = ["--start-from", trained, "--output", tmp_path / "out"]
+    one_line(selfdraft("train", *options(folder, data, *flags, **sizes)), words)
+
+
 @pytest.mark.parametrize("recipe", ["space", "s3d"])
 def test_killed_at_any_moment(folder: Path, data: Path, tmp_path: Path, recipe: str) -> None:
     """SIGKILL: the same bytes as undisturbed. Ten kills and more: python -m tests.killing."""
@@ -703,6 +756,9 @@ FLAGS: dict[str, tuple[SequenceOf[object], str]] = {
         "distill_temperature=0.0 is out of range: it must be above 0.0",
     ),
     "no room": (["--distill", "--distill-tokens", 41], "distill_tokens=41 leaves no room for a prompt"),
+    "no start": (["--start-from", "/nowhere"], "start_from='/nowhere' is no folder that 'selfdraft train' has written"),
+    "none comes": (["--start-from", "bundled"], "start_from='bundled': no adapter for this model comes with selfdraft"),
+    "tuned start": (["--start-from", "bundled", "--sar-sft"], "sar_sft tunes the model itself"),
 }
 
 

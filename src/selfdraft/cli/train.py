@@ -37,6 +37,13 @@ Modules = Annotated[
     Literal["all", "attention", "output"],
     typer.Option(help="Linear layers with an adapter: all, those of attention, or its output projection alone."),
 ]
+StartFrom = Annotated[
+    str | None,
+    typer.Option(
+        help="Begin with the adapter in this folder, or with 'bundled', the one that comes with selfdraft.",
+        metavar="DIR|bundled",
+    ),
+]
 SkipWidths = Annotated[str | None, typer.Option(help="s3d: numbers of middle blocks to skip, with commas between.")]
 SarSft = Annotated[
     bool, typer.Option("--sar-sft", help="space: tune the model itself, as the paper does; writes a new model.")
@@ -66,6 +73,7 @@ def train(
     hard_share: Annotated[float, typer.Option(help="Share of the loss on the likeliest token, not all of them.")] = 0.5,
     skip_widths: SkipWidths = None,
     sar_sft: SarSft = False,
+    start_from: StartFrom = None,
     seed: Annotated[int, typer.Option(help="Same seed, same adapter.")] = 0,
     every: Annotated[int, typer.Option(help="Steps between checkpoints and measurements.", min=1)] = 100,
     dtype: Dtype = "auto",
@@ -75,9 +83,11 @@ def train(
     """Train mask tokens for s3d or space. The model's own weights stay as they are; a killed run goes on."""
     from selfdraft.train.output import check_output
     from selfdraft.train.settings import Settings
+    from selfdraft.train.start import digest_of
 
     settings = Settings(recipe=recipe, masks=MASKS[recipe] if masks is None else masks, seed=seed)
     settings = replace(settings, rank=rank, link=link, sar_sft=sar_sft, skip_widths=_widths(skip_widths))
+    settings = replace(settings, start="" if start_from is None else digest_of(start_from))
     settings = replace(settings, steps=steps, batch_size=batch_size, groups=groups, learning_rate=learning_rate)
     settings = replace(settings, max_length=max_length, hard_share=hard_share, thinning=thinning, modules=modules)
     check_device(device)
@@ -89,7 +99,7 @@ def train(
     if card is not None:
         _check_model(llm, card, output)
         return
-    _train(llm, [*data, *(more or ())], own, settings, output, every)
+    _train(llm, [*data, *(more or ())], own, settings, output, every, start_from)
 
 
 def _finished(output: Path, settings: Settings) -> Mapping[str, object] | None:
@@ -184,10 +194,19 @@ def _own_texts(llm: LLM, files: list[Path], output: Path, settings: Settings, ow
             before = done
 
 
-def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, output: Path, every: int) -> None:
+def _train(
+    llm: LLM,
+    files: list[Path],
+    own: _Own | None,
+    settings: Settings,
+    output: Path,
+    every: int,
+    start_from: str | None,
+) -> None:
     """Train on the files, or on the model's own continuations of them, and say how the adapter is used."""
     from selfdraft.train.output import MODEL, make_output
     from selfdraft.train.run import accelerator_for, run
+    from selfdraft.train.start import read_start
     from selfdraft.train.texts import read_texts
 
     settings.skips(llm.target.layers)
@@ -198,6 +217,7 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
             f"max_length={settings.max_length} with {settings.masks} masks does not fit into the context of "
             f"{context}; give --max-length {room}"
         )
+    start = None if start_from is None else read_start(start_from, llm.model)
     accelerator = accelerator_for(llm.model)
     if own is not None:
         if accelerator.is_main_process:
@@ -207,7 +227,7 @@ def _train(llm: LLM, files: list[Path], own: _Own | None, settings: Settings, ou
     texts = read_texts(files, llm.encode, settings.max_length, llm.target.vocab)
     make_output(output)
     with training_bar(settings.steps, quiet=not accelerator.is_main_process) as report:
-        for state in run(llm.model, llm.tokenizer, texts, settings, output, accelerator, every=every):
+        for state in run(llm.model, llm.tokenizer, texts, settings, output, accelerator, start=start, every=every):
             report(state)
     if accelerator.is_main_process:
         use = f"--model {output / MODEL}" if settings.sar_sft else f"--adapter {output}"

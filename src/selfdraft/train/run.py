@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from selfdraft.errors import OptionError
-from selfdraft.models.adapters import CHECKPOINT
+from selfdraft.models.adapters import CHECKPOINT, MaskAdapter
 from selfdraft.models.reference import Model, Tokenizer
 from selfdraft.train.loop import Progress, train
 from selfdraft.train.output import MODEL, tidy, write_adapter, write_model
 from selfdraft.train.settings import Settings
+from selfdraft.train.start import begin_with
 from selfdraft.train.student import Student, linear_names
 from selfdraft.train.texts import Text, split
 
@@ -122,14 +123,18 @@ def run(
     output: Path,
     accelerator: Accelerator,
     *,
+    start: MaskAdapter | None = None,
     every: int = 100,
 ) -> Iterator[Progress]:
     """Train, or go on training, and write the adapter into `output`. Yields after every step. Errors: OptionError.
 
-    `model` moves to the accelerator's device; with `sar_sft` it is the tuned model afterwards.
+    `start`: the adapter to begin with. `model` moves to the accelerator's device; with `sar_sft` it is the tuned model
+    afterwards.
     """
     model.to(accelerator.device)
     student = make_student(model, settings)
+    if start is not None:
+        begin_with(student, start)
     last = Progress(settings.steps, 0.0)
     for last in train(student, texts, settings, accelerator, output / CHECKPOINT, every=every):
         yield last

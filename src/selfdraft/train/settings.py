@@ -46,6 +46,8 @@ class Settings:
     sar_sft: bool = False
     """Train as SPACE does: the adapter acts on every row and is merged into the weights."""
     seed: int = 0
+    start: str = ""
+    """The adapter that training begins with (`train/start.py`), as a hash; "": a fresh one."""
 
     def __post_init__(self) -> None:
         if self.recipe not in ("s3d", "space"):
@@ -67,6 +69,8 @@ class Settings:
             raise OptionError(f"sar_sft belongs to recipe 'space', not to {self.recipe!r}")
         if self.sar_sft and not self.rank:
             raise OptionError("sar_sft tunes the model through an adapter: rank=0 leaves nothing to tune")
+        if self.sar_sft and self.start:
+            raise OptionError("sar_sft tunes the model itself; an adapter to start from acts on masks alone")
         if self.skip_widths and self.recipe != "s3d":
             raise OptionError(f"skip_widths belongs to recipe 's3d', not to {self.recipe!r}")
 
@@ -93,4 +97,5 @@ class Settings:
 
 def first_change(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
     """The first option of `new` that was otherwise in `old`, said as 'name=old, not new'; None when all are equal."""
-    return next((f"{n}={old.get(n)!r}, not {value!r}" for n, value in new.items() if old.get(n) != value), None)
+    before = {"start": "", **old}  # a card may be older than this option
+    return next((f"{n}={before.get(n)!r}, not {value!r}" for n, value in new.items() if before.get(n) != value), None)
