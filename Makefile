@@ -52,13 +52,13 @@ results: $(READY_DEV)
 	$(BENCH) --temperature 0.8 --output docs/results/sampled.jsonl
 	$(BIN)/selfdraft results docs/results/*.jsonl* --output docs/results.md --pictures docs/pictures/results
 
-# an adapter of s3d for SmolLM2, which does not come with selfdraft: the model writes 800 texts, then it is trained on them from the
-# masks that come; an hour and more on two cores. It goes on where it was stopped. DATA: a folder as in recipes/mask_prompts.py
+# the adapter of s3d for SmolLM2 that comes with selfdraft, made anew: the model writes 800 texts, then it is trained on them from the
+# masks of space; an hour and more on two cores. It goes on where it was stopped. DATA: a folder as in recipes/mask_prompts.py
 s3d: $(READY_DEV)
 	mkdir -p .s3d
 	$(BIN)/python recipes/mask_prompts.py $(DATA) .s3d/prompts.jsonl --limit 800
-	$(BIN)/selfdraft train --recipe s3d --model smollm2 --data .s3d/prompts.jsonl --distill --start-from bundled --batch-size 4 \
-		--groups 64 --steps 140 --modules output --rank 128 --every 20 --output .s3d/adapter
+	$(BIN)/selfdraft train --recipe s3d --model smollm2 --data .s3d/prompts.jsonl --distill --batch-size 4 \
+		--start-from $(wildcard src/selfdraft/models/trained/*/selfdraft_space) --groups 64 --steps 140 --modules output --rank 128 --every 20 --output .s3d/adapter
 
 planted: $(READY_DEV)
 	$(BIN)/python -m tests.planted

@@ -85,6 +85,21 @@ def test_the_text_is_plain_and_masks_are_a_source_only_where_they_pay(short: flo
         assert len(rows) > 1 + TRUSTED, "more than what is tried anyway"
 
 
+@pytest.mark.parametrize(("acceptance", "most"), [((), 1 + TRUSTED), ((0.3, 0.2, 0.1), 3)])
+def test_what_training_said_of_the_masks_spares_most_trials(acceptance: tuple[float, ...], most: int) -> None:
+    """A pass of half a step is worth 0.3 + 0.06 + 0.006 tokens by the card: it is not tried again and again."""
+    model = tiny_llama()
+    (adapter,) = (one for one in random_adapters(model) if one.method == "s3d")
+    target = on_passes(HFTarget(model, adapters=[replace(adapter, acceptance=acceptance)]), Passes(1.0, 0.5, 1 / 64))
+    drafter = build("auto", target, {"s3d": True})
+    assert isinstance(drafter, Auto)
+    rows = counting(target, drafter, right=False)
+    wrong = replace(WARM, max_tokens=20, ignore_eos=True, logit_bias=dict.fromkeys(NEVER, -100.0))
+    run(target, drafter, PROMPTS[:1], wrong)
+    assert 1 < len(rows) <= most
+    assert (len(rows) > 3) == (most > 3)
+
+
 def test_a_pass_whose_masks_are_never_right_ends() -> None:
     target = masked_target(0.25)
     drafter = build("auto", target, {"s3d": True})

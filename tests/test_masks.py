@@ -518,7 +518,8 @@ def test_every_adapter_of_the_package_lies_where_its_model_finds_it() -> None:
     for place in folders:
         card = json.loads((place / CARD).read_text())
         assert (card["model"], f"selfdraft_{card['method']}") == (place.parent.name, place.name)
-        assert len(card["held_out_acceptance"]) == card["settings"]["masks"]
+        places = card["settings"]["masks"] + (card["method"] == "s3d")  # its short pass guesses the next token, too
+        assert len(card["held_out_acceptance"]) == places
 
 
 def test_the_link_of_a_token_is_the_same_whenever_it_is_asked() -> None:

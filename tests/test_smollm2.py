@@ -11,7 +11,6 @@ import torch
 from selfdraft import LLM, SamplingParams
 from selfdraft.core.sequence import Sequence
 from selfdraft.drafters import NAMES
-from selfdraft.errors import MissingMasks
 from selfdraft.prove.record import Record, decode
 from tests.clocks import on_passes
 from tests.smollm2 import smollm2_or_skip
@@ -24,9 +23,9 @@ SAMPLINGS = {
     "greedy": SamplingParams(max_tokens=16),
     "sampled": SamplingParams(max_tokens=16, temperature=0.8, top_p=0.95, seed=7),
 }
-DRAFTERS = [*(name for name in NAMES if name not in ("none", "s3d")), "merged with masks", "auto with masks"]
-DRAFTERS += ["auto with bits"]
-OPTIONS: dict[str, dict[str, object]] = {"": {}, "masks": {"masks": True}, "bits": {"bits": 4}}
+DRAFTERS = [*(name for name in NAMES if name != "none"), "merged with masks", "auto with masks"]
+DRAFTERS += ["auto with bits", "auto with s3d"]
+OPTIONS: dict[str, dict[str, object]] = {"": {}, "masks": {"masks": True}, "bits": {"bits": 4}, "s3d": {"s3d": True}}
 GOLDEN = "The capital of France is Paris."
 
 
@@ -89,8 +88,3 @@ def test_golden_text_and_template(llm: LLM) -> None:
 def test_it_is_never_refused(dtype: str) -> None:
     made = LLM(smollm2_or_skip(), dtype=dtype, drafter="none", runner="plain")
     assert next(made.model.parameters()).dtype == getattr(torch, dtype)
-
-
-def test_it_has_no_masks_and_says_so(llm: LLM) -> None:
-    with pytest.raises(MissingMasks):
-        llm.engine_for("s3d")

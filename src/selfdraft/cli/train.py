@@ -40,7 +40,7 @@ Modules = Annotated[
 StartFrom = Annotated[
     str | None,
     typer.Option(
-        help="Begin with the adapter in this folder, or with 'bundled', the one that comes with selfdraft.",
+        help="Begin with the adapter in this folder, or with 'bundled', one that comes with selfdraft.",
         metavar="DIR|bundled",
     ),
 ]
@@ -217,7 +217,7 @@ def _train(
             f"max_length={settings.max_length} with {settings.masks} masks does not fit into the context of "
             f"{context}; give --max-length {room}"
         )
-    start = None if start_from is None else read_start(start_from, llm.model)
+    start = None if start_from is None else read_start(start_from, llm.model, settings.recipe)
     accelerator = accelerator_for(llm.model)
     if own is not None:
         if accelerator.is_main_process:

@@ -228,6 +228,8 @@ class PassRule:
     left: int = 0
     """Steps until a pass is tried again, though it did not pay."""
     pause: int = PAUSES[0]
+    hope: float = HOPE
+    """A pass is tried at first when it costs at most so many times what it is worth."""
 
     def cost(self, rows: int, least: float) -> float:
         """What a pass of `rows` rows costs, in tokens; at least at `least` tokens per second."""
@@ -240,10 +242,10 @@ class PassRule:
     def tries(self, worth: float, cost: float) -> bool:
         """Whether to run an unprofitable pass once to keep its cost estimate fresh. Asked once a step.
 
-        Always during the first 8 steps, unless it costs 3 times what it is worth; then after pauses that double, up
-        to 1,024 steps, as long as it does not pay.
+        Always during the first 8 steps, unless it costs `hope` times what it is worth; then after pauses that double,
+        up to 1,024 steps, as long as it does not pay.
         """
-        if self.time.steps < TRUSTED and HOPE * worth >= cost:
+        if self.time.steps < TRUSTED and self.hope * worth >= cost:
             return True
         self.left -= 1
         if self.left > 0:

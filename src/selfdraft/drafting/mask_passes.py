@@ -7,6 +7,8 @@ is worth what the masks alone bring, and is run where that is more than its seco
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
+from operator import mul
 
 from selfdraft.core.rows import group_rows
 from selfdraft.core.sequence import Sequence
@@ -23,7 +25,7 @@ from selfdraft.drafting.step_timer import StepTimer
 from selfdraft.types import Budget, JsonObject, middle, within
 
 FIRST_GAIN = 1.0
-"""Tokens that masks are thought to bring in a step before any was seen."""
+"""Tokens that masks of unknown acceptance are thought to bring in a step before any was seen."""
 EXPECTED = 4
 """Classes of trees without masks: those expected to bring less than 1 token, less than 2, less than 3, and others."""
 
@@ -86,8 +88,10 @@ class MaskPasses:
 
     def __init__(self, short: ShortPass, tree: SourceTree, guard: CostGuard) -> None:
         self.short, self.tree, self.guard = short, tree, guard
-        self.rule = PassRule()
-        self.gains = [Mean(FIRST_GAIN, 3.0, 0.995) for _ in range(EXPECTED)]
+        shares = short.trained.acceptance[: len(short.ids) + 1]
+        self.rule = PassRule(hope=1.0) if shares else PassRule()
+        first = sum(accumulate(shares, mul)) if shares else FIRST_GAIN
+        self.gains = [Mean(first, 3.0, 0.995) for _ in range(EXPECTED)]
         """Tokens that only masks named, by the class of the tree without them."""
         self.seconds = 0.0
         """Seconds that the pass of this step took."""

@@ -47,6 +47,8 @@ class MaskTokens:
     """(token, ids [k]) -> what to add to the logits of `ids` when `token` stands before them; None: nothing."""
     shifts: Links = lambda before, ids: None
     """The same for many rows and tokens at once."""
+    acceptance: tuple[float, ...] = ()
+    """Share of tokens that each place guessed right after training; (): unknown."""
 
 
 @dataclass(frozen=True, slots=True)

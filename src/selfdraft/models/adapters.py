@@ -69,6 +69,8 @@ class MaskAdapter:
     Masks guess without knowing one another's tokens; the drafter knows them when it makes the tree. The shift is linear
     in the token's embedding, so it costs no pass (the sampler head of arXiv 2507.11851, without its hidden layer).
     """
+    acceptance: tuple[float, ...] = ()
+    """Share of held-out tokens that each place guessed right when training ended; (): unknown."""
 
     @property
     def bytes(self) -> int:
@@ -268,7 +270,15 @@ def load_adapter(folder: str | Path, model: PreTrainedModel | Frame) -> MaskAdap
     link = None
     if "link_down" in tensors or "link_up" in tensors:
         link = _link(place / EMBEDDINGS, tensors, hidden)
-    return MaskAdapter(str(card["method"]), embeddings, layers, card["method"] == "s3d", advice, link)
+    acceptance = _acceptance(card.get("held_out_acceptance"))
+    return MaskAdapter(str(card["method"]), embeddings, layers, card["method"] == "s3d", advice, link, acceptance)
+
+
+def _acceptance(given: object) -> tuple[float, ...]:
+    """As the card says it; () when it says nothing that can be used."""
+    shares = given if isinstance(given, list) else []
+    known = all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares)
+    return tuple(map(float, shares)) if known else ()
 
 
 def _link(path: Path, tensors: Mapping[str, Tensor], hidden: int) -> tuple[Tensor, Tensor]:

@@ -241,9 +241,9 @@ class HFTarget:
             if adapter.link is not None:
                 quick = self.runner.link(self.ends, adapter.link) if self.runner else None
                 one, many = partial(self._shift, adapter.link, {}, quick), partial(self._shifts, adapter.link)
-                found.setdefault(adapter.method, MaskTokens(ids, one, many))
+                found.setdefault(adapter.method, MaskTokens(ids, one, many, acceptance=adapter.acceptance))
             else:
-                found.setdefault(adapter.method, MaskTokens(ids))
+                found.setdefault(adapter.method, MaskTokens(ids, acceptance=adapter.acceptance))
         return found
 
     @torch.inference_mode()

@@ -11,10 +11,11 @@ from selfdraft.errors import OptionError
 from selfdraft.models.adapters import EMBEDDINGS, SHIPPED, WEIGHTS, MaskAdapter, find_adapters, load_adapter
 from selfdraft.models.identity import base_hash
 from selfdraft.models.reference import Model
+from selfdraft.train.settings import Recipe
 from selfdraft.train.student import Student
 
 BUNDLED = "bundled"
-"""Names the adapter that comes with selfdraft for the model."""
+"""Names an adapter that comes with selfdraft for the model."""
 
 
 def digest_of(given: str) -> str:
@@ -31,14 +32,17 @@ def digest_of(given: str) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
 
 
-def read_start(given: str, model: Model) -> MaskAdapter:
-    """The adapter itself. Errors: OptionError when none comes with selfdraft; LoadError when it is of another model."""
+def read_start(given: str, model: Model, recipe: Recipe) -> MaskAdapter:
+    """The adapter itself; of those that come with selfdraft that of the same recipe, else the other one.
+
+    Errors: OptionError when none comes with selfdraft; LoadError when it is of another model.
+    """
     if given != BUNDLED:
         return load_adapter(given, model)
-    places = find_adapters(SHIPPED / base_hash(model))
-    if not places:
+    found = [load_adapter(place, model) for place in find_adapters(SHIPPED / base_hash(model))]
+    if not found:
         raise OptionError(f"start_from={given!r}: no adapter for this model comes with selfdraft; give a folder")
-    return load_adapter(places[0], model)
+    return min(found, key=lambda adapter: adapter.method != recipe)
 
 
 @torch.no_grad()
