@@ -20,6 +20,7 @@ from selfdraft.core.rows import pack
 from selfdraft.core.sequence import Sequence
 from selfdraft.core.tree import EMPTY, Draft
 from selfdraft.drafters import table
+from selfdraft.drafting.cost_model import Profile
 from selfdraft.errors import LoadError, RunnerUnavailable
 from selfdraft.files.arrays import read_arrays, write_arrays
 from selfdraft.files.atomic import cache_folder
@@ -129,6 +130,19 @@ def run(model: str | Path) -> tuple[str, set[str]]:
     )
     answer, modules = done.stdout.strip().splitlines()
     return json.loads(answer)["results"][0]["text"], set(json.loads(modules))
+
+
+def test_the_default_drafter_needs_no_stock_model_on_a_slow_machine(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There every way to draft is open, those by passes of their own, too."""
+    slow = Profile((1, 64), (0.1, 0.2), (0.0, 0.0))
+    monkeypatch.setattr("selfdraft.llm.profile_of", lambda *_, **__: slow)
+    for _ in range(2):
+        llm = opened(folder, drafter="auto")
+        assert llm.target.profile is slow
+        text_of(llm)
+    assert from_kept(llm)
 
 
 def test_a_second_start_takes_no_modelling_code(cache: Path, folder: Path) -> None:

@@ -56,8 +56,7 @@ class Auto:
     where passes were measured, rows are cheap, and no pass drafts, beside which masks bring little. `bits`: passes of a
     copy with weights rounded to so many bits draft, too, as long as they pay (`drafting/inner_passes.py`). `skip_set`:
     so do passes without the sublayers of a set, 'FILE' or 'FILE#NAME'. `s3d`: so does a short pass over masks trained
-    with `selfdraft train --recipe s3d` (`drafting/mask_passes.py`); None: where the model has such masks, passes were
-    measured, and no other of these ways is taken.
+    with `selfdraft train --recipe s3d` (`drafting/mask_passes.py`), which needs the stock model's blocks in memory.
     `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
     Errors: OptionError for values out of range.
     """
@@ -80,12 +79,12 @@ class Auto:
         masks: bool | None = None,
         bits: int | None = None,
         skip_set: Skip | str | Path | None = None,
-        s3d: bool | None = None,
+        s3d: bool = False,
         task_profile: str | Path | None = None,
     ) -> None:
         self.memory = Memory(memory) if memory else None
         found, clock = target.extras.mask_tokens.get(MASKED), target.extras.clock
-        unasked = bits is None and skip_set is None and s3d is not True and cheap_rows(target.extras.pass_cost)
+        unasked = bits is None and skip_set is None and s3d is False and cheap_rows(target.extras.pass_cost)
         rows = wanted_masks(found, unasked if masks is None else masks)
         passes = self._short_masks(target, s3d, {"masks": rows, "bits": bits, "skip_set": skip_set})
         before, sources = read_task_profile(task_profile), every_source(recycling)
@@ -110,17 +109,14 @@ class Auto:
 
         Errors: OptionError; MissingMasks.
         """
-        taken = [name for name, value in others.items() if value is not None and value is not False]
-        if wanted is True:
-            if taken:
-                raise OptionError(f"s3d and {taken[0]} are two ways to draft with the model: give one of them")
-            return target.extras.masks_for(SHORT)
-        if wanted is not None and wanted is not False:
+        if not isinstance(wanted, bool):
             raise OptionError(f"s3d={wanted!r} is neither True nor False")
-        profile = target.extras.pass_cost
-        if wanted is False or taken or profile is None or profile.at(1) < TREE_FROM:
+        if not wanted:
             return None
-        return target.extras.mask_tokens.get(SHORT)
+        taken = [name for name, value in others.items() if value is not None and value is not False]
+        if taken:
+            raise OptionError(f"s3d and {taken[0]} are two ways to draft with the model: give one of them")
+        return target.extras.masks_for(SHORT)
 
     def _inner_passes(self, target: Target, bits: int | None, skip_set: object) -> InnerPasses | None:
         """What drafts with cheaper passes, if anything does. Errors: OptionError; RunnerUnavailable without copies."""
