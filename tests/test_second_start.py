@@ -135,8 +135,8 @@ def run(model: str | Path) -> tuple[str, set[str]]:
 def test_the_default_drafter_needs_no_stock_model_on_a_slow_machine(
     cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There every way to draft is open, those by passes of their own, too."""
-    slow = Profile((1, 64), (0.1, 0.2), (0.0, 0.0))
+    """Where rows are dear, too, masks are left out, and what is left might draft."""
+    slow = Profile((1, 64), (0.1, 6.4), (0.0, 0.0))
     monkeypatch.setattr("selfdraft.llm.profile_of", lambda *_, **__: slow)
     for _ in range(2):
         llm = opened(folder, drafter="auto")
