@@ -67,7 +67,7 @@ class Profile:
     per_token: tuple[float, ...]
     """a: seconds that each remembered token adds, for each of them."""
     per_sequence: float = 0.0
-    """s: seconds that each further sequence adds to a pass of as many rows."""
+    """s: seconds that each further sequence adds to a pass of as many rows; below 0 where it takes some off."""
     host: float = 0.0
     """Seconds of a plain step beside the pass."""
     spread: float = 1.0
@@ -76,14 +76,15 @@ class Profile:
     def at(self, rows: int, tokens: int = 0, sequences: int = 1) -> float:
         """Seconds of a pass over `rows` rows of `sequences` sequences that have `tokens` cached tokens together.
 
-        A row sees the tokens of its own sequence; those of the others are at least read.
+        A row sees the tokens of its own sequence; those of the others are at least read. Never less than T(1).
         """
         right = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
         low, high = self.rows[right - 1], self.rows[right]
         share = (rows - low) / (high - low)
         own = tokens / sequences
         remembered = _between(self.per_token, right, share) * own + self.per_token[0] * (tokens - own)
-        return _between(self.seconds, right, share) + remembered + self.per_sequence * (sequences - 1)
+        passed = _between(self.seconds, right, share) + self.per_sequence * (sequences - 1)
+        return max(passed, self.seconds[0]) + remembered
 
     def on(self, rows: SequenceOf[int]) -> Profile:
         """The same line with other numbers of rows, ascending, as its corners."""

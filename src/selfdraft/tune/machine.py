@@ -92,7 +92,7 @@ def load(target: HFTarget, folder: Path | None = None) -> tuple[Profile | None, 
 def _check(profile: Profile) -> None:
     """Errors: ValueError when the numbers are no profile."""
     counts = {len(getattr(profile, name)) for name in ("rows", "seconds", "per_token")}
-    numbers = [*profile.rows, *profile.seconds, *profile.per_token, profile.per_sequence, profile.host]
+    numbers = [*profile.rows, *profile.seconds, *profile.per_token, abs(profile.per_sequence), profile.host]
     if len(counts) != 1 or len(profile.rows) < 2 or list(profile.rows) != sorted(set(profile.rows)):
         raise ValueError("its lists do not fit together")
     if not all(isinstance(x, int | float) and 0 <= x < 1e6 for x in numbers) or min(profile.seconds) <= 0:
@@ -182,8 +182,8 @@ def _coarse(found: dict[tuple[int, int], list[float]], contexts: list[int]) -> P
     times = {kind: min(values) for kind, values in found.items()}
     counts = sorted(rows for number, rows in times if number == 0)
     both = [rows for rows in counts if (1, rows) in times]
-    slope, start = np.polyfit(both, [times[1, rows] - times[0, rows] for rows in both], 1)
-    behind = {(1, rows): times[0, rows] + float(start + slope * rows) for rows in counts}
+    slope, start = _line(both, [times[1, rows] - times[0, rows] for rows in both])
+    behind = {(1, rows): times[0, rows] + start + slope * rows for rows in counts}
     ones = found[0, 1]
     spread = max(ones) / min(ones) if len(ones) > 1 else STEADY + 1.0  # one pass alone tells nothing about it
     return replace(_profile(counts, times | behind, contexts, several=0.0, beside=0.0), spread=spread)
@@ -208,12 +208,19 @@ def _profile(
     """Smooth what was measured: a pass never gets cheaper by a row, and a token's price is a line over the rows."""
     near, far = contexts
     raw = [(times[1, rows] - times[0, rows]) / (far - near) for rows in counts]
-    slope, start = np.polyfit(counts, raw, 1)
+    slope, start = _line(counts, raw)
     per_token = [max(float(start + slope * rows), 0.0) for rows in counts]
     short = [max(times[0, rows] - price * near, 1e-9) for rows, price in zip(counts, per_token, strict=True)]
     profile = Profile(tuple(counts), tuple(accumulate(short, max)), tuple(per_token), host=beside)
-    more = max((several - profile.at(BATCH, BATCH * near)) / (BATCH - 1), 0.0)
-    return replace(profile, per_sequence=more)
+    if not several:
+        return profile
+    return replace(profile, per_sequence=(several - profile.at(BATCH, BATCH * near, BATCH)) / (BATCH - 1))
+
+
+def _line(counts: SequenceOf[int], values: SequenceOf[float]) -> tuple[float, float]:
+    """(slope, start) of the line that is nearest by relative error: steps of few rows are the most frequent ones."""
+    slope, start = np.polyfit(counts, values, 1, w=[1 / rows for rows in counts])
+    return float(slope), float(start)
 
 
 def _request(target: HFTarget, tokens: list[int]) -> Sequence:
