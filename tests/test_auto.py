@@ -287,7 +287,7 @@ def measured(target: HFTarget) -> Profile:
 
 
 def test_what_a_token_adds_is_right_for_few_rows() -> None:
-    """They are the most frequent ones; a line through large passes alone would be 60 % off there (figures of SmolLM2)."""
+    """They are the most frequent ones; a line through large passes would be 60 % off there (figures of SmolLM2)."""
     per_token = {1: 1.77, 2: 2.08, 4: 3.45, 8: 6.69, 16: 11.62, 32: 20.91, 64: 35.55, 128: 66.82}
     times = {(0, rows): 1e4 + each * 32 for rows, each in per_token.items()}
     times |= {(1, rows): 1e4 + each * 1024 for rows, each in per_token.items()}
