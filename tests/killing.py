@@ -100,6 +100,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def compare(options: SequenceOf[str], folder: Path, *, kills: int, seed: int = 0, stride: int = 1) -> dict[str, Any]:
     """What was done and which files, by output, are not those of an undisturbed run."""
+    folder.mkdir(parents=True, exist_ok=True)
     whole = folder / "whole"
     began = time.perf_counter()
     assert ends(start(options, whole))
