@@ -116,7 +116,7 @@ BUGS = (
     Bug(
         "masks-beside-a-copy",
         "drafters/auto.py",
-        "unasked = bits is None and skip_set is None and s3d is not True and cheap_rows",
+        "unasked = bits is None and skip_set is None and s3d is False and cheap_rows",
         "unasked = cheap_rows",
         "masks are tried unasked where a rounded copy already says what comes",
     ),
