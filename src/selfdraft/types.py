@@ -166,11 +166,12 @@ def _whole(name: str, value: object) -> int:
     return number
 
 
-def _flag(name: str, value: object) -> bool:
-    flag = bare(value)
-    if not isinstance(flag, bool):
+def flag(name: str, value: object) -> bool:
+    """An option that is True or False. Errors: OptionError when it is something else."""
+    given = bare(value)
+    if not isinstance(given, bool):
         raise OptionError(f"{name}={shown(value)} is neither True nor False")
-    return flag
+    return given
 
 
 def _items(name: str, value: object, taken: str) -> list[object]:
@@ -245,7 +246,7 @@ _READERS: dict[str, Callable[[str, object], object]] = {
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _real),
     "top_k": _top_k,
     **dict.fromkeys(("min_tokens", "max_tokens", "seed", "n", "logprobs"), _whole),
-    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), _flag),
+    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), flag),
     **dict.fromkeys(("stop", "bad_words"), _texts),
     **dict.fromkeys(("stop_token_ids", "allowed_token_ids"), _ids),
     **dict.fromkeys(("logits_processors", "stopping_criteria"), _functions),

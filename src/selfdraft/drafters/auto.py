@@ -27,7 +27,7 @@ from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import given_skip
 from selfdraft.files.task_profiles import read_task_profile
 from selfdraft.protocols import Needs, Target, search_of
-from selfdraft.types import Budget, PassVariant, Skip
+from selfdraft.types import Budget, PassVariant, Skip, flag
 
 ROUNDED, SKIPPING = "rounded", "layer_skip"
 """Names of the tokens that passes with rounded weights, or without some sublayers, agreed to."""
@@ -109,9 +109,7 @@ class Auto:
 
         Errors: OptionError; MissingMasks.
         """
-        if not isinstance(wanted, bool):
-            raise OptionError(f"s3d={wanted!r} is neither True nor False")
-        if not wanted:
+        if not flag("s3d", wanted):
             return None
         taken = [name for name, value in others.items() if value is not None and value is not False]
         if taken:

@@ -24,8 +24,7 @@ from selfdraft.drafting.mixing import Credit, Merger, TaskProfile
 from selfdraft.drafting.output_memory import Memory
 from selfdraft.drafting.sources import Alignments, Contexts, Copies, Reader, Source, Successors
 from selfdraft.drafting.step_timer import StepTimer
-from selfdraft.errors import OptionError
-from selfdraft.types import Budget, Clock, within
+from selfdraft.types import Budget, Clock, flag, within
 
 RECYCLING = "recycling"
 """Name of the source that takes the model's own runners-up: its tokens are shown under it."""
@@ -45,16 +44,12 @@ class Sources:
 
 def wanted_masks(masks: MaskTokens | None, wanted: object) -> MaskTokens | None:
     """The model's trained masks, if they are `wanted` and there are any. Errors: OptionError when that is no bool."""
-    if not isinstance(wanted, bool):
-        raise OptionError(f"masks={wanted!r} is neither True nor False")
-    return masks if wanted else None
+    return masks if flag("masks", wanted) else None
 
 
 def every_source(recycling: object) -> Sources:
     """All sources, the model's runners-up only with `recycling`. Errors: OptionError when that is no bool."""
-    if not isinstance(recycling, bool):
-        raise OptionError(f"recycling={recycling!r} is neither True nor False")
-    return Sources(request=True, prediction=True, recycling=recycling)
+    return Sources(request=True, prediction=True, recycling=flag("recycling", recycling))
 
 
 class RequestSources:

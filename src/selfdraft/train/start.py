@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from selfdraft.errors import OptionError
-from selfdraft.models.adapters import EMBEDDINGS, SHIPPED, WEIGHTS, MaskAdapter, find_adapters, load_adapter
-from selfdraft.models.identity import base_hash
+from selfdraft.models.adapters import EMBEDDINGS, WEIGHTS, MaskAdapter, load_adapter, load_adapters
 from selfdraft.models.reference import Model
 from selfdraft.train.settings import Recipe
 from selfdraft.train.student import Student
@@ -39,7 +38,7 @@ def read_start(given: str, model: Model, recipe: Recipe) -> MaskAdapter:
     """
     if given != BUNDLED:
         return load_adapter(given, model)
-    found = [load_adapter(place, model) for place in find_adapters(SHIPPED / base_hash(model))]
+    found = load_adapters([], model)
     if not found:
         raise OptionError(f"start_from={given!r}: no adapter for this model comes with selfdraft; give a folder")
     return min(found, key=lambda adapter: adapter.method != recipe)

@@ -34,9 +34,8 @@ from selfdraft.drafting.successors import (
     order_of_learning,
 )
 from selfdraft.drafting.trials import Trials
-from selfdraft.errors import OptionError
 from selfdraft.protocols import Needs, Target
-from selfdraft.types import Budget, within
+from selfdraft.types import Budget, flag, within
 
 SOURCE = "lookahead"
 BRANCHES = 3
@@ -82,11 +81,8 @@ class Lookahead:
         within("window_size", window_size, 1, 256)
         within("ngram_size", ngram_size, 3, 64)
         within("guess_set_size", guess_set_size, 1, 256)
-        for name, value in (("pool_from_prompt", pool_from_prompt), ("adaptive", adaptive)):
-            if not isinstance(value, bool):
-                raise OptionError(f"{name}={value!r} is neither True nor False")
         self.sizes = Sizes(window_size, ngram_size, guess_set_size)
-        self.from_prompt, self.adaptive = pool_from_prompt, adaptive
+        self.from_prompt, self.adaptive = flag("pool_from_prompt", pool_from_prompt), flag("adaptive", adaptive)
         self.clock = target.extras.clock
         self.trials = Trials(GIVEN + 1)
         self._way = GIVEN
