@@ -203,8 +203,21 @@ def test_a_chain_that_is_hardly_right_is_not_taken_along() -> None:
     links = [Link(Chain(Sequence([1, 2], 1, GREEDY, slot=slot), 8), Budget(0, 8, 0)) for slot in range(2)]
     for link, score in zip(links, (0.05, 0.95), strict=True):
         link.chain.add(3, score)
+    inner._row_costs = [0.0] * 8
     assert inner._going(links, 0.0, first=False) == links[1:]
     assert inner._going(links[:1], 0.0, first=False) == []
+
+
+@pytest.mark.parametrize(("row", "least", "most"), [(0.0, 4.0, 99.0), (0.5, 0.0, 2.0)])
+def test_a_token_of_a_chain_pays_for_its_row_in_the_whole_pass(row: float, least: float, most: float) -> None:
+    """Inner passes are nearly free here and often right: what they add must be worth the rows that verify it."""
+    target = slowed(left_alone(), Machine(1.0, 0.01))
+    target.profile = Profile((1, 64), (1.0, 1.0 + 63 * row), (0.0, 0.0))
+    drafter = build("cascade", target, {"bits": 8, **NOTHING_KNOWN})
+    for accepted in (0, 1, 1) * 70:
+        inner_of(drafter).rule.confidence.observe([0.05], accepted)
+    (sequence,) = run(target, drafter, PROMPTS[:1], WARM)
+    assert least <= sequence.stats.num_draft_passes / sequence.stats.num_steps <= most
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM])

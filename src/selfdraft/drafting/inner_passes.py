@@ -154,7 +154,8 @@ class InnerPasses:
     def _going(self, links: list[Link], least: float, first: bool) -> list[Link]:
         """The chains that one more inner pass extends; none when it does not pay. `least`: tokens per second.
 
-        Each has to be worth its own rows, and all of them together the pass.
+        Each has to be worth its own rows, and all of them together the pass. The token that a pass adds to a chain has
+        a row in the whole pass as well, at the price of a node there.
         """
         going = [link for link in links if link.chain.going]
         if not going:
@@ -165,11 +166,16 @@ class InnerPasses:
             link.inner = link.tree.first(sum(path * chance >= row_cost for chance in link.chances[:INNER]))
         worths = [self.rule.worth(link.chain.scores, sum(link.chances)) for link in going]
         rows = [1 + len(link.inner) for link in going]
-        own = [place for place, worth in enumerate(worths) if self.rule.pays(worth, row_cost * rows[place])]
-        if own and self.rule.pays(sum(worths[i] for i in own), self.rule.cost(sum(rows[i] for i in own), least)):
+        verified = [self._row_costs[len(link.chain.tokens)] for link in going]
+
+        def cost(places: SequenceOf[int]) -> float:
+            return self.rule.cost(sum(rows[i] for i in places), least) + sum(verified[i] for i in places)
+
+        own = [i for i, worth in enumerate(worths) if self.rule.pays(worth, row_cost * rows[i] + verified[i])]
+        if own and self.rule.pays(sum(worths[i] for i in own), cost(own)):
             self.rule.paid()
-            return [going[place] for place in own]
-        return going if first and self.rule.tries(sum(worths), self.rule.cost(sum(rows), least)) else []
+            return [going[i] for i in own]
+        return going if first and self.rule.tries(sum(worths), cost(range(len(going)))) else []
 
     def _pass(self, links: list[Link]) -> int:
         """One inner pass: every chain goes on along its tree as far as the pass agrees, and by one token more.
