@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import subprocess
+from ctypes import CDLL, c_int64, c_void_p
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,10 +18,20 @@ from selfdraft.errors import LoadError, OptionError, UnsupportedModel
 from selfdraft.models.identity import base_hash, config_hash, whole_hash
 from selfdraft.models.load import load_quantised, open_target
 from selfdraft.models.packed.arena import Arena
+from selfdraft.models.packed.formats import FORMATS
 from selfdraft.models.packed.layers import BlockEmbedding, BlockLinear, formats_of
-from selfdraft.models.packed.quantise import quantise_model, quantised, quantised_linear
+from selfdraft.models.packed.quantise import (
+    CODES,
+    four_by_kernel,
+    four_by_numpy,
+    quantise_model,
+    quantised,
+    quantised_linear,
+)
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.proof.wide import Wide
+from selfdraft.models.runner import kernel_build
+from selfdraft.models.runner.levels import FLAGS
 from selfdraft.models.runner.one_layer import run_blocks
 from tests.models import tiny_llama, tiny_target, unavailable
 
@@ -55,6 +70,34 @@ def test_weights_that_have_few_levels_come_back(bits: int, dtype: torch.dtype) -
     once = near(weights(20, 96), bits).to(dtype)
     again = near(once, bits)
     assert (again - once).abs().max() <= 0.004 * once.abs().max()
+
+
+FOUR = """#include "{header}"
+extern "C" void selfdraft_four(const float *weights, long count, long halves, unsigned char *codes, float *scales,
+                               float *mins) {{
+  quantise::four(weights, count, halves != 0, codes, scales, mins);
+}}
+"""
+
+
+@compiled
+@pytest.mark.parametrize("instructions", kernel_build.INSTRUCTIONS)
+def test_the_kernel_for_four_bits_has_the_bits_of_its_twin(instructions: str, tmp_path: Path) -> None:
+    """On every kind of processor: the codes of a model are its text."""
+    (tmp_path / "four.cpp").write_text(FOUR.format(header=kernel_build.SOURCE.with_name("quantise.h")))
+    flags = (*FLAGS, kernel_build.INSTRUCTIONS[instructions])
+    compiler = kernel_build._compiler()
+    subprocess.run([compiler, *flags, str(tmp_path / "four.cpp"), "-o", str(tmp_path / "four.so")], check=True)
+    library = CDLL(str(tmp_path / "four.so"))
+    word, place = c_int64, c_void_p
+    library.selfdraft_four.argtypes = [place, word, word, place, place, place]
+    rows = weights(64, 576).numpy()
+    rows[0], rows[1], rows[2], rows[2, :16], rows[3] = 0, 0.25, 0, 1, rows[3] * 1e-4
+    for code, size in itertools.product(CODES[4], (1.0, 1e-3, 1e-6, 3e4)):
+        blocks, kind = (rows * np.float32(size)).reshape(64, -1, 32), FORMATS[code]
+        found, wanted = four_by_kernel(blocks, kind, library), four_by_numpy(blocks, kind)
+        for i in range(3):
+            assert np.asarray(found[i]).tobytes() == np.asarray(wanted[i]).tobytes(), (str(kind), size)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -198,10 +198,10 @@ def test_families(tmp_path: Path, name: str, dtype: str) -> None:
     assert same_bits(logits_of(target), logits_of(again))
 
 
-MODEL_READERS = {"layer_skip", "quantised", "s3d", "cascade"}
+MODEL_READERS = {"layer_skip", "s3d"}
 """Drafters whose passes are other views of the stock model."""
 COPIES = {"quantised", "cascade"}
-"""Those of them that make their view when they are made."""
+"""Those that make their view when they are made, unless an earlier start has kept it."""
 DRAFTERS = [name for name in table() if name != "prediction"]
 
 
@@ -209,10 +209,11 @@ def test_every_drafter_says_the_same(cache: Path) -> None:
     opened(POCKET)
     plain = text_of(opened(POCKET, cache=False))
     for name in DRAFTERS:
+        first = name in COPIES and not [*(cache.parent / "copies").glob("*")]
         llm = opened(POCKET, drafter=name)
-        assert from_kept(llm) == (name not in COPIES), name
+        assert from_kept(llm) == (not first), name
         assert text_of(llm) == plain, name
-        assert from_kept(llm) == (name not in MODEL_READERS), name
+        assert from_kept(llm) == (name not in MODEL_READERS and not first), name
 
 
 def test_the_stock_model_comes_late_over_the_same_weights(cache: Path) -> None:

@@ -19,10 +19,18 @@ from selfdraft.drafting.mask_prediction import MaskTokens
 from selfdraft.errors import MissingMasks, RunnerUnavailable
 from selfdraft.types import Budget, Clock, JsonObject, PassVariant, Rounded
 
+UNASKED_BITS = 4
+"""Bits of a weight of a rounded copy that nobody asked for."""
+
 
 def standstill() -> float:
     """A clock that stands still."""
     return 0.0
+
+
+def no_copy() -> str:
+    """For a target that cannot say what a copy takes."""
+    return "what it takes is not known here"
 
 
 def nothing_to_prepare(short: PassVariant) -> None:
@@ -45,6 +53,8 @@ class DraftExtras:
     """By method, options found best on this model; they came with the checkpoint."""
     unrounded: str = ""
     """Why no copy with rounded weights can be made here; nothing where one can."""
+    unasked: Callable[[], str] = no_copy
+    """Why no copy of UNASKED_BITS is made unasked, by the time and memory that it takes; nothing where one may be."""
     prepare: Callable[[PassVariant], None] = nothing_to_prepare
     """Makes what drafting passes of a kind need, so that no answer waits for it."""
 

@@ -26,7 +26,7 @@ from selfdraft.drafting.suffix_copy import AHEAD, SuffixCopy
 from selfdraft.errors import OptionError
 from selfdraft.files.skip_sets import given_skip
 from selfdraft.files.task_profiles import read_task_profile
-from selfdraft.protocols import Needs, Target, search_of
+from selfdraft.protocols import UNASKED_BITS, DraftExtras, Needs, Target, search_of
 from selfdraft.types import Budget, PassVariant, Skip, flag
 
 ROUNDED, SKIPPING = "rounded", "layer_skip"
@@ -48,17 +48,32 @@ def cheap_rows(profile: Profile | None) -> bool:
     return profile is not None and profile.at(8) <= CHEAP * profile.at(1)
 
 
+def unasked(extras: DraftExtras, masks: bool | None, bits: int | None, others: bool) -> tuple[bool, int | None]:
+    """The options `masks` and `bits`, each with what pays on this machine where it is None.
+
+    A copy with 4 bits, if no other way to draft with the model was asked for, whole passes take long enough for it to
+    be cheaper, and it takes little to make. Trained masks where no pass drafts, beside which they bring little, and
+    rows are cheap.
+    """
+    profile = extras.pass_cost
+    slow = profile is not None and profile.at(1) >= TREE_FROM
+    if bits is None and slow and not others and not masks and not extras.unasked():
+        bits = UNASKED_BITS
+    if masks is None:
+        masks = not bits and not others and cheap_rows(profile)
+    return masks, bits
+
+
 class Auto:
     """`merged` under a cost guard: trees are cut where a row does not pay, and steps are plain where nothing pays.
 
     Where a plain step takes hardly longer than making a tree, copied chains take its place (`drafting/suffix_copy.py`).
-    `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source, as long as they pay; None:
-    where passes were measured, rows are cheap, and no pass drafts, beside which masks bring little. `bits`: passes of a
-    copy with weights rounded to so many bits draft, too, as long as they pay (`drafting/inner_passes.py`). `skip_set`:
-    so do passes without the sublayers of a set, 'FILE' or 'FILE#NAME'. `s3d`: so does a short pass over masks trained
-    with `selfdraft train --recipe s3d` (`drafting/mask_passes.py`), which needs the stock model's blocks in memory.
-    `task_profile`: a file of `selfdraft tune task`, what was learned earlier on text of the same kind.
-    Errors: OptionError for values out of range.
+    `masks`: mask tokens trained with `selfdraft train --recipe space` are one more source, as long as they pay. `bits`:
+    passes of a copy with weights rounded to so many bits draft, too, as long as they pay (`drafting/inner_passes.py`).
+    None, for each of the two: what `unasked` says; False: never. `skip_set`: so do passes without the sublayers of a
+    set, 'FILE' or 'FILE#NAME'. `s3d`: so does a short pass over masks trained with `selfdraft train --recipe s3d`
+    (`drafting/mask_passes.py`), which needs the stock model's blocks in memory. `task_profile`: a file of `selfdraft
+    tune task`, what was learned earlier on text of the same kind. Errors: OptionError for values out of range.
     """
 
     needs: ClassVar[Needs] = Needs(
@@ -84,8 +99,8 @@ class Auto:
     ) -> None:
         self.memory = Memory(memory) if memory else None
         found, clock = target.extras.mask_tokens.get(MASKED), target.extras.clock
-        unasked = bits is None and skip_set is None and s3d is False and cheap_rows(target.extras.pass_cost)
-        rows = wanted_masks(found, unasked if masks is None else masks)
+        wanted, bits = unasked(target.extras, masks, bits, bool(skip_set or s3d))
+        rows = wanted_masks(found, wanted)
         passes = self._short_masks(target, s3d, {"masks": rows, "bits": bits, "skip_set": skip_set})
         before, sources = read_task_profile(task_profile), every_source(recycling)
         self.tree = SourceTree(

@@ -12,6 +12,7 @@ import torch
 from selfdraft.models.checkpoint.end_ids import declared_ends
 from selfdraft.models.identity import config_hash
 from selfdraft.models.packed.layers import formats_of
+from selfdraft.models.rounded import rounded_weights
 from selfdraft.types import JsonObject
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Facts:
     """Numbers and switches of the generation config."""
     formats: Mapping[str, int]
     """How many layers of block weights there are of each format, by its words; none in a model of float weights."""
+    rounded_weights: int
+    """How many weights a rounded copy would round; 0 where some layers would stay as they are."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Facts:
@@ -55,6 +58,7 @@ class Facts:
             declared_ends(model),
             {name: value for name, value in settings.items() if isinstance(value, int | float) and name[0] != "_"},
             formats_of(model),
+            rounded_weights(model),
         )
 
     def as_dict(self) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from selfdraft.models import views
+from selfdraft.models.checkpoint.memory import available
 from selfdraft.models.packed.arena import Arena
 from selfdraft.models.packed.layers import BlockEmbedding, BlockLinear, is_plain
 from selfdraft.models.packed.quantise import HEAD_BITS, quantised, quantised_linear
@@ -19,6 +20,13 @@ from selfdraft.types import Clock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+BYTES = 0.75
+"""Most bytes that a weight of a copy of 4 bits takes, with its part of scales, minima and an output layer of 8 bits."""
+MOST_UNASKED = 5 << 28
+"""Most weights of a copy that is made unasked: on two cores making it takes some 8 seconds then."""
+PART = 4
+"""Made unasked, it may take one part of so many of the memory that is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,31 @@ class Copy:
     layers: int
     kept: int
     """Linear-like layers that stayed as they are: of so few bits already, or of a kind of their own."""
+
+
+def why_not_unasked(weights: int) -> str:
+    """Why no copy of so many weights (`Facts.rounded_weights`) is made unasked; nothing where it may be."""
+    if not weights:
+        return "its weights, or some of them, are of few bits or a kind of their own"
+    if weights > MOST_UNASKED:
+        return f"making it takes long for {weights / 1e9:.1f} billion weights"
+    size, free = round(BYTES * weights), available()
+    if free is not None and PART * size > free:
+        return f"it takes up to {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+    return ""
+
+
+def rounded_weights(model: PreTrainedModel) -> int:
+    """How many weights a copy would round; 0 where a layer would stay as it is, for then it may not be quicker."""
+    found = dict[int, int]()
+    for module in model.modules():
+        if is_plain(module):
+            weight = module._parameters["weight"]
+            assert weight is not None
+            found[id(module)] = weight.numel()
+        elif not module._modules and _multiplies(module):
+            return 0
+    return sum(found.values())
 
 
 def rounding(stock: PreTrainedModel, bits: int, clock: Clock) -> tuple[PreTrainedModel, Copy]:

@@ -28,7 +28,7 @@ from selfdraft.models.graph.graph_runner import SPARE, GraphRunner, GraphSetting
 from selfdraft.models.graph.static_pass import StaticPlan
 from selfdraft.models.kinds import has_experts
 from selfdraft.models.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
-from selfdraft.models.rounded import Copy, rounding
+from selfdraft.models.rounded import Copy, rounding, why_not_unasked
 from selfdraft.models.runner.link import LinkKernel
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.runner import Runner
@@ -38,6 +38,8 @@ from selfdraft.types import Clock, JsonObject, PassVariant, Rounded, Skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from selfdraft.models.start.copies import KeptCopies
 
 
 LINK_STATES = 4096
@@ -111,6 +113,10 @@ class HFTarget:
         self._views: dict[object, PreTrainedModel] = {}
         self.copies: dict[int, Copy] = {}
         """What the rounded copies took that were made so far, by bits."""
+        self.kept_copies: KeptCopies | None = None
+        """Rounded copies that earlier starts kept; whoever opened the model puts it here."""
+        self._ready: dict[PassVariant, Traced] = {}
+        """Tapes that were kept, of views that were not made."""
         self._early = EarlyStates()
         self._context = context or self.facts.context
         self._ends = ends
@@ -221,18 +227,48 @@ class HFTarget:
     def extras(self) -> DraftExtras:
         """See `selfdraft.protocols.DraftExtras`."""
         masks = self._mask_tokens()
-        return DraftExtras(self.clock, self.profile, self.layers, masks, self.tuned, self._unrounded, self._prepare)
+        return DraftExtras(
+            self.clock,
+            self.profile,
+            self.layers,
+            masks,
+            self.tuned,
+            unrounded=self._unrounded,
+            unasked=self._unasked,
+            prepare=self._prepare,
+        )
 
     def _prepare(self, short: PassVariant) -> None:
-        """Make the model of a drafting pass, and its tape."""
+        """Make the model of a drafting pass, and its tape; of a copy that was kept the tape alone."""
+        if self._read_copy(short):
+            return
         model = self.view(short)
         if self.runner is not None:
-            self._tape(self.runner, model, embedded=False)
+            traced = self._tape(self.runner, model, embedded=False)
+            if self.kept_copies is not None and isinstance(short, Rounded):
+                self.kept_copies.keep(short.bits, model, traced, self.copies[short.bits], self.runner.packer)
+
+    def _read_copy(self, short: PassVariant) -> bool:
+        """Whether the tape of a copy is ready, or is now as it was kept."""
+        if short in self._ready:
+            return True
+        if self.kept_copies is None or self.runner is None or not isinstance(short, Rounded) or short in self._views:
+            return False
+        found = self.kept_copies.read(short.bits, self.runner.packer)
+        if found is not None:
+            self._ready[short], self.copies[short.bits] = found
+        return found is not None
 
     @property
     def _unrounded(self) -> str:
         here = self._device
         return f"these have kernels for CPUs alone, while the model is on {here}" if here.type == "cuda" else ""
+
+    def _unasked(self) -> str:
+        """See `DraftExtras.unasked`."""
+        if self.runner is None:
+            return "passes are run by the plain path, which makes the weights anew each time"
+        return self._unrounded or why_not_unasked(self.facts.rounded_weights)
 
     def _mask_tokens(self) -> dict[str, MaskTokens]:
         found, first = dict[str, MaskTokens](), self.vocab
@@ -325,6 +361,9 @@ class HFTarget:
             return self._run_gated(rows, short, acting)
         if short is None:
             return self._full(rows)
+        if self.runner is not None and short in self._ready:
+            self._early.forget(rows)
+            return self._taped(self.runner, self._ready[short], rows)[0]
         logits, noted = self._pass(self.view(short), rows)
         if isinstance(short, Skip) and noted is not None and self.graphs is None:
             self._early.note(rows, noted, short.first)
@@ -376,8 +415,13 @@ class HFTarget:
         else:
             traced = self._tape(self.runner, model, embedded=embeds is not None, resuming=hidden is not None)
         assert traced is not None
+        return self._taped(self.runner, traced, rows, embeds, hidden)
+
+    def _taped(
+        self, runner: Runner, traced: Traced, rows: Rows, embeds: Tensor | None = None, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
-        return self.runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self.gate.rows)
+        return runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self.gate.rows)
 
     def _tape(self, runner: Runner, model: PreTrainedModel, *, embedded: bool, resuming: bool = False) -> Traced:
         """The tape of a view, in which any row may use any adapter."""

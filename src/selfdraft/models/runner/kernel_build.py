@@ -75,6 +75,8 @@ def library() -> ctypes.CDLL:
     opened.selfdraft_link_state.argtypes = [word, place, word, word, place, place, word, ctypes.c_float, place]
     opened.selfdraft_picked.argtypes = [word, place, word, place, word, place, place]
     opened.selfdraft_likeliest.argtypes = [word, place, word, word, word, word, place, place]
+    opened.selfdraft_four.argtypes = [place, word, word, place, place, place]
+    opened.selfdraft_four.restype = None
     opened.selfdraft_instructions.restype = ctypes.c_char_p
     *sizes, rows = (opened.selfdraft_sizes(which) for which in range(6))
     known = [INSTR.itemsize, STEP.itemsize, ctypes.sizeof(Pass), UNIT, STAGED]

@@ -25,7 +25,7 @@ from selfdraft.models.start.tape_file import TapeFile
 from selfdraft.models.start.weights import Place, place_of
 from selfdraft.types import JsonObject
 
-FORMAT = 2
+FORMAT = 3
 MASKED = "masked."
 """What the names of the arrays of a pass with masks begin with."""
 ADAPTER = "adapter_config.json"

@@ -32,6 +32,7 @@ from selfdraft.models.facts import Stock
 from selfdraft.models.kv_cache import KVCacheDtype
 from selfdraft.models.proof.kept import ProofStore, Record, hashes_of
 from selfdraft.models.runner.packing import Packer
+from selfdraft.models.start.copies import KeptCopies
 from selfdraft.models.start.kept import KeptStart, StartFile, files_of, keepable
 from selfdraft.models.start.passes import masked_of, passes_of
 from selfdraft.models.start.tape_file import NotKept, agrees, named_places, packed
@@ -103,15 +104,24 @@ def open_model(model: str | Path | Model, wanted: Wanted, *, cache: bool) -> Ope
     folder = Path(path).expanduser()
     file, identity = _start_file(folder, wanted) if cache else (None, {})
     if file is not None and (opened := reopened(file, identity, wanted)) is not None:
-        return opened
+        return _with_copies(opened, file, identity)
     proofs = ProofStore() if cache else None
     opened = _loaded(path, folder, wanted, proofs)
     if wanted.dtype is None and _emulated(opened.target):
         _log.info("%s is loaded in float32: bfloat16 is emulated here (%s)", model, opened.target.runs)
         del opened  # or the weights of both would be in memory
         opened = _loaded(path, folder, replace(wanted, dtype=torch.float32), proofs)
-    if file is not None:
-        keep(file, identity, opened)
+    if file is None:
+        return opened
+    keep(file, identity, opened)
+    return _with_copies(opened, file, identity)
+
+
+def _with_copies(opened: Opened, file: StartFile, identity: JsonObject) -> Opened:
+    """The same, its rounded copies read from where an earlier start kept them, and kept for the next one."""
+    target = opened.target
+    if target.runs == "fast":
+        target.kept_copies = KeptCopies(MappedWeights(file.folder), target.facts.dtype, identity["files"], target.clock)
     return opened
 
 

@@ -21,6 +21,7 @@
 #include "linear.h"
 #include "link.h"
 #include "pinning.h"
+#include "quantise.h"
 
 extern "C" {
 
@@ -146,6 +147,11 @@ void selfdraft_picked(word type, const void *table, word wide, const word *ids, 
                       float *said) {
   if (type == BF16) masks::picked((const bf16 *)table, wide, ids, count, state, said);
   else masks::picked((const float *)table, wide, ids, count, state, said);
+}
+
+// Blocks of 32 weights as codes of 4 bits, a byte each, with scales and minima, in half precision if `halves`.
+void selfdraft_four(const float *weights, word blocks, word halves, uint8_t *codes, float *scales, float *mins) {
+  quantise::four(weights, blocks, halves != 0, codes, scales, mins);
 }
 
 // Moves the rows base + order[i] of a slot to base + i, in all layers; `order` goes up. shapes: heads, widths of K and V.

@@ -1,0 +1,112 @@
+"""Rounded copies kept for the next start: their blocks, and the tape that reads them.
+
+They are kept once for a checkpoint and a number of bits, in the user's cache folder: the blocks in one file, which is
+as large as the copy, and the tape beside it. They hold for the very same files of the checkpoint, machine and versions,
+as a kept start does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from selfdraft.files.arrays import read_arrays, write_arrays
+from selfdraft.files.atomic import cache_folder, whole_file
+from selfdraft.models.identity import hash_of
+from selfdraft.models.packed.arena import Arena
+from selfdraft.models.packed.layers import block_layers
+from selfdraft.models.proof.kept import surroundings
+from selfdraft.models.rounded import Copy
+from selfdraft.models.runner.packing import Packer
+from selfdraft.models.runner.trace import Traced
+from selfdraft.models.start.kept import files_of
+from selfdraft.models.start.tape_file import NotKept, TapeFile, packed, unpacked
+from selfdraft.models.start.weights import MappedWeights
+from selfdraft.types import Clock, JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger("selfdraft")
+FORMAT = 1
+SEAL = 16
+"""Bytes of the hash of the blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCopies:
+    """The rounded copies of one checkpoint folder whose weights have the type `dtype`."""
+
+    mapped: MappedWeights
+    dtype: torch.dtype
+    files: JsonObject
+    """The folder's files when the model was opened (`files_of`)."""
+    clock: Clock
+
+    def read(self, bits: int, packer: Packer) -> tuple[Traced, Copy] | None:
+        """The tape of a copy over its blocks, and what it took; None where none is kept that holds."""
+        began = self.clock()
+        try:
+            found = read_arrays(self._place(bits, "tape"))
+            if found is None or found[0].get("identity") != self._identity(bits):
+                return None
+            told, arrays = found
+            blocks = _blocks(self._place(bits, "blocks"), told["sizes"], told["seal"])
+            traced = unpacked(TapeFile(told["tape"], arrays), self.mapped, packer, blocks)
+            return traced, Copy(**{**told["copy"], "seconds": self.clock() - began})
+        except Exception as error:  # whatever is wrong with what was kept, the copy can be made anew
+            _log.info("the kept copy of %s with %d bits is passed over: %s", self.mapped.folder, bits, error)
+            return None
+
+    def keep(self, bits: int, view: PreTrainedModel, traced: Traced, copy: Copy, packer: Packer) -> bool:
+        """Keep the copy `view` and its tape. Returns whether that was done."""
+        blocks = [*{layer.packed.data_ptr(): layer.packed for _, layer in block_layers(view)}.values()]
+        try:
+            tape = packed(traced, view, self.mapped, packer, blocks)
+            if files_of(self.mapped.folder) != self.files:
+                raise NotKept("its files have changed meanwhile")
+            seal = hashlib.blake2b(digest_size=SEAL)
+            place = self._place(bits, "blocks")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(place) as part, part.open("wb") as opened:
+                for block in blocks:
+                    seal.update(block.numpy().data)
+                    opened.write(block.numpy().data)
+            sizes = [block.nbytes for block in blocks]
+            facts = {"sizes": sizes, "seal": seal.hexdigest(), "tape": tape.facts, "copy": asdict(copy)}
+            write_arrays(self._place(bits, "tape"), {"identity": self._identity(bits), **facts}, tape.arrays)
+        except (NotKept, OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
+            _log.info("the copy of %s with %d bits is not kept: %s", self.mapped.folder, bits, error)
+            return False
+        return True
+
+    def _identity(self, bits: int) -> JsonObject:
+        """Everything that a kept copy depends on."""
+        around = surroundings(None, torch.device("cpu"), {"dtype": str(self.dtype), "bits": bits})
+        return {"format": FORMAT, "folder": str(self.mapped.folder), "files": self.files, **around}
+
+    def _place(self, bits: int, kind: str) -> Path:
+        name = hash_of(str(self.mapped.folder).encode(), str(self.dtype).encode())
+        return cache_folder("copies") / f"{name}.{bits}-bits.{kind}"
+
+
+def _blocks(place: Path, sizes: SequenceOf[int], seal: str) -> list[Tensor]:
+    """The blocks of a file, in memory with large pages. Errors: OSError; ValueError for another file."""
+    arena, digest, blocks = Arena(), hashlib.blake2b(digest_size=SEAL), list[Tensor]()
+    with place.open("rb") as opened:
+        for size in sizes:
+            block = arena.take(size)
+            if opened.readinto(block.numpy().data) != size:
+                raise ValueError(f"{place} is too short")
+            digest.update(block.numpy().data)
+            blocks.append(block)
+    if digest.hexdigest() != seal:
+        raise ValueError(f"{place} has changed")
+    return blocks
