@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from selfdraft.core.rows import chain_rows
-from selfdraft.drafters.auto import TREE_FROM
+from selfdraft.drafters.auto import TREE_FROM, unasked
 from selfdraft.drafters.layer_skip import usual_skip
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
+from selfdraft.protocols import UNASKED_BITS
 from selfdraft.tune.machine import BATCH, settled
 from selfdraft.types import PassVariant, Rounded, Skip
 
@@ -20,8 +21,6 @@ LIKELY = 0.3
 """A guess that is right so often must pay for its row, or a tree is not worth much."""
 WINDOW, WINDOW_BRINGS = (7, 5, 7), 2.5
 """Lookahead's usual window, n-grams and pool, and the most tokens a step that such windows brought here."""
-COPY_BITS = 4
-"""Bits of a weight of the rounded copy that is timed."""
 PAYS = 0.8
 """Drafted tokens that take a larger part of a plain step do not pay, however often they are right."""
 MASKED_BRINGS = 2.8
@@ -101,11 +100,15 @@ def _rounded(target: HFTarget, profile: Profile, plain: float) -> list[Verdict]:
     """Of a copy with 4 bits a weight; nothing where none can be made."""
     if target.extras.unrounded:
         return []
-    why, share = _chains(target, profile, plain, Rounded(COPY_BITS))
-    why += f"; the copy takes {target.copies[COPY_BITS].bytes / 1e6:.0f} MB"
-    return [
-        Verdict("rounded copy", False, why + ('; try it: "bits": 4 in the options of auto' if share < PAYS else ""))
-    ]
+    why, share = _chains(target, profile, plain, Rounded(UNASKED_BITS))
+    why += f"; the copy takes {target.copies[UNASKED_BITS].bytes / 1e6:.0f} MB"
+    extras = replace(target.extras, pass_cost=profile)
+    if share < PAYS and unasked(extras, None, None, False)[1] is not None:
+        return [Verdict("rounded copy", True, why + '; without it: "bits": false in the options of auto')]
+    if share < PAYS:
+        why += '; try it: "bits": 4 in the options of auto'
+        why += f" (not unasked: {reason})" if (reason := extras.unasked()) else ""
+    return [Verdict("rounded copy", False, why)]
 
 
 def _chains(target: HFTarget, profile: Profile, plain: float, short: PassVariant) -> tuple[str, float]:
