@@ -1,4 +1,4 @@
-"""What mask tokens bring, by what a row costs: `auto` without and with masks where passes take given times.
+"""What masks and a 4-bit copy bring, by what a row costs: `auto` without and with them where passes take given times.
 
     python recipes/row_price.py                                          # the bundled prompts, some 40 minutes
     python recipes/row_price.py --tasks spec-bench --data-dir DATA --limit 5 --picture row-price.png
@@ -27,7 +27,14 @@ PLAIN = 0.010
 """Seconds of a pass of one row where its time is given."""
 PRICES = (0.0, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.25)
 """c: what one more row costs, in passes of one row. A GPU at small batch has 0.01 or less (docs/gpu.md)."""
-WAYS = {"auto without masks": False, "auto with masks": True, "auto unasked": None}
+COPY = 0.4
+"""What a pass of a 4-bit copy takes for one row, in whole passes; further rows take what they take there."""
+WAYS: dict[str, dict[str, object]] = {
+    "auto without masks": {"masks": False, "bits": False},
+    "auto with masks": {"masks": True, "bits": False},
+    "auto with a 4-bit copy": {"masks": False, "bits": 4},
+    "auto unasked": {},
+}
 
 
 class Clock:
@@ -51,7 +58,7 @@ def passes_move(clock: Clock, llm: LLM) -> Iterator[None]:
     forward = llm.target.forward
 
     def timed(rows, short=None):  # type: ignore[no-untyped-def]
-        clock.now += clock.profile.at(len(rows))
+        clock.now += clock.profile.at(len(rows)) - (short is not None) * (1 - COPY) * clock.profile.at(1)
         return forward(rows, short)
 
     llm.target.forward = timed  # type: ignore[method-assign]
@@ -72,8 +79,8 @@ def prompts_of(llm: LLM, tasks: str, folder: Path | None, limit: int | None) -> 
 def measured(llm: LLM, clock: Clock, prompts: Sequence[list[int]], given: argparse.Namespace) -> dict[str, object]:
     """Speed against plain decoding behind the first token, and tokens per pass, of each way at one T."""
     found: dict[str, object] = {}
-    for way, masks in WAYS.items():
-        engine = llm.engine_for("auto", {"masks": masks})
+    for way, options in WAYS.items():
+        engine = llm.engine_for("auto", options)
         seconds, passes, tokens, wrong = 0.0, 0, 0, 0
         for number, prompt in enumerate(prompts):
             params = SamplingParams(max_tokens=given.max_new_tokens, temperature=given.temperature, seed=number)
@@ -111,7 +118,7 @@ def drawn(rows: Sequence[dict[str, object]], path: Path, title: str) -> None:
     axes = figure.subplots()
     lines = [row for row in rows if row["price"] is not None]
     for colour, way in zip(PALETTE, WAYS, strict=False):
-        style = "--" if WAYS[way] is None else "-"
+        style = "-" if WAYS[way] else "--"
         heights = [row[way]["speedup"] for row in lines]  # type: ignore[index]
         axes.plot([row["price"] for row in lines], heights, style, marker="o", color=colour, label=way)  # type: ignore[misc]
     axes.axhline(1, color="#6B6B6B", linewidth=0.8)

@@ -52,7 +52,8 @@ def host() -> int:
     # so cold that all texts are said alike: noise depends on the place, and so would the work
     sampled = SamplingParams(max_tokens=4000, temperature=0.05, top_p=0.9)
     ways = [(name, OPTIONS.get(name, {}), greedy, _title(name)) for name in NAMES]
-    ways += [(name, {"masks": False}, greedy, f"`{name}` without masks") for name in ("merged", "auto")]
+    bare: dict[str, dict[str, object]] = {"merged": {"masks": False}, "auto": {"masks": False, "bits": False}}
+    ways += [(name, options, greedy, f"`{name}` without masks") for name, options in bare.items()]
     ways += [(name, OPTIONS.get(name, {}), sampled, f"{_title(name)}, sampled") for name in ("none", "merged")]
     print(f"| us a step behind | {' | '.join(f'{length:,}' for length in LENGTHS)} | growth |")
     print(f"|{'---|' * (len(LENGTHS) + 2)}")
