@@ -8,7 +8,8 @@ READY_VLLM = .venv-vllm/.ready
 DATA ?= data
 LIMIT ?= 20
 BENCH = $(BIN)/selfdraft bench --tasks spec-bench,humaneval,gsm8k,mbpp,cnn-dailymail,xsum --data-dir $(DATA) --limit $(LIMIT) \
-	--drafters auto,cascade,quantised,context,merged,suffix,lookup,lookahead,recycling,space,layer_skip --max-new-tokens 64 --runs 1
+	--drafters auto,cascade,quantised,context,merged,suffix,lookup,lookahead,recycling,space,layer_skip --max-new-tokens 64 --runs 1 \
+	--speculative-config '{"method": "auto", "name": "auto without a copy", "bits": false}'
 
 .PHONY: demo test test-vllm check format wheel planted results s3d clean
 
