@@ -30,7 +30,7 @@ def prompts_of(llm: LLM, given: argparse.Namespace) -> dict[str, list[list[int]]
     found = defaultdict(list)
     for name in names_of(given.tasks):
         for item in load(name, given.data_dir, chat=True, limit=given.limit):
-            group = f"{item.task}/{item.group}" if item.group else item.task
+            group = f"{name}/{item.group}" if item.group else name
             found[group].append(llm.render([{"role": "user", "content": item.turns[0]}]))
     return dict(found)
 

@@ -15,9 +15,9 @@ from tests.clocks import Ticking
 ROOT = Path(selfdraft.__file__).parent
 
 
-def entered(name: str) -> set[str]:
+def entered(name: str, options: dict[str, object]) -> set[str]:
     """Files of this package in which a function is called in one decode step, with the tree of all sources."""
-    llm = LLM("pocket", drafter=name, clock=Ticking(0.01))
+    llm = LLM("pocket", drafter=name, speculative_config={"method": name, **options}, clock=Ticking(0.01))
     (sequence,) = llm.requests("One day the red ball was red. One day the red ball", SamplingParams(max_tokens=40))
     engine = llm.engine  # asking for it is no part of a step
     engine.submit(sequence)
@@ -38,8 +38,10 @@ def entered(name: str) -> set[str]:
     return files
 
 
-@pytest.mark.parametrize(("name", "most"), [("none", 16), ("auto", 25)])
-def test_a_step_stays_within_a_few_files(name: str, most: int) -> None:
-    files = entered(name)
+@pytest.mark.parametrize(
+    ("name", "options", "most"), [("none", {}, 16), ("auto", {"bits": False}, 25), ("auto", {"bits": 4}, 25)]
+)
+def test_a_step_stays_within_a_few_files(name: str, options: dict[str, object], most: int) -> None:
+    files = entered(name, options)
     assert f"drafters/{name}.py" in files
     assert len(files) <= most, sorted(files)

@@ -28,6 +28,7 @@ from selfdraft.core.verify import Result
 from selfdraft.drafters import NAMES, build
 from selfdraft.drafting.autoregressive import Chaining
 from selfdraft.drafting.draft_length import ExitThreshold
+from selfdraft.drafting.inner_passes import TOGETHER
 from selfdraft.engine.engine import Engine
 from selfdraft.models.exactness import NATURAL, Shapes
 from selfdraft.models.proof.shapes import probe_shapes
@@ -228,6 +229,8 @@ MACHINES = {
 }
 """Where `auto` drafts otherwise: nothing is known of passes; copies, for trees would take too long; large trees, for
 rows are nearly free; hardly anything, for rows are dear."""
+ROUNDED = [kind for kind in KINDS if kind.startswith("fast")]
+"""Kinds of targets whose rounded copy `auto` takes unasked."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,13 +241,25 @@ def test_auto_whatever_rows_cost(machine: str, way: int, kind: str) -> None:
     run = Way(slots=way)
     target = target_for(run, kind)
     prices = MACHINES[machine]
-    drafter = build("auto", prices.run(target) if prices else target)
+    drafter = build("auto", prices.run(target) if prices else target, {"bits": False})
     sequences = decode(target, drafter, MIXED, run)
     same_text(sequences, MIXED, kind)
     drafted = sum(sequence.stats.num_draft_tokens for sequence in sequences)
     copied = all(source in ("copy", "target") for sequence in sequences for source in sequence.sources)
     assert copied == (machine == "quick")
     assert {"wide": drafted > 1500, "narrow": drafted < 300}.get(machine, drafted > 0), drafted
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+@pytest.mark.parametrize("way", [1, 3, 16])
+@pytest.mark.parametrize("machine", ["wide", "narrow"])
+def test_auto_with_a_copy_that_nobody_asked_for(machine: str, way: int, kind: str) -> None:
+    run, prices = Way(slots=way), MACHINES[machine]
+    assert prices is not None
+    target = prices.run(target_for(run, kind))
+    sequences = decode(target, build("auto", target), MIXED, run)
+    same_text(sequences, MIXED, kind)
+    assert any(sequence.stats.num_draft_passes for sequence in sequences) or way > TOGETHER
 
 
 def test_the_oracle_agrees_with_generate() -> None:

@@ -113,19 +113,16 @@ class HFTarget:
         self._views: dict[object, PreTrainedModel] = {}
         self.copies: dict[int, Copy] = {}
         """What the rounded copies took that were made so far, by bits."""
-        self.kept_copies: KeptCopies | None = None
-        """Rounded copies that earlier starts kept; whoever opened the model puts it here."""
-        self._ready: dict[PassVariant, Traced] = {}
-        """Tapes that were kept, of views that were not made."""
+        self.kept_copies: KeptCopies | None = None  # of earlier starts; whoever opened the model puts it here
+        self._ready: dict[PassVariant, Traced] = {}  # tapes that were kept, of views that were not made
         self._early = EarlyStates()
         self._context = context or self.facts.context
-        self._ends = ends
         self.cache = KVCache(slots, shapes.round_length(256), kv_cache_dtype)
         self.runner: Runner | None = None
         self.graphs: GraphRunner | None = None
         self.runs = "plain"
         """How passes are run, and why not fast if they are not."""
-        self.traced, self._masked = traced, masked
+        self.traced, self._masked, self._ends = traced, masked, ends
         self._open_passes(fast, packer, graphs)
 
     @property
