@@ -39,7 +39,7 @@ def entered(name: str, options: dict[str, object]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "most"), [("none", {}, 16), ("auto", {"bits": False}, 25), ("auto", {"bits": 4}, 25)]
+    ("name", "options", "most"), [("none", {}, 16), ("auto", {"bits": False}, 25), ("auto", {"bits": 4}, 29)]
 )
 def test_a_step_stays_within_a_few_files(name: str, options: dict[str, object], most: int) -> None:
     files = entered(name, options)
