@@ -1,7 +1,7 @@
 """What masks and a 4-bit copy bring, by what a row costs: `auto` without and with them where passes take given times.
 
-    python recipes/row_price.py                                          # the bundled prompts, some 40 minutes
-    python recipes/row_price.py --tasks spec-bench --data-dir DATA --limit 5 --picture row-price.png
+    python -m recipes.row_price                                          # the bundled prompts, some 40 minutes
+    python -m recipes.row_price --tasks spec-bench --data-dir DATA --limit 5 --picture row-price.png
 
 The model is real and so is every token; only the clock is not. It stands still but for passes, and a pass of n rows
 takes T(n): that of this machine (kept by `selfdraft tune`), and T(1) (1 + c (n - 1)) for several c, the cost of a row.
@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from recipes.task_prompts import options, prompts_of
+
 from selfdraft import LLM, SamplingParams
 from selfdraft.bench.charts import PALETTE
-from selfdraft.bench.tasks import Item, load, names_of
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.tune.machine import profile_of
 
@@ -68,19 +69,11 @@ def passes_move(clock: Clock, llm: LLM) -> Iterator[None]:
         llm.target.forward = forward  # type: ignore[method-assign]
 
 
-def prompts_of(llm: LLM, tasks: str, folder: Path | None, limit: int | None) -> list[list[int]]:
-    """Token ids of the first turns, in the chat template."""
-    items: list[Item] = []
-    for name in names_of(tasks):
-        items += load(name, folder, chat=True, limit=limit)
-    return [llm.render([{"role": "user", "content": item.turns[0]}]) for item in items]
-
-
 def measured(llm: LLM, clock: Clock, prompts: Sequence[list[int]], given: argparse.Namespace) -> dict[str, object]:
     """Speed against plain decoding behind the first token, and tokens per pass, of each way at one T."""
     found: dict[str, object] = {}
-    for way, options in WAYS.items():
-        engine = llm.engine_for("auto", options)
+    for way, chosen in WAYS.items():
+        engine = llm.engine_for("auto", chosen)
         seconds, passes, tokens, wrong = 0.0, 0, 0, 0
         for number, prompt in enumerate(prompts):
             params = SamplingParams(max_tokens=given.max_new_tokens, temperature=given.temperature, seed=number)
@@ -128,19 +121,13 @@ def drawn(rows: Sequence[dict[str, object]], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tasks", default="quick", help="names as 'selfdraft bench' has them")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--limit", type=int, help="prompts of each task or group")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser = options(__doc__)
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
     clock = Clock()
     llm = LLM(given.model, drafter="none", clock=clock)
     own = profile_of(llm.target)
-    prompts = prompts_of(llm, given.tasks, given.data_dir, given.limit)
+    prompts = [prompt for group in prompts_of(llm, given).values() for prompt in group]
     given.texts = plain_texts(llm, prompts, given)
     machines = {"this machine": (None, replace(own, per_token=(0.0,) * len(own.rows)))} if own is not None else {}
     machines |= {f"c = {price:g}": (price, line(price)) for price in PRICES}

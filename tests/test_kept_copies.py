@@ -21,7 +21,7 @@ from selfdraft.models import rounded
 from selfdraft.models.checkpoint.gguf_blocks import load_blocks
 from selfdraft.models.facts import Facts
 from selfdraft.models.pocket import POCKET
-from selfdraft.models.rounded import MOST_UNASKED, PART, why_not_unasked
+from selfdraft.models.rounded import MOST_UNASKED, PART, why_no_copy
 from selfdraft.models.target import HFTarget
 from selfdraft.types import Rounded, SamplingParams, middle
 from tests import gguf_files
@@ -171,7 +171,7 @@ def test_nor_where_passes_take_no_time_or_were_not_measured(target: HFTarget, pr
 
 def test_nor_where_memory_is_short(target: HFTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounded, "available", lambda: round(rounded.BYTES * PART * target.facts.rounded_weights) - 4)
-    assert "are free" in target.extras.unasked()
+    assert "are free" in target.extras.why_no_copy()
     assert copy_bits(made(target)) is None
     monkeypatch.setattr(rounded, "available", lambda: None)
     assert copy_bits(made(target)) == 4
@@ -180,13 +180,13 @@ def test_nor_where_memory_is_short(target: HFTarget, monkeypatch: pytest.MonkeyP
 def test_nor_on_the_plain_path() -> None:
     plain = tiny_target()
     plain.profile = SLOW
-    assert "plain path" in plain.extras.unasked()
+    assert "plain path" in plain.extras.why_no_copy()
     assert copy_bits(made(plain)) is None
 
 
 def test_a_large_model_is_asked_for() -> None:
-    assert why_not_unasked(MOST_UNASKED) == "" or "free" in why_not_unasked(MOST_UNASKED)
-    assert why_not_unasked(MOST_UNASKED + 1) == "making it takes long for 1.3 billion weights"
+    assert why_no_copy(MOST_UNASKED) == "" or "free" in why_no_copy(MOST_UNASKED)
+    assert why_no_copy(MOST_UNASKED + 1) == "making it takes long for 1.3 billion weights"
 
 
 def test_weights_of_few_bits_are_not_rounded_unasked(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_weights_of_few_bits_are_not_rounded_unasked(tmp_path: Path) -> None:
     gguf_files.write(file, GGMLQuantizationType.Q4_0)
     facts = Facts.of(load_blocks(file, torch.float32))
     assert facts.rounded_weights == 0
-    assert "few bits" in why_not_unasked(facts.rounded_weights)
+    assert "few bits" in why_no_copy(facts.rounded_weights)
 
 
 def test_the_text_is_plain_with_a_copy_that_nobody_asked_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def standstill() -> float:
     return 0.0
 
 
-def no_copy() -> str:
+def unknown_copy() -> str:
     """For a target that cannot say what a copy takes."""
     return "what it takes is not known here"
 
@@ -53,7 +53,7 @@ class DraftExtras:
     """By method, options found best on this model; they came with the checkpoint."""
     unrounded: str = ""
     """Why no copy with rounded weights can be made here; nothing where one can."""
-    unasked: Callable[[], str] = no_copy
+    why_no_copy: Callable[[], str] = unknown_copy
     """Why no copy of UNASKED_BITS is made unasked, by the time and memory that it takes; nothing where one may be."""
     prepare: Callable[[PassVariant], None] = nothing_to_prepare
     """Makes what drafting passes of a kind need, so that no answer waits for it."""

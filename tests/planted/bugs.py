@@ -67,8 +67,8 @@ BUGS = (
     Bug(
         "copies-whatever-was-asked",
         "drafters/auto.py",
-        "if bits is None and slow and not others and not masks and not extras.unasked():",
-        "if bits is None and slow and not extras.unasked():",
+        "if bits is None and slow and not others and not masks and not extras.why_no_copy():",
+        "if bits is None and slow and not extras.why_no_copy():",
         "a copy drafts unasked where another way to draft was asked for",
     ),
     Bug(

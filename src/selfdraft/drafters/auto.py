@@ -57,7 +57,7 @@ def unasked(extras: DraftExtras, masks: bool | None, bits: int | None, others: b
     """
     profile = extras.pass_cost
     slow = profile is not None and profile.at(1) >= TREE_FROM
-    if bits is None and slow and not others and not masks and not extras.unasked():
+    if bits is None and slow and not others and not masks and not extras.why_no_copy():
         bits = UNASKED_BITS
     if masks is None:
         masks = not bits and not others and cheap_rows(profile)

@@ -40,7 +40,7 @@ class Copy:
     """Linear-like layers that stayed as they are: of so few bits already, or of a kind of their own."""
 
 
-def why_not_unasked(weights: int) -> str:
+def why_no_copy(weights: int) -> str:
     """Why no copy of so many weights (`Facts.rounded_weights`) is made unasked; nothing where it may be."""
     if not weights:
         return "its weights, or some of them, are of few bits or a kind of their own"

@@ -28,7 +28,7 @@ from selfdraft.models.graph.graph_runner import SPARE, GraphRunner, GraphSetting
 from selfdraft.models.graph.static_pass import StaticPlan
 from selfdraft.models.kinds import has_experts
 from selfdraft.models.kv_cache import KVCache, KVCacheDtype, check_kv_cache_dtype
-from selfdraft.models.rounded import Copy, rounding, why_not_unasked
+from selfdraft.models.rounded import Copy, rounding, why_no_copy
 from selfdraft.models.runner.link import LinkKernel
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.runner import Runner
@@ -231,7 +231,7 @@ class HFTarget:
             masks,
             self.tuned,
             unrounded=self._unrounded,
-            unasked=self._unasked,
+            why_no_copy=self._why_no_copy,
             prepare=self._prepare,
         )
 
@@ -261,11 +261,11 @@ class HFTarget:
         here = self._device
         return f"these have kernels for CPUs alone, while the model is on {here}" if here.type == "cuda" else ""
 
-    def _unasked(self) -> str:
-        """See `DraftExtras.unasked`."""
+    def _why_no_copy(self) -> str:
+        """See `DraftExtras.why_no_copy`."""
         if self.runner is None:
             return "passes are run by the plain path, which makes the weights anew each time"
-        return self._unrounded or why_not_unasked(self.facts.rounded_weights)
+        return self._unrounded or why_no_copy(self.facts.rounded_weights)
 
     def _mask_tokens(self) -> dict[str, MaskTokens]:
         found, first = dict[str, MaskTokens](), self.vocab
@@ -417,6 +417,7 @@ class HFTarget:
     def _taped(
         self, runner: Runner, traced: Traced, rows: Rows, embeds: Tensor | None = None, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        """Run the tape of a view. Returns logits, and the states noted on the way."""
         self.last = Plan(self.cache, rows.spans, [], [*traced.calls])
         return runner.run(traced, rows, embeds=embeds, hidden=hidden, gates=self.gate.rows)
 

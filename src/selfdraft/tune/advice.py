@@ -11,7 +11,7 @@ from selfdraft.drafting.cost_model import Profile
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import UNASKED_BITS
 from selfdraft.tune.machine import BATCH, settled
-from selfdraft.types import PassVariant, Rounded, Skip
+from selfdraft.types import PassVariant, Skip
 
 TYPICAL = 256
 """Remembered tokens at which rows are compared."""
@@ -98,16 +98,16 @@ def _skipping(target: HFTarget, profile: Profile, plain: float) -> Verdict:
 
 def _rounded(target: HFTarget, profile: Profile, plain: float) -> list[Verdict]:
     """Of a copy with 4 bits a weight; nothing where none can be made."""
-    if target.extras.unrounded:
-        return []
-    why, share = _chains(target, profile, plain, Rounded(UNASKED_BITS))
-    why += f"; the copy takes {target.copies[UNASKED_BITS].bytes / 1e6:.0f} MB"
     extras = replace(target.extras, pass_cost=profile)
+    if extras.unrounded:
+        return []
+    why, share = _chains(target, profile, plain, extras.rounded("tune", UNASKED_BITS))
+    why += f"; the copy takes {target.copies[UNASKED_BITS].bytes / 1e6:.0f} MB"
     if share < PAYS and unasked(extras, None, None, False)[1] is not None:
         return [Verdict("rounded copy", True, why + '; without it: "bits": false in the options of auto')]
     if share < PAYS:
         why += '; try it: "bits": 4 in the options of auto'
-        why += f" (not unasked: {reason})" if (reason := extras.unasked()) else ""
+        why += f" (not unasked: {reason})" if (reason := extras.why_no_copy()) else ""
     return [Verdict("rounded copy", False, why)]
 
 

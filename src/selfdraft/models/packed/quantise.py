@@ -55,8 +55,7 @@ def quantised(weight: Tensor, bits: int, arena: Arena) -> tuple[Tensor, Format]:
     packed = arena.take(kind.size(out, wide))
     find = _eight if bits == 8 else _four
     groups, threads = -(-out // LANES), torch.get_num_threads()
-    parts = -(-groups // groups_at_once(wide))
-    some = max(1, -(-groups // (-(-parts // threads) * threads)))  # as many groups for every thread
+    some = min(groups_at_once(wide), max(1, -(-groups // threads)))  # every thread has some
 
     def write(group: int) -> None:
         part = floats_of(weight[group * LANES : (group + some) * LANES])

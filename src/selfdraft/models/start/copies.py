@@ -7,22 +7,20 @@ as a kept start does.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from selfdraft.files.arrays import read_arrays, write_arrays
+from selfdraft.files.arrays import read_arrays, sealing, write_arrays
 from selfdraft.files.atomic import cache_folder, whole_file
 from selfdraft.models.identity import hash_of
 from selfdraft.models.packed.arena import Arena
 from selfdraft.models.packed.layers import block_layers
-from selfdraft.models.proof.kept import surroundings
 from selfdraft.models.rounded import Copy
 from selfdraft.models.runner.packing import Packer
 from selfdraft.models.runner.trace import Traced
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("selfdraft")
 FORMAT = 1
-SEAL = 16
-"""Bytes of the hash of the blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +42,8 @@ class KeptCopies:
 
     mapped: MappedWeights
     dtype: torch.dtype
-    files: JsonObject
-    """The folder's files when the model was opened (`files_of`)."""
+    start: JsonObject
+    """The identity of the start that opened the model (`StartFile.identity`)."""
     clock: Clock
 
     def read(self, bits: int, packer: Packer) -> tuple[Traced, Copy] | None:
@@ -60,7 +56,7 @@ class KeptCopies:
             told, arrays = found
             blocks = _blocks(self._place(bits, "blocks"), told["sizes"], told["seal"])
             traced = unpacked(TapeFile(told["tape"], arrays), self.mapped, packer, blocks)
-            return traced, Copy(**{**told["copy"], "seconds": self.clock() - began})
+            return traced, replace(Copy(**told["copy"]), seconds=self.clock() - began)
         except Exception as error:  # whatever is wrong with what was kept, the copy can be made anew
             _log.info("the kept copy of %s with %d bits is passed over: %s", self.mapped.folder, bits, error)
             return None
@@ -70,9 +66,9 @@ class KeptCopies:
         blocks = [*{layer.packed.data_ptr(): layer.packed for _, layer in block_layers(view)}.values()]
         try:
             tape = packed(traced, view, self.mapped, packer, blocks)
-            if files_of(self.mapped.folder) != self.files:
+            if files_of(self.mapped.folder) != self.start["files"]:
                 raise NotKept("its files have changed meanwhile")
-            seal = hashlib.blake2b(digest_size=SEAL)
+            seal = sealing()
             place = self._place(bits, "blocks")
             place.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(place) as part, part.open("wb") as opened:
@@ -88,9 +84,8 @@ class KeptCopies:
         return True
 
     def _identity(self, bits: int) -> JsonObject:
-        """Everything that a kept copy depends on."""
-        around = surroundings(None, torch.device("cpu"), {"dtype": str(self.dtype), "bits": bits})
-        return {"format": FORMAT, "folder": str(self.mapped.folder), "files": self.files, **around}
+        """Everything that a kept copy depends on: what its start does, but for the options."""
+        return {**self.start, "format": FORMAT, "options": {"dtype": str(self.dtype), "bits": bits}}
 
     def _place(self, bits: int, kind: str) -> Path:
         name = hash_of(str(self.mapped.folder).encode(), str(self.dtype).encode())
@@ -99,7 +94,7 @@ class KeptCopies:
 
 def _blocks(place: Path, sizes: SequenceOf[int], seal: str) -> list[Tensor]:
     """The blocks of a file, in memory with large pages. Errors: OSError; ValueError for another file."""
-    arena, digest, blocks = Arena(), hashlib.blake2b(digest_size=SEAL), list[Tensor]()
+    arena, digest, blocks = Arena(), sealing(), list[Tensor]()
     with place.open("rb") as opened:
         for size in sizes:
             block = arena.take(size)

@@ -1,8 +1,8 @@
 """Opening a model: out of a kept start where one holds, else through transformers, and then it is kept.
 
 A kept start needs neither the modelling code of transformers nor a trace of the pass: it maps the weights and runs the
-tape of the start before. Where something asks for the stock model itself (views that leave layers out, rounded copies,
-adapters, training), it is loaded then, over the same mapped weights.
+tape of the start before. Where something asks for the stock model itself (views that leave layers out, a rounded copy
+for the first time, adapters, training), it is loaded then, over the same mapped weights.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _with_copies(opened: Opened, file: StartFile, identity: JsonObject) -> Opene
     """The same, its rounded copies read from where an earlier start kept them, and kept for the next one."""
     target = opened.target
     if target.runs == "fast":
-        target.kept_copies = KeptCopies(MappedWeights(file.folder), target.facts.dtype, identity["files"], target.clock)
+        target.kept_copies = KeptCopies(MappedWeights(file.folder), target.facts.dtype, identity, target.clock)
     return opened
 
 
