@@ -129,7 +129,7 @@ def _eight(part: Floats, kind: Format) -> Blocks:
 
 
 def _four(part: Floats, kind: Format) -> Blocks:
-    """4 bits by the kernels, which are ten times as quick, or by their plain twin where there are none."""
+    """4 bits by the kernels, which are three times as quick, or by their plain twin where there are none."""
     blocks = _cut(part, kind.block)
     try:
         codes, scales, mins = four_by_kernel(blocks, kind, library())
@@ -150,43 +150,51 @@ def four_by_kernel(blocks: Floats, kind: Format, kernels: CDLL) -> tuple[Bytes, 
 
 
 def four_by_numpy(blocks: Floats, kind: Format) -> tuple[Bytes, Floats, Floats]:
-    """Codes, scales and minima of blocks [n, blocks, 32]; kernels/quantise.h makes the same, bit for bit."""
-    low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
-    middle = _sums(blocks) / np.float32(kind.block)
-    tried = [np.zeros_like(blocks), np.zeros_like(low), low.copy(), np.full_like(low, np.inf)]
+    """Codes, scales and minima of blocks [n, blocks, 32]; kernels/quantise.h makes the same, bit for bit.
+
+    Weights of one place in their blocks stand in one line here: numpy takes long lines many times as quickly.
+    """
+    lines = np.ascontiguousarray(blocks.reshape(-1, kind.block).T)
+    low, high = lines.min(0), lines.max(0)
+    middle = _sums(lines) / np.float32(kind.block)
+    tried = [np.zeros_like(lines), np.zeros_like(low), low.copy(), np.full_like(low, np.inf)]
     for share in NARROWER:
         scales = (high - low) * np.float32(share / TOP[4])
         mins = low + (high - low) * np.float32((1 - share) / 2)
         for left in reversed(range(REFINED + 1)):
             scales, mins = _stored(scales, kind), _stored(mins, kind)
-            codes = np.rint(np.clip(_over(blocks - mins, scales), 0, TOP[4]))
-            error = _sums(np.square(codes * scales + mins - blocks))
+            codes = np.rint(np.clip(_over(lines - mins, scales), 0, TOP[4]))
+            error = _sums(np.square(codes * scales + mins - lines))
             better = error < tried[-1]
             for best, new in zip(tried, (codes, scales, mins, error), strict=True):
                 np.copyto(best, new, where=better)
             if left:
-                scales, mins = _fitted(blocks, codes, middle, scales, mins)
+                scales, mins = _fitted(lines, codes, middle, scales, mins)
     codes, scales, mins, _ = tried
-    return codes.astype(np.uint8), scales[..., 0], mins[..., 0]
+    count = blocks.shape[:-1]
+    return codes.T.astype(np.uint8).reshape(blocks.shape), scales.reshape(count), mins.reshape(count)
 
 
-def _fitted(blocks: Floats, codes: Floats, middle: Floats, scales: Floats, mins: Floats) -> tuple[Floats, Floats]:
+def _fitted(lines: Floats, codes: Floats, middle: Floats, scales: Floats, mins: Floats) -> tuple[Floats, Floats]:
     """Scale and minimum with the smallest squared error for these codes; as they are where all codes are equal."""
-    count = np.float32(blocks.shape[-1])
+    count = np.float32(len(lines))
     mean = _sums(codes) / count
     spread = _sums(np.square(codes)) - count * mean * mean
-    shared = _sums(codes * blocks) - count * mean * middle
+    shared = _sums(codes * lines) - count * mean * middle
     some = spread > 0
     fitted = np.divide(shared, spread, out=scales.copy(), where=some)
     return fitted, np.where(some, middle - fitted * mean, mins)
 
 
-def _sums(blocks: Floats) -> Floats:
-    """Sums [..., 1] in the order of the kernels: eight running ones, then theirs in pairs."""
-    found: Floats = blocks.reshape(*blocks.shape[:-1], -1, SUMS).sum(-2)
-    while found.shape[-1] > 1:
-        found = found[..., 0::2] + found[..., 1::2]
-    return found
+def _sums(lines: Floats) -> Floats:
+    """Sums [blocks] of lines [32, blocks] in the order of the kernels: eight running ones, then theirs in pairs."""
+    found: Floats = lines[:SUMS]
+    for first in range(SUMS, len(lines), SUMS):
+        found = found + lines[first : first + SUMS]
+    while len(found) > 1:
+        found = found[0::2] + found[1::2]
+    total: Floats = found[0]
+    return total
 
 
 def quantised_linear(layer: nn.Module, bits: int, arena: Arena) -> BlockLinear:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,15 +95,25 @@ class KeptCopies:
 
 
 def _blocks(place: Path, sizes: SequenceOf[int], seal: str) -> list[Tensor]:
-    """The blocks of a file, in memory with large pages. Errors: OSError; ValueError for another file."""
-    arena, digest, blocks = Arena(), sealing(), list[Tensor]()
-    with place.open("rb") as opened:
-        for size in sizes:
-            block = arena.take(size)
-            if opened.readinto(block.numpy().data) != size:
-                raise ValueError(f"{place} is too short")
+    """The blocks of a file, in memory with large pages. Errors: OSError; ValueError for another file.
+
+    Most of the time goes into the first touch of new memory, which all threads do at once here.
+    """
+    arena, digest = Arena(), sealing()
+    blocks, firsts = [arena.take(size) for size in sizes], accumulate(sizes, initial=0)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        reading = [pool.submit(_read, place, first, block) for first, block in zip(firsts, blocks, strict=False)]
+        for block, done in zip(blocks, reading, strict=True):
+            done.result()
             digest.update(block.numpy().data)
-            blocks.append(block)
     if digest.hexdigest() != seal:
         raise ValueError(f"{place} has changed")
     return blocks
+
+
+def _read(place: Path, first: int, block: Tensor) -> None:
+    """Fill a block with the bytes of a file from byte `first` on. Errors: OSError; ValueError for a file too short."""
+    with place.open("rb") as opened:
+        opened.seek(first)
+        if opened.readinto(block.numpy().data) != len(block):
+            raise ValueError(f"{place} is too short")
