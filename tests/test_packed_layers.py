@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shutil
 import subprocess
 from ctypes import CDLL, c_int64, c_void_p
 from pathlib import Path
@@ -31,7 +32,7 @@ from selfdraft.models.packed.quantise import (
 from selfdraft.models.pocket import POCKET
 from selfdraft.models.proof.wide import Wide
 from selfdraft.models.runner import kernel_build
-from selfdraft.models.runner.levels import FLAGS
+from selfdraft.models.runner.levels import COMPILERS, MACROS, flags_for
 from selfdraft.models.runner.one_layer import run_blocks
 from tests.models import tiny_llama, tiny_target, unavailable
 
@@ -80,13 +81,15 @@ extern "C" void selfdraft_four(const float *weights, long count, long halves, un
 """
 
 
-@compiled
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("instructions", kernel_build.INSTRUCTIONS)
-def test_the_kernel_for_four_bits_has_the_bits_of_its_twin(instructions: str, tmp_path: Path) -> None:
-    """On every kind of processor: the codes of a model are its text."""
+def test_the_kernel_for_four_bits_has_the_bits_of_its_twin(instructions: str, compiler: str, tmp_path: Path) -> None:
+    """On every kind of processor, and by every compiler that is here: the codes of a model are its text."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} here")
     (tmp_path / "four.cpp").write_text(FOUR.format(header=kernel_build.SOURCE.with_name("quantise.h")))
-    flags = (*FLAGS, kernel_build.INSTRUCTIONS[instructions])
-    compiler = kernel_build._compiler()
+    macros = subprocess.run([compiler, *MACROS], check=True, capture_output=True).stdout
+    flags = (*flags_for(macros), kernel_build.INSTRUCTIONS[instructions])
     subprocess.run([compiler, *flags, str(tmp_path / "four.cpp"), "-o", str(tmp_path / "four.so")], check=True)
     library = CDLL(str(tmp_path / "four.so"))
     word, place = c_int64, c_void_p

@@ -12,9 +12,13 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__)
+// else a product and a sum would be rounded once
+#if defined(__clang__)
+#pragma float_control(push)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
 #pragma GCC push_options
-#pragma GCC optimize("fp-contract=off") // else a product and a sum would be rounded once
+#pragma GCC optimize("fp-contract=off")
 #endif
 
 namespace quantise {
@@ -116,6 +120,8 @@ inline void four(const float *weights, int64_t blocks, bool halves, uint8_t *cod
 
 } // namespace quantise
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#pragma float_control(pop)
+#elif defined(__GNUC__)
 #pragma GCC pop_options
 #endif
