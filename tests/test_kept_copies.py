@@ -91,6 +91,17 @@ def test_options_share_the_copy(cache: Path) -> None:
     assert len([*(cache.parent / "copies").iterdir()]) == 2
 
 
+def test_copies_of_checkpoints_that_are_gone_are_removed(cache: Path, folder: Path) -> None:
+    with_copy(folder)
+    with_copy(folder, 8)
+    moved = folder.rename(folder.with_name("moved"))
+    with_copy(POCKET)
+    assert len([*(cache.parent / "copies").iterdir()]) == 2
+    with_copy(moved)
+    assert len([*(cache.parent / "copies").iterdir()]) == 4, "pocket's copy stays"
+    assert from_kept(with_copy(POCKET))
+
+
 def longer(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"more")
 

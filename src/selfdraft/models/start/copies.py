@@ -2,7 +2,7 @@
 
 They are kept once for a checkpoint and a number of bits, in the user's cache folder: the blocks in one file, which is
 as large as the copy, and the tape beside it. They hold for the very same files of the checkpoint, machine and versions,
-as a kept start does.
+as a kept start does. Whoever keeps one removes those of checkpoints that are gone.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class KeptCopies:
             seal = sealing()
             place = self._place(bits, "blocks")
             place.parent.mkdir(parents=True, exist_ok=True)
+            _drop_lost(place.parent)
             with whole_file(place) as part, part.open("wb") as opened:
                 for block in blocks:
                     seal.update(block.numpy().data)
@@ -92,6 +93,15 @@ class KeptCopies:
     def _place(self, bits: int, kind: str) -> Path:
         name = hash_of(str(self.mapped.folder).encode(), str(self.dtype).encode())
         return cache_folder("copies") / f"{name}.{bits}-bits.{kind}"
+
+
+def _drop_lost(copies: Path) -> None:
+    """Remove the copies of checkpoints that are no longer where they were. Errors: OSError."""
+    for tape in copies.glob("*.tape"):
+        found = read_arrays(tape)
+        if found is not None and not Path(found[0]["identity"]["folder"]).exists():
+            tape.with_suffix(".blocks").unlink(missing_ok=True)
+            tape.unlink(missing_ok=True)
 
 
 def _blocks(place: Path, sizes: SequenceOf[int], seal: str) -> list[Tensor]:
