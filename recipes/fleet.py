@@ -57,12 +57,17 @@ def profile_from(path: Path) -> Profile:
 
 
 def kinds_from(paths: SequenceOf[Path], drafter: str) -> dict[str, Kind]:
-    """The answers of a drafter in kept rows, by the names that `bench serve` has for their prompts."""
+    """The answers of a drafter in kept rows, by the names that `bench serve` has for their prompts.
+
+    Of a prompt that was answered several times the longest answer counts, of equal ones the last: requests shorten it.
+    """
     found: dict[str, Kind] = {}
     for row in read_rows(paths):
         if row["drafter"] == drafter:
-            group = f"/{row['group']}" if row["group"] else ""
-            found[f"{row['task']}{group} {row['key']}"] = kind_of(row)
+            group, kind = f"/{row['group']}" if row["group"] else "", kind_of(row)
+            name = f"{row['task']}{group} {row['key']}"
+            if name not in found or kind.output >= found[name].output:
+                found[name] = kind
     if not found:
         raise SystemExit(f"no rows of the drafter {drafter!r} in {', '.join(map(str, paths))}")
     return found

@@ -162,15 +162,27 @@ def test_neighbours_on_one_processor_slow_one_another() -> None:
         assert fleet.env.now == pytest.approx(steps, rel=0.05)
 
 
+def kept_row(drafter: str, tokens: int) -> str:
+    """A line as `bench --output` writes it, of an answer under a token limit that no other one had."""
+    drafts = 10 if drafter != "none" else 0
+    counts = {"num_spec_steps": drafts, "num_steps": 20, "num_draft_tokens": 3 * drafts}
+    counts |= {"num_accepted_draft_tokens": 3 * drafts // 2}
+    stats = counts | {"acceptance_histogram": {"0": 5, "3": 5} if drafts else {}}
+    named = {"task": "spec-bench", "group": "mt-bench", "key": "81", "drafter": drafter, "fingerprint": str(tokens)}
+    return json.dumps({"selfdraft_bench": 1} | named | {"prompt_tokens": 53, "tokens": tokens, "stats": stats}) + "\n"
+
+
 def test_files_of_tune_and_bench_are_read(tmp_path: Path) -> None:
     place = tmp_path / "profile.json"
     place.write_text(json.dumps({"profile": {"rows": [1, 2], "seconds": [0.1, 0.2], "per_token": [0, 0], "host": 0.5}}))
     assert profile_from(place).step(2) == pytest.approx(0.7)
     with pytest.raises(SystemExit, match="is no profile"):
         profile_from(tmp_path / "missing.json")
-    kept = Path(__file__).parents[1] / "docs" / "results" / "greedy.jsonl.gz"
+    kept = tmp_path / "rows.jsonl"
+    kept.write_text("".join(kept_row(*row) for row in [("auto", 16), ("auto", 64), ("none", 64), ("auto", 32)]))
     kinds = kinds_from([kept], "auto")
-    assert kinds["spec-bench/mt-bench 81"].prompt == 53
+    assert kinds.keys() == {"spec-bench/mt-bench 81"}
+    assert kinds["spec-bench/mt-bench 81"] == Kind(53, 64, 10 / 19, {0: 5, 3: 5}, 1.5), "the longest answer"
     assert {kind.rows for kind in kinds_from([kept], "none").values()} == {0.0}
     with pytest.raises(SystemExit, match="no rows of the drafter 'nobody'"):
         kinds_from([kept], "nobody")
