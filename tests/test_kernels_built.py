@@ -160,7 +160,7 @@ def test_a_built_in_library_is_for_machines_without_a_compiler(tmp_path: Path, m
         kernel_build.fingerprint()
 
 
-FLAGS = ("-O1", "-fopenmp", "-std=c++17", *levels.flags_for(b"")[5:], "-static")
+FLAGS = ("-O1", "-fopenmp", "-std=c++17", *levels.FLAGS[5:], "-static")
 ALONE = {
     "generic": (("g++",), ()),
     "NEON": (("aarch64-linux-gnu-g++", "-march=armv8.2-a+dotprod+fp16"), ("qemu-aarch64",)),

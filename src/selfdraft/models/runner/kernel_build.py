@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from selfdraft.errors import RunnerUnavailable
 from selfdraft.files import environment
 from selfdraft.files.atomic import cache_folder, whole_file
 from selfdraft.models.machine import cpu_flags, cpu_vendor
-from selfdraft.models.runner.levels import COMPILERS, MACROS, PATIENCE, best_level, find_compiler, flags_for
+from selfdraft.models.runner.levels import COMPILERS, FLAGS, PATIENCE, best_level, find_compiler
 
 SOURCE = Path(__file__).with_name("kernels") / "run.cpp"
 """What is compiled; it includes the headers beside it."""
@@ -178,27 +179,22 @@ def _asked() -> str:
     return asked
 
 
-@cache
-def _macros(compiler: str) -> bytes:
-    return _call([compiler, *MACROS])
-
-
-def _flags(compiler: str) -> tuple[str, ...]:
-    """How this compiler makes kernels for this processor. Errors: RunnerUnavailable."""
+def _flags() -> tuple[str, ...]:
+    """How kernels are compiled for this processor. Errors: RunnerUnavailable."""
     asked = _asked()
     # one instruction for two numbers of bfloat16 is as quick as one for a float on AMD, and much slower on Intel
     paired = asked == "native" and "AMD" in cpu_vendor()
-    return (*flags_for(_macros(compiler)), INSTRUCTIONS[asked], *(["-DBF16_PAIRS"] if paired else []))
+    return (*FLAGS, INSTRUCTIONS[asked], *(["-DBF16_PAIRS"] if paired else []))
 
 
 def _fingerprint(compiler: str, source: Path | None = None) -> str:
     """Changes with the source and all headers, the flags, the compiler, and the processor that it builds for."""
-    return _named(compiler, source or SOURCE, _flags(compiler))
+    return _named(compiler, source or SOURCE, _flags())
 
 
 @cache
 def _named(compiler: str, chosen: Path, flags: tuple[str, ...]) -> str:
-    told = _call([compiler, *flags, *MACROS])
+    told = _call([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     read = [chosen, *sorted(path for path in chosen.parent.iterdir() if path.suffix == ".h")]
     sources = b"".join(path.read_bytes() for path in read)
     return hashlib.blake2b(sources + " ".join(flags).encode() + told, digest_size=12).hexdigest()
@@ -209,7 +205,7 @@ def _build(compiler: str, wanted: Path, source: Path | None = None) -> None:
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(wanted) as part:
-            _call([compiler, *_flags(compiler), str(source or SOURCE), "-o", str(part)])
+            _call([compiler, *_flags(), str(source or SOURCE), "-o", str(part)])
             part.chmod(0o755)
     except OSError as error:
         raise RunnerUnavailable(

@@ -5,7 +5,6 @@ A machine with a compiler builds kernels for its own processor instead (`kernel_
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +16,6 @@ FLAGS = (
     *("-O3", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
 )
-MACROS = ("-dM", "-E", "-x", "c++", os.devnull)
-"""With these flags a compiler prints what it defines."""
 PATIENCE = 300
 """Seconds that the compiler may take."""
 SWITCH = "SELFDRAFT_BUILD_KERNELS"
@@ -63,14 +60,6 @@ def find_compiler(names: Iterable[str]) -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def flags_for(macros: bytes) -> tuple[str, ...]:
-    """How kernels are compiled by the compiler that defines `macros`.
-
-    A product and a sum may be rounded once. Only by the longer name of this does clang heed a header that forbids it.
-    """
-    return (*FLAGS, "-ffp-contract=fast" + "-honor-pragmas" * (b"__clang__" in macros))
-
-
 def compiled(source: Path, folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
     """Libraries of the levels, by file name, built in `folder`; none of them where one cannot be built, and why."""
     compiler = find_compiler(COMPILERS)
@@ -79,9 +68,8 @@ def compiled(source: Path, folder: Path, say: Callable[[str], None]) -> dict[str
         return {}
     made = {f"{level.name}.so": folder / f"{level.name}.so" for level in LEVELS}
     for level, path in zip(LEVELS, made.values(), strict=True):
+        command = [compiler, *FLAGS, *level.flags, str(source), "-o", str(path)]
         try:
-            macros = subprocess.run([compiler, *MACROS], check=True, capture_output=True, timeout=PATIENCE).stdout
-            command = [compiler, *flags_for(macros), *level.flags, str(source), "-o", str(path)]
             subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
         except (OSError, subprocess.SubprocessError) as error:
             say(f"no kernels in this wheel: {level.name} cannot be built: {error}")
