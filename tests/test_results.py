@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from selfdraft.bench.heatmap import title_of
 from selfdraft.bench.results import page, read_rows, sheets_of
 from selfdraft.bench.rows import HEAD
 from selfdraft.errors import RequestError
+from tests.terminal import typed
 
 
 def row(drafter: str, key: str = "1", temperature: float = 0.0, **other: Any) -> dict[str, Any]:
@@ -55,6 +57,27 @@ def test_a_page_of_two_files(tmp_path: Path) -> None:
     assert "| lookup | 2.00x (2.00), 1 of 2 | 2.00x (2.00), 1 of 2 | yes, 1 |" in text
     assert "| plain, tokens/s | 8.0 | 8.0 | |" in text
     assert text.count("p.png") == 1
+
+
+def test_pictures_of_one_page_say_in_what_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    machine = {"cpu_capability": "AVX512", "gpu": None}  # rows of earlier versions do not name the kernels
+    cold = [row(name, machine=machine) for name in ("none", "lookup")]
+    warm = [row(name, temperature=0.8, machine=machine | {"kernels": "AVX2"}) for name in ("none", "lookup")]
+    rows = write(tmp_path / "rows.jsonl", *cold, *warm)
+    place = tmp_path / "pictures"
+    done = typed(monkeypatch, capsys, "results", rows, "--output", tmp_path / "page.md", "--pictures", place)
+    assert done.code == 0, done.err
+    pictures = [place / f"page-{number}.png" for number in (1, 2)]
+    assert [picture.read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2
+    assert all(f"](pictures/{picture.name})" in (tmp_path / "page.md").read_text() for picture in pictures)
+    titles = [title_of(rows[0]["conditions"]) for rows in (cold, warm)]
+    assert titles == [
+        "tiny, bfloat16, greedy, at most 8 tokens\ntokens/s, plain = 1 (2 threads, AVX512)",
+        "tiny, bfloat16, temperature 0.8, at most 8 tokens\ntokens/s, plain = 1 (2 threads, AVX2)",
+    ]
 
 
 def test_scores_say_how_many_answers_were_cut(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from selfdraft.bench.sheets import Sheet, speedup
+from selfdraft.types import JsonObject
 
 
 def draw(sheet: Sheet, path: Path) -> Path:
@@ -30,8 +31,17 @@ def draw(sheet: Sheet, path: Path) -> Path:
     axes.set_xticks(range(len(columns)), names, rotation=35, ha="right", fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.tick_params(length=0)
-    facts = sheet.conditions
-    kind = "greedy" if facts["temperature"] == 0 else f"temperature {facts['temperature']:g}"
-    axes.set_title(f"{Path(str(facts['model'])).name}, {facts['dtype']}, {kind}: tokens/s, plain = 1", fontsize=10)
+    axes.set_title(title_of(sheet.conditions), fontsize=9)
     figure.savefig(path, format="png")
     return path
+
+
+def title_of(facts: JsonObject) -> str:
+    """What was measured, and under it where: pictures of one page differ in little else."""
+    kind = "greedy" if facts["temperature"] == 0 else f"temperature {facts['temperature']:g}"
+    machine = facts["machine"]
+    where = machine["gpu"] or f"{machine['threads']} threads, {machine.get('kernels') or machine['cpu_capability']}"
+    return (
+        f"{Path(str(facts['model'])).name}, {facts['dtype']}, {kind}, at most {facts['max_new_tokens']} tokens\n"
+        f"tokens/s, plain = 1 ({where})"
+    )
