@@ -47,18 +47,18 @@ INLINED void float_input(const T *w, const float *x, __m256 (&acc)[M][V]) {
   }
 }
 
-// `steps` of a unit for M rows and V eights of outputs of a group; `kept` holds the sums between units.
-template <class T, int V, int M>
-INLINED void float_unit(const char *w, const float *x, word steps, float *kept, bool fetch) {
+// `steps` of a unit for M rows and V eights of outputs of a group; `kept` holds the sums between units. LINES of 64 bytes
+// are fetched in each step, from `ahead` on.
+template <class T, int V, int M, int LINES>
+INLINED void float_unit(const char *w, const float *x, word steps, float *kept, const char *ahead, word pace) {
   constexpr word pair = Pack<T>::inputs, wide = VECTORS * LANES;
   __m256 acc[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) acc[m][v] = _mm256_load_ps(kept + m * wide + v * 8);
-  for (const char *end = w + steps * VECTORS * 64; w < end; w += VECTORS * 64, x += pair) {
-    if (fetch)
-      for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + v * 64 + AHEAD, 0, 2);
+  for (const char *end = w + steps * VECTORS * 64; w < end; w += VECTORS * 64, x += pair, ahead += pace) {
+    for (int line = 0; line < LINES; line++) __builtin_prefetch(ahead + line * 64, 0, 2);
     float_input<T, 0>((const T *)w, x, acc);
     if constexpr (pair == 2) float_input<T, 1>((const T *)w, x, acc);
   }
@@ -68,22 +68,32 @@ INLINED void float_unit(const char *w, const float *x, word steps, float *kept, 
     for (int v = 0; v < V; v++) _mm256_store_ps(kept + m * wide + v * 8, acc[m][v]);
 }
 
-template <class T, int R>
-__attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, const Fetch &, v16 (&said)[VECTORS][R]) {
+template <class T, int R, int LINES>
+INLINED void float_units(const char *w, const char *x, word K, const Fetch &fetch, v16 (&said)[VECTORS][R]) {
   constexpr word pair = Pack<T>::inputs, wide = VECTORS * LANES;
   constexpr int M = R <= 6 ? R : R / 2, V = R <= 3 ? 4 : 2; // M * V sums and M rows or V weights are in registers
   static_assert(R % M == 0, "rows of a chunk go through in equal parts");
+  constexpr word walks = R / M * (4 / V); // through a unit; all of them fetch, or memory would be idle in some
   alignas(64) float kept[R * wide] = {};
   const float *rows = (const float *)x;
+  const char *ahead = fetch.from;
+  const word pace = LINES == 2 ? 64 * VECTORS : fetch.pace / walks;
   for (word first = 0; first < K; first += UNIT, rows += R * UNIT) {
     const word steps = ceiling(std::min(UNIT, K - first), pair);
     for (int m = 0; m < R; m += M)
-      for (int v = 0; v < 4; v += V)
-        float_unit<T, V, M>(w + v * 32, rows + m * UNIT, steps, kept + m * wide + v * 8, !m && !v);
+      for (int v = 0; v < 4; v += V, ahead += steps * fetch.pace / walks)
+        float_unit<T, V, M, LINES>(w + v * 32, rows + m * UNIT, steps, kept + m * wide + v * 8, ahead, pace);
     w += steps * VECTORS * 64;
   }
   for (int v = 0; v < VECTORS; v++)
     for (int r = 0; r < R; r++) said[v][r] = load16(kept + r * wide + v * LANES);
+}
+
+template <class T, int R>
+__attribute__((noinline)) void float_group_sums(const char *w, const char *x, word K, const Fetch &fetch,
+                                                v16 (&said)[VECTORS][R]) {
+  if (R <= 3 && fetch.pace == 64 * VECTORS) float_units<T, R, 2>(w, x, K, fetch, said);
+  else float_units<T, R, 1>(w, x, K, fetch, said);
 }
 
 #endif
