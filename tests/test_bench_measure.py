@@ -27,6 +27,7 @@ from selfdraft.errors import RequestError
 from selfdraft.models.target import HFTarget
 from selfdraft.protocols import beside_of, needs_of
 from selfdraft.types import SamplingParams, Stats
+from tests import kept_rows
 from tests.models import random_adapters, tiny_llama, tiny_target
 
 CPU = torch.device("cpu")
@@ -188,7 +189,7 @@ def test_weights() -> None:
 
 
 def row(key: str = "a", drafter: str = "none", **more: Any) -> dict[str, Any]:
-    return {"task": "t", "key": key, "drafter": drafter, "fingerprint": "f", **more}
+    return kept_rows.row(drafter, key, task="t", fingerprint="f", **more)
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_other_peoples_files_are_left_alone(text: str, tmp_path: Path) -> None:
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("rest", ["broken}\n", '"task": "t"}\n'])
+@pytest.mark.parametrize("rest", ["broken}\n", '"task": "t"}\n', '"task": ' + "[" * 100_000 + "\n"])
 def test_a_broken_row_is_named(rest: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with Ledger(path) as ledger:

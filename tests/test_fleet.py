@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from recipes.fleet_simulation import Fleet, Kind, Serving, chats, kind_of, stead
 from selfdraft.bench.load.arrivals import Ask
 from selfdraft.drafting.cost_model import Profile
 from selfdraft.integrations.ray.conversation import preferred
+from tests.kept_rows import row, write
 
 LINE = Profile((1, 128), (0.010, 0.137), (1e-6, 1e-6), per_sequence=0.0005, host=0.001)
 """A pass takes 9 ms and 1 ms a row."""
@@ -162,14 +164,14 @@ def test_neighbours_on_one_processor_slow_one_another() -> None:
         assert fleet.env.now == pytest.approx(steps, rel=0.05)
 
 
-def kept_row(drafter: str, tokens: int) -> str:
-    """A line as `bench --output` writes it, of an answer under a token limit that no other one had."""
+def answered(drafter: str, tokens: int) -> dict[str, Any]:
+    """A row of an answer under a token limit that no other one had."""
     drafts = 10 if drafter != "none" else 0
-    counts = {"num_spec_steps": drafts, "num_steps": 20, "num_draft_tokens": 3 * drafts}
+    counts = {"num_spec_steps": drafts, "num_steps": 20, "num_draft_tokens": 3 * drafts, "mean_acceptance_length": 2.0}
     counts |= {"num_accepted_draft_tokens": 3 * drafts // 2}
     stats = counts | {"acceptance_histogram": {"0": 5, "3": 5} if drafts else {}}
-    named = {"task": "spec-bench", "group": "mt-bench", "key": "81", "drafter": drafter, "fingerprint": str(tokens)}
-    return json.dumps({"selfdraft_bench": 1} | named | {"prompt_tokens": 53, "tokens": tokens, "stats": stats}) + "\n"
+    named: dict[str, Any] = {"task": "spec-bench", "group": "mt-bench", "fingerprint": str(tokens)}
+    return row(drafter, "81", prompt_tokens=53, tokens=tokens, stats=stats, **named)
 
 
 def test_files_of_tune_and_bench_are_read(tmp_path: Path) -> None:
@@ -178,8 +180,8 @@ def test_files_of_tune_and_bench_are_read(tmp_path: Path) -> None:
     assert profile_from(place).step(2) == pytest.approx(0.7)
     with pytest.raises(SystemExit, match="is no profile"):
         profile_from(tmp_path / "missing.json")
-    kept = tmp_path / "rows.jsonl"
-    kept.write_text("".join(kept_row(*row) for row in [("auto", 16), ("auto", 64), ("none", 64), ("auto", 32)]))
+    rows = [answered(*one) for one in [("auto", 16), ("auto", 64), ("none", 64), ("auto", 32)]]
+    kept = write(tmp_path / "rows.jsonl", *rows)
     kinds = kinds_from([kept], "auto")
     assert kinds.keys() == {"spec-bench/mt-bench 81"}
     assert kinds["spec-bench/mt-bench 81"] == Kind(53, 64, 10 / 19, {0: 5, 3: 5}, 1.5), "the longest answer"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +9,9 @@ import pytest
 
 from selfdraft.bench.heatmap import title_of
 from selfdraft.bench.results import page, read_rows, sheets_of
-from selfdraft.bench.rows import HEAD
 from selfdraft.errors import RequestError
-from tests.terminal import typed
-
-
-def row(drafter: str, key: str = "1", temperature: float = 0.0, **other: Any) -> dict[str, Any]:
-    machine: dict[str, Any] = {"processor": "x", "threads": 2} | other.pop("machine", {})
-    facts: dict[str, Any] = {
-        "model": "/m/tiny",
-        "dtype": "bfloat16",
-        "weights": "abc",
-        "temperature": temperature,
-        "top_p": 1.0,
-    }
-    facts |= {"exactness": {"level": "bitwise"}, "runner": "fast", "chat": True, "max_new_tokens": 8, "batch": 1}
-    facts |= {"selfdraft": "0", "machine": machine}
-    made: dict[str, Any] = {
-        "task": "quick",
-        "group": "qa",
-        "key": key,
-        "drafter": drafter,
-        "peer": None,
-        "fingerprint": f"{drafter} {temperature} {machine}",
-    }
-    made |= {"tokens": 8, "seconds": 1.0 if drafter == "none" else 0.5, "plain_seconds": 1.0, "texts_equal": True}
-    made |= {"finish_reason": "stop", "first_difference": None, "load_average": 1.0, "scores": {}, "conditions": facts}
-    made |= {"stats": {"num_steps": 4, "mean_acceptance_length": 2.0}}
-    return made | other
-
-
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    data = "".join(HEAD + json.dumps(one)[1:] + "\n" for one in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
+from tests.kept_rows import row, write
+from tests.terminal import one_line, typed
 
 
 def test_a_page_of_two_files(tmp_path: Path) -> None:
@@ -78,6 +45,35 @@ def test_pictures_of_one_page_say_in_what_they_differ(
         "tiny, bfloat16, greedy, at most 8 tokens\ntokens/s, plain = 1 (2 threads, AVX512)",
         "tiny, bfloat16, temperature 0.8, at most 8 tokens\ntokens/s, plain = 1 (2 threads, AVX2)",
     ]
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "conditions is 5, not an object": {"conditions": 5},
+    "conditions.machine is None, not an object": {"conditions": row()["conditions"] | {"machine": None}},
+    "conditions.temperature is '0'": {"conditions": row()["conditions"] | {"temperature": "0"}},
+    "seconds is 'a'": {"seconds": "a"},
+    "plain_seconds is 0, not above 0": {"plain_seconds": 0},
+    "seconds is inf, not above 0": {"seconds": float("inf")},
+    "tokens is True": {"tokens": True},
+    "stats is None, not an object": {"stats": None},
+    "memory is 7": {"memory": 7},
+}
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_a_field_that_no_bench_writes_is_named(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", row(), row("lookup") | BROKEN[words])
+    done = typed(monkeypatch, capsys, "results", rows, "--output", tmp_path / "page.md")
+    one_line(done, f"rows.jsonl:2: broken row: {words}; take the line out")
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_rows_of_other_engines_have_no_counts(tmp_path: Path) -> None:
+    other = row("vllm", peer="vllm 1", peer_file=None)
+    del other["stats"]
+    assert len(read_rows([write(tmp_path / "rows.jsonl", row(), other)])) == 2
 
 
 def test_scores_say_how_many_answers_were_cut(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def title_of(facts: JsonObject) -> str:
     """What was measured, and under it where: pictures of one page differ in little else."""
     kind = "greedy" if facts["temperature"] == 0 else f"temperature {facts['temperature']:g}"
     machine = facts["machine"]
-    where = machine["gpu"] or f"{machine['threads']} threads, {machine.get('kernels') or machine['cpu_capability']}"
+    unit = machine.get("kernels") or machine.get("cpu_capability") or machine.get("processor")
+    where = machine.get("gpu") or f"{machine['threads']} threads, {unit}"
     return (
         f"{Path(str(facts['model'])).name}, {facts['dtype']}, {kind}, at most {facts['max_new_tokens']} tokens\n"
         f"tokens/s, plain = 1 ({where})"

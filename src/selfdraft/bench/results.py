@@ -10,7 +10,7 @@ from pathlib import Path
 
 from selfdraft.bench import beside_bf16, papers
 from selfdraft.bench.report import cores_of, scores_of
-from selfdraft.bench.rows import HEAD, Row, key_of
+from selfdraft.bench.rows import HEAD, Row, key_of, row_of
 from selfdraft.bench.sheets import Sheet, ratio, speedup, tokens_per_pass
 from selfdraft.errors import RequestError
 from selfdraft.types import JsonObject
@@ -38,10 +38,10 @@ def read_rows(paths: SequenceOf[Path]) -> list[Row]:
             if not line.startswith(HEAD.encode()):
                 raise RequestError(f"{path}:{number}: not written by this version of selfdraft bench --output")
             try:
-                row = json.loads(line)
-                rows[key_of(row)] = row
-            except (ValueError, KeyError) as error:
+                row = row_of(line)
+            except ValueError as error:
                 raise RequestError(f"{path}:{number}: broken row: {error}; take the line out") from error
+            rows[key_of(row)] = row
     if not rows:
         raise RequestError(f"no rows in {', '.join(map(str, paths))}")
     return [*rows.values()]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 
-from selfdraft.errors import RequestError
+from selfdraft.errors import RequestError, shown
 from selfdraft.types import JsonObject
 
 Row = JsonObject
@@ -17,6 +19,28 @@ Key = tuple[str, str, str, str]
 FORMAT = 1
 HEAD = f'{{"selfdraft_bench": {FORMAT}, '
 """How every line begins; a file with other lines is somebody else's and is left alone."""
+NUMBER = (int, float)
+FIELDS: Mapping[str, object] = {
+    **dict.fromkeys(("task", "key", "drafter", "fingerprint"), (str,)),
+    **dict.fromkeys(("group", "finish_reason", "peer"), (str, NoneType)),
+    **dict.fromkeys(("tokens", "prompt_tokens"), (int,)),
+    **dict.fromkeys(("seconds", "plain_seconds", "load_average"), NUMBER),
+    "texts_equal": (bool, NoneType),
+    "first_difference": (int, NoneType),
+    "conditions": {
+        **dict.fromkeys(("model", "dtype", "weights", "runner", "selfdraft"), (str,)),
+        **dict.fromkeys(("temperature", "top_p"), NUMBER),
+        **dict.fromkeys(("max_new_tokens", "batch"), (int,)),
+        "chat": (bool,),
+        "exactness": {"level": (str,)},
+        "machine": {"threads": (int,)},
+    },
+}
+"""What tables read of every row: types, or the fields of an object."""
+OWN_FIELDS: Mapping[str, object] = {"stats": {"num_steps": (int,), "mean_acceptance_length": NUMBER}}
+"""What they read of rows of our own engine beside that."""
+OBJECTS = ("memory", "split", "scores", "options", "peer_file")
+"""Fields that are an object, or nothing, where they are there."""
 
 
 class Ledger:
@@ -70,11 +94,9 @@ class Ledger:
         if not line.startswith(HEAD.encode()):
             raise self._foreign(place)
         try:
-            row = json.loads(line)
-            key_of(row)
-        except (ValueError, KeyError) as error:
+            return row_of(line)
+        except ValueError as error:
             raise RequestError(f"{place}: broken row: {error}; take the line out, or give another --output") from error
-        return dict(row)
 
     @staticmethod
     def _foreign(place: str) -> RequestError:
@@ -116,5 +138,35 @@ class Ledger:
 
 
 def key_of(row: Row) -> Key:
-    """What a row is found by. Errors: KeyError."""
+    """What a row is found by."""
     return str(row["task"]), str(row["key"]), str(row["drafter"]), str(row["fingerprint"])
+
+
+def row_of(line: bytes) -> Row:
+    """The row in a line of a file. Errors: ValueError that names a field which no bench has written so."""
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("too many brackets") from error
+    _check(row, FIELDS)
+    if row["peer"] is None:
+        _check(row, OWN_FIELDS)
+    _check(row, {name: (dict, NoneType) for name in OBJECTS if name in row})
+    for name in ("seconds", "plain_seconds"):
+        if not (math.isfinite(row[name]) and row[name] > 0):
+            raise ValueError(f"{name} is {row[name]}, not above 0")
+    return dict(row)
+
+
+def _check(found: JsonObject, fields: Mapping[str, object], inside: str = "") -> None:
+    """Errors: ValueError."""
+    for name, kinds in fields.items():
+        if name not in found:
+            raise ValueError(f"{inside}{name} is not there")
+        value = found[name]
+        if isinstance(kinds, Mapping):
+            if not isinstance(value, dict):
+                raise ValueError(f"{inside}{name} is {shown(value)}, not an object")
+            _check(value, kinds, f"{inside}{name}.")
+        elif type(value) not in kinds:  # type: ignore[operator]
+            raise ValueError(f"{inside}{name} is {shown(value)}")
